@@ -1,0 +1,172 @@
+"""Rows to train on: slices of one long stream of documents, in an order that anyone can recompute.
+
+An epoch is a stream: all documents in a permuted order, each ``BOS tokens EOS``. Row r is the slice
+``[r * T, (r + 1) * T)`` of it. Nothing is padded but the last row, nothing is cut off, and every token
+comes once. Each row says where its documents begin, so that the model keeps them apart.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dataset.token_cache import (
+    DEFAULT_CACHE_DIR,
+    DataError,
+    TokenCache,
+    build_token_cache,
+    special_ids,
+)
+
+IGNORE = -100  # a label that carries no loss
+
+
+class Batch(NamedTuple):
+    """Rows as the model takes them."""
+
+    input_ids: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64, unshifted; IGNORE on a document's first token and on padding
+    document_starts: (
+        Tensor | None
+    )  # (B, T) int64, see MiniMindForCausalLM.forward; None if not packed
+    num_labels: int  # labels that carry loss once shifted: those at t >= 1
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows on another device, without waiting for the copy."""
+        move = [part.to(device, non_blocking=True) for part in self[:3] if part is not None]
+        return Batch(*move, *[None] * (3 - len(move)), num_labels=self.num_labels)
+
+
+def as_is(batch: Batch) -> Batch:
+    """For DataLoader(collate_fn=...): ``PretrainDataset.__getitems__`` has collated already."""
+    return batch
+
+
+def permutation(num: int, seed: int, epoch: int) -> Tensor:
+    """(num,) int64, a pure function of its arguments."""
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.randperm(num, generator=generator)
+
+
+class PretrainDataset(Dataset):
+    """Packed rows of one epoch, or with ``packing=False`` MiniMind's: one document each, cut and padded.
+
+    Memory: 12 bytes a document for the order of the epoch, about 40 while ``set_epoch`` makes it;
+    the tokens stay on disk.
+
+    Args:
+        data_path: JSONL file, several, a folder, or a cache opened before.
+        tokenizer: gives the ids and, with data_path, the cache's content.
+        max_length: T, tokens in a row.
+        packing: slices of the stream (True) or one document a row (False).
+        seed: with the epoch, decides the order of documents.
+        heldout_fraction: share of documents, by hash of their text, that is kept for ``held_out``.
+    Raises: DataError as ``build_token_cache``, or if nothing is left to train on."""
+
+    def __init__(
+        self,
+        data_path: str | list[str] | TokenCache,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 512,
+        *,
+        packing: bool = True,
+        seed: int = 42,
+        heldout_fraction: float = 0.0,
+        cache_dir: str = DEFAULT_CACHE_DIR,
+    ) -> None:
+        given = isinstance(data_path, TokenCache)
+        self.cache = data_path if given else build_token_cache(data_path, tokenizer, cache_dir)
+        self.bos, self.eos, self.pad = special_ids(tokenizer)
+        self.row_length, self.stride = max_length, max_length
+        self.packing, self.seed = packing, seed
+        # The hash is uniform, so a share of its range is the same share of documents, whichever
+        # others there are: a document stays on its side when the corpus grows.
+        limit = round(heldout_fraction * 2**32) - 2**31
+        self.is_held_out = self.cache.hashes < limit  # (num_documents,) bool
+        self.documents = torch.where(~self.is_held_out)[0].to(torch.int32)
+        if len(self.documents) == 0:
+            raise DataError(
+                f"all {len(self.is_held_out)} documents fell to the held-out part. "
+                f"Lower --heldout_fraction (now {heldout_fraction}), or add documents."
+            )
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Put the documents into this epoch's order."""
+        self._lay_out(self.documents[permutation(len(self.documents), self.seed, epoch)])
+
+    def _lay_out(self, order: Tensor) -> None:
+        """Set the stream: ``order`` (num,) int32 document numbers, and where each begins in it."""
+        self.order = order
+        lengths = self.cache.offsets[order + 1] - self.cache.offsets[order] + 2  # BOS and EOS
+        self.begins = torch.zeros(len(order) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=self.begins[1:])
+
+    def held_out(self, max_tokens: int) -> "PretrainDataset | None":
+        """The documents kept aside, in the order of the files, up to about ``max_tokens``; None if none.
+
+        Their rows overlap by one token, so that every token but a document's first is predicted
+        exactly once: the summed loss belongs to all bytes of these documents."""
+        documents = torch.where(self.is_held_out)[0].to(torch.int32)
+        if len(documents) == 0:
+            return None
+        other = object.__new__(PretrainDataset)
+        other.__dict__ |= self.__dict__
+        other.packing, other.stride = True, self.row_length - 1
+        other._lay_out(documents)
+        num_kept = max(1, int(torch.searchsorted(other.begins, max_tokens, right=True)) - 1)
+        other.documents = documents[:num_kept]
+        other._lay_out(other.documents)
+        return other
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an epoch, BOS and EOS included."""
+        return int(self.begins[-1])
+
+    @property
+    def num_text_bytes(self) -> int:
+        """UTF-8 bytes of these documents' texts."""
+        return int(self.cache.num_bytes[self.documents].sum())
+
+    def __len__(self) -> int:
+        """Rows of an epoch: the same every epoch."""
+        if not self.packing:
+            return len(self.order)
+        overlap = self.row_length - self.stride
+        return -(-(self.num_tokens - overlap) // self.stride)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
+        """(input_ids, labels), each (T,) int64, and for packed rows document_starts (T,)."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return tuple(part[0] for part in self.__getitems__([row])[:3] if part is not None)
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        """The given rows at once. Rows past the last are all padding, so that batches can be full."""
+        row = torch.as_tensor(rows)[:, None]  # (B, 1)
+        t = torch.arange(self.row_length)  # (T,)
+        last = len(self.order) - 1
+        if self.packing:
+            position = row * self.stride + t  # in the stream
+            nth = torch.searchsorted(self.begins, position, right=True) - 1
+            real = nth <= last
+            nth = nth.clamp(max=last)
+        else:
+            nth = row.clamp(max=last).expand(-1, len(t))
+            position = self.begins[nth] + t
+            real = (row <= last) & (position < self.begins[nth + 1])
+        within = position - self.begins[nth]  # index in ``BOS tokens EOS``
+        is_bos, is_eos = within == 0, position == self.begins[nth + 1] - 1
+        is_text = real & ~is_bos & ~is_eos
+        source = self.cache.offsets[self.order[nth]] + within - 1
+        ids = self.cache.ids(torch.where(is_text, source, 0))
+        ids = ids.masked_fill_(is_bos, self.bos).masked_fill_(is_eos, self.eos)
+        ids = ids.masked_fill_(~real, self.pad)
+        labels = ids.masked_fill(is_bos | ~real, IGNORE)
+        starts = (t - within.clamp(max=t)).masked_fill_(~real, -1) if self.packing else None
+        return Batch(ids, labels, starts, int((labels[:, 1:] != IGNORE).sum()))
