@@ -1,7 +1,7 @@
 """Rows to train on: slices of one long stream of documents, in an order that anyone can recompute.
 
-An epoch is a stream: all documents in a permuted order, each ``BOS tokens EOS``. Row r is the slice
-``[r * T, (r + 1) * T)`` of it. Nothing is padded but the last row, nothing is cut off, and every token
+An epoch is a stream: all documents in a permuted order, each ``BOS tokens EOS``. Row r is its slice
+``[r * T, (r + 1) * T)``. Nothing is padded but the last row, nothing is cut off, and every token
 comes once. Each row says where its documents begin, so that the model keeps them apart.
 """
 
@@ -53,7 +53,7 @@ def permutation(num: int, seed: int, epoch: int) -> Tensor:
 
 
 class PretrainDataset(Dataset):
-    """Packed rows of one epoch, or with ``packing=False`` MiniMind's: one document each, cut and padded.
+    """Packed rows of one epoch, or with ``packing=False`` one document each, cut and padded.
 
     Memory: 12 bytes a document for the order of the epoch, about 40 while ``set_epoch`` makes it;
     the tokens stay on disk.
@@ -107,7 +107,7 @@ class PretrainDataset(Dataset):
         torch.cumsum(lengths, 0, out=self.begins[1:])
 
     def held_out(self, max_tokens: int) -> "PretrainDataset | None":
-        """The documents kept aside, in the order of the files, up to about ``max_tokens``; None if none.
+        """The documents kept aside, in the files' order, up to ``max_tokens``; None if none.
 
         Their rows overlap by one token, so that every token but a document's first is predicted
         exactly once: the summed loss belongs to all bytes of these documents."""
@@ -147,7 +147,7 @@ class PretrainDataset(Dataset):
         return tuple(part[0] for part in self.__getitems__([row])[:3] if part is not None)
 
     def __getitems__(self, rows: list[int]) -> Batch:
-        """The given rows at once. Rows past the last are all padding, so that batches can be full."""
+        """The given rows at once. Rows past the last are padding, so that batches can be full."""
         row = torch.as_tensor(rows)[:, None]  # (B, 1)
         t = torch.arange(self.row_length)  # (T,)
         last = len(self.order) - 1

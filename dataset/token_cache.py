@@ -31,6 +31,10 @@ from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1  # part of every cache's name: raise it when the files' meaning changes
 BATCH_BYTES = 2 * 2**20  # text encoded in one call: enough to keep all cores busy, little to hold
+WAY_TO_DATA = (
+    "Download MiniMind's corpus from https://huggingface.co/datasets/jingyaogong/minimind_dataset "
+    "into dataset/, or try --preset demo."
+)
 DEFAULT_CACHE_DIR = "dataset/cache"
 
 
@@ -51,7 +55,7 @@ def find_files(data_path: str | list[str]) -> list[Path]:
         if not found:
             raise DataError(f"--data_path {given}: the folder holds no *.jsonl file.")
         if not found[0].is_file():
-            raise DataError(f"--data_path {given}: no such file.")
+            raise DataError(f"--data_path {given}: no such file. {WAY_TO_DATA}")
         files += found
     return files
 
@@ -87,7 +91,7 @@ def read_text(line: bytes, where: str) -> str:
 
 
 def read_documents(path: Path) -> Iterator[tuple[str, int]]:
-    """Each document of a JSONL file, with the bytes of file read so far. Blank lines are passed over.
+    """Each document of a JSONL file, with the bytes read so far. Blank lines are passed over.
 
     Raises: DataError with file and line at the first line that is no document."""
     num_bytes = 0
@@ -211,7 +215,7 @@ def encoded_batches(
 
 
 def write_cache(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Tokenize ``files`` into ``folder`` and return counts. Memory: a few batches, not the corpus."""
+    """Tokenize ``files`` into ``folder``; returns counts. Holds a few batches, not the corpus."""
     id_code, bytes_per_id = ("H", 2) if len(tokenizer) <= 2**16 else ("I", 4)
     control_ids = set(tokenizer.all_special_ids)
     counts = dict.fromkeys(("num_documents", "num_tokens", "num_bytes", "num_empty"), 0)
@@ -250,7 +254,7 @@ def write_cache(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerB
 
 
 def remove_unfinished(cache_dir: Path) -> None:
-    """Delete what killed builds on this machine left behind; a build that is alive keeps its own."""
+    """Delete what killed builds on this machine left behind; those alive keep theirs."""
     for folder in cache_dir.glob(f".building-{socket.gethostname()}-*"):
         pid = int(folder.name.rsplit("-", 1)[1])
         try:
@@ -269,7 +273,7 @@ def build_token_cache(
 ) -> TokenCache:
     """The cache of these files under this tokenizer, made if there is none yet.
 
-    Raises: DataError if a file is missing, a line is no document, or nothing is left to train on."""
+    Raises: DataError if a file is missing, a line is no document, or there is no document."""
     files = find_files(data_path)
     digests = {"data": digest_of_files(files), "tokenizer": digest_of_tokenizer(tokenizer)}
     key = hashlib.sha256(f"{FORMAT}{digests}".encode()).hexdigest()[:24]

@@ -114,7 +114,12 @@ def main() -> int:
     parser.add_argument(
         "--vocab_size", type=int, default=6400, help="entries, control tokens included"
     )
-    parser.add_argument("--max_megabytes", type=int, default=64, help="text used at most, MB; takes about 65 times that in memory")
+    parser.add_argument(
+        "--max_megabytes",
+        type=int,
+        default=64,
+        help="text used at most, MB; takes about 65 times that in memory",
+    )
     parser.add_argument("--seed", type=int, default=42, help="which texts a sample takes")
     args = parser.parse_args()
     try:

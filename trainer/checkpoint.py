@@ -89,10 +89,10 @@ def save_state(folder: str | Path, name: str, update: int, state: dict) -> Path:
 
 
 def read_state(path: Path) -> dict:
-    """A state whose bytes are those that were written. Raises: CheckpointError saying what is wrong."""
+    """A state whose bytes are those that were written. Raises: CheckpointError if they are not."""
     data = path.read_bytes()
     if path.stem.rsplit("_", 1)[1] != digest(data):
-        raise CheckpointError(f"{path} is damaged: its bytes ({len(data):,}) are not those written.")
+        raise CheckpointError(f"{path} is damaged: its {len(data):,} bytes are not those written.")
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if state.get("format") != FORMAT:
         found = state.get("format")
@@ -113,7 +113,7 @@ def newest_state(folder: str | Path, name: str) -> tuple[dict | None, list[str]]
     if states:
         raise CheckpointError(
             f"no state of {name} can be used: {' '.join(complaints)} "
-            f"Restore one, or start afresh with --overwrite 1."
+            f"Restore one, or start afresh with --from_resume 0 --overwrite 1."
         )
     return None, complaints
 

@@ -1,4 +1,4 @@
-"""Ranks: who am I, add this up over all of us, wait for each other. Alone, every function is trivial.
+"""Ranks: who am I, add this up over all of us, wait for each other. Alone, all of it is trivial.
 
 The only file that imports torch.distributed.
 """
@@ -19,8 +19,8 @@ PATIENT_TIMEOUT = timedelta(hours=24)  # one rank may tokenize a large corpus me
 
 
 def rank() -> int:
-    """This process's number among all, 0 when alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number among all, 0 when alone; known before the group is joined."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
@@ -74,15 +74,17 @@ def sum_tensor(tensor: Tensor) -> Tensor:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over all ranks, in one exchange.
 
-    One flat buffer rather than DistributedDataParallel: that one lays out its buckets anew after the
-    first update, so from three ranks on a resumed run would add in another order and lose exactness."""
+    One flat buffer rather than DistributedDataParallel: that one lays out its buckets anew after
+    the first update, so from three ranks on a resumed run would add in another order."""
     if world_size() == 1:
         return
     parameters = [p for p in parameters if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    for parameter, summed in zip(
+        parameters, flat.split([p.numel() for p in parameters]), strict=True
+    ):
         parameter.grad = summed.view_as(parameter)
 
 
@@ -106,8 +108,8 @@ def broadcast(value: T) -> T:
 def first_on_each_machine(work: Callable[[], T], *, alone: bool = False) -> T:
     """``work()`` on one process of each machine (``alone``: on rank 0 only) while the others wait.
 
-    Returns: rank 0's result, on every rank. If the work raises anywhere, every rank stops: those that
-    worked raise it, the others exit with its ``exit_status``."""
+    Returns: rank 0's result, on every rank. If the work raises anywhere, every rank stops: those
+    that worked raise it, the others exit with its ``exit_status``."""
     if world_size() == 1:
         return work()
     works = is_main_process() if alone else os.environ["LOCAL_RANK"] == "0"

@@ -1,0 +1,367 @@
+"""Pretrain a MiniMind language model from scratch.
+
+    python train_pretrain.py --preset demo            # minutes on a laptop's CPU
+    python train_pretrain.py                          # 64 M parameters on one GPU
+    torchrun --nproc_per_node 8 train_pretrain.py     # on eight
+    python train_pretrain.py --from_resume 1          # go on after a kill
+
+One clock runs the program: the number of rows consumed. The learning rate, the order of the data
+and resume follow from it. This file tells the story; its parts are in dataset/, model/, trainer/.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from dataset.lm_dataset import Batch, PretrainDataset, as_is
+from dataset.token_cache import (
+    DEFAULT_CACHE_DIR,
+    DataError,
+    TokenCache,
+    build_token_cache,
+    special_ids,
+)
+from model.model_minimind import MiniMindConfig
+from trainer import distributed
+from trainer.checkpoint import CheckpointError
+from trainer.evaluation import evaluate
+from trainer.metrics import Metrics, describe
+from trainer.optimizer import build_optimizer, set_lr
+from trainer.run import Run, claim_names, metrics_path
+from trainer.settings import Parser, SettingsError, check_flags, deciding_settings, default_device
+from trainer.tracker import SwanLabTracker
+from trainer.trainer_utils import (
+    Logger,
+    SkipBatchSampler,
+    get_lr,
+    init_distributed_mode,
+    init_model,
+    is_main_process,
+    lm_checkpoint,
+    load_tokenizer,
+    setup_seed,
+)
+
+# ---------------------------------------------------------------------------------------- flags
+
+PRESETS: dict[str, dict] = {  # defaults that any flag overrides
+    "demo": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "data_path": ["dataset/pretrain_sample.jsonl"],
+        "heldout_fraction": 0.02,
+        "max_seq_len": 128,
+        "batch_size": 16,
+        "accumulation_steps": 1,
+        "learning_rate": 2e-3,
+        "epochs": 3,
+        "log_interval": 20,
+        "eval_interval": 100,
+    },
+    "26m": {"hidden_size": 512, "num_key_value_heads": 2, "intermediate_size": 1408},
+    "64m": {},
+    "104m": {"num_hidden_layers": 16, "num_key_value_heads": 2, "intermediate_size": 2048},
+    "moe": {"use_moe": 1},
+}
+
+
+def build_parser() -> Parser:
+    """Every flag, once: its default, its unit, its reason."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="64m", help="sizes and data; see README"
+    )
+
+    add = parser.add_argument_group("model").add_argument
+    add("--hidden_size", type=int, default=768, help="width of the model")
+    add("--num_hidden_layers", type=int, default=8, help="depth of the model")
+    add("--num_attention_heads", type=int, default=8, help="query heads")
+    add("--num_key_value_heads", type=int, default=4, help="heads that queries share")
+    add("--intermediate_size", type=int, help="feed-forward width (default: hidden_size * pi)")
+    add("--dropout", type=float, default=0.0, help="share of activations dropped in training")
+    add("--use_moe", type=int, default=0, choices=[0, 1], help="1: mixture of experts")
+    add("--tokenizer_path", default="model", help="folder of any transformers tokenizer")
+    add("--from_weight", default="none", help="start from the weights of this name in --save_dir")
+
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data_path", nargs="+", default=["dataset/pretrain_t2t_mini.jsonl"], help="JSONL, folders"
+    )
+    add("--max_seq_len", "--max_length", type=int, default=512, help="tokens in a row")
+    add("--packing", type=int, default=1, choices=[0, 1], help="0: one padded document a row")
+    add("--heldout_fraction", type=float, default=0.005, help="share of documents never trained on")
+    add(
+        "--num_workers", type=int, default=0, help="loader processes; 0 is enough but on slow disks"
+    )
+    add("--cache_dir", default=DEFAULT_CACHE_DIR, help="where tokenized data is kept")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--batch_size", type=int, default=32, help="rows a device works on at once")
+    add("--accumulation_steps", type=int, default=8, help="batches whose gradients make one update")
+    add("--learning_rate", "--lr", type=float, default=5e-4, help="at the peak; falls to a tenth")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of a gradient")
+    add("--seed", type=int, default=42, help="decides initial weights and the order of data")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default=default_device(), help="cuda, mps or cpu")
+    add(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="of products",
+    )
+    add("--use_compile", type=int, choices=[0, 1], help="compile the model (default: 1 on cuda)")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--save_dir", default="out", help="weights and metrics")
+    add("--save_weight", default="pretrain", help="first part of the files' names")
+    add("--checkpoint_dir", default="checkpoints", help="states to resume from")
+    add("--save_interval", type=int, default=500, help="updates between saves")
+    add("--from_resume", type=int, default=0, choices=[0, 1], help="1: go on if there is a state")
+    add("--overwrite", type=int, default=0, choices=[0, 1], help="1: delete the last run's files")
+
+    add = parser.add_argument_group("watching").add_argument
+    add("--log_interval", type=int, default=10, help="updates between log lines")
+    add("--eval_interval", type=int, default=250, help="updates between held-out evaluations")
+    add(
+        "--eval_tokens", type=int, default=2**18, help="held-out tokens an evaluation reads at most"
+    )
+    add(
+        "--use_wandb",
+        action="store_true",
+        help="log to SwanLab: the cloud if logged in, else local",
+    )
+    add("--wandb_project", default="MiniMind-Pretrain", help="SwanLab's project")
+    return parser
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, over the preset's defaults. Raises: SettingsError; exits 2 on unknown flags."""
+    parser = build_parser()
+    preset, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[preset.preset])
+    args = parser.parse_args(argv)
+    check_flags(args)
+    if args.use_compile is None:
+        args.use_compile = int(args.device.startswith("cuda"))
+    return args
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def batches_of(data: PretrainDataset, args: argparse.Namespace, first_row: int = 0) -> DataLoader:
+    """This rank's share of the rows from ``first_row`` on, in full batches."""
+    num_batches = math.ceil(len(data) / args.batch_size)
+    sampler = SkipBatchSampler(
+        range(num_batches * args.batch_size),  # rows past the last are padding
+        args.batch_size,
+        skip_batches=first_row // args.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    return DataLoader(
+        data,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        collate_fn=as_is,
+        pin_memory=args.device.startswith("cuda"),
+        generator=torch.Generator(),  # without its own, a loader draws from the global one
+    )
+
+
+def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]]:
+    """The updates left in this epoch: this rank's batches, and the number of rows of all ranks.
+
+    The last window of an epoch may be short, and a rank may have no batch in it."""
+    first_row = run.rows_seen % run.rows_per_epoch
+    batches = iter(batches_of(data, run.args, first_row))
+    for start in range(first_row, run.rows_per_epoch, run.global_batch):
+        window = list(itertools.islice(batches, run.args.accumulation_steps))
+        yield window, min(run.global_batch, run.rows_per_epoch - start)
+
+
+def train_step(run: Run, window: list[Batch]) -> tuple[Tensor, int, Tensor]:
+    """One update. The loss is the window's sum over the window's labels, on all ranks together: how
+    it is split into batches and ranks changes nothing.
+
+    Returns: summed (nats, aux loss * labels) and number of labels, both over all ranks; the norm of
+    the gradient before clipping."""
+    num_labels = int(distributed.total(sum(batch.num_labels for batch in window)))
+    sums = torch.zeros_like(run.interval_sums)
+    for batch in window:
+        batch = batch.to(run.device)
+        with run.autocast:
+            out = run.model(
+                batch.input_ids, labels=batch.labels, document_starts=batch.document_starts
+            )
+        share = batch.num_labels / max(num_labels, 1)  # of the window's mean
+        run.scaler.scale((out.loss + out.aux_loss) * share).backward()
+        sums += torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
+    distributed.sum_gradients(run.model.parameters())
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return distributed.sum_tensor(sums), num_labels, grad_norm
+
+
+def train_epoch(
+    run: Run, data: PretrainDataset, evaluate_now: Callable[[], None], metrics: Metrics
+) -> None:
+    """Train on the rows that are left of this epoch."""
+    args = run.args
+    for window, num_rows in windows(run, data):
+        lr = set_lr(run.optimizer, get_lr(run.rows_seen, run.total_rows, args.learning_rate))
+        sums, num_labels, grad_norm = train_step(run, window)
+        run.advance(num_rows, num_labels, sums)
+        metrics.count(num_rows, num_labels)
+        if run.due(args.log_interval):  # .item() waits for the GPU: not on every update
+            metrics.interval(run.close_interval(), lr, grad_norm.item())
+        if run.due(args.eval_interval):
+            with metrics.paused():
+                evaluate_now()
+        if run.due(args.save_interval):
+            with metrics.paused():
+                run.save(metrics.tracker)
+
+
+# ---------------------------------------------------------------------------------------- build
+
+
+def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindConfig:
+    """The architecture that the flags describe. Raises: SettingsError if sizes do not fit."""
+    bos, eos, pad = special_ids(tokenizer)
+    try:
+        return MiniMindConfig(
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            use_moe=bool(args.use_moe),
+            num_attention_heads=args.num_attention_heads,
+            num_key_value_heads=args.num_key_value_heads,
+            intermediate_size=args.intermediate_size,
+            dropout=args.dropout,
+            vocab_size=len(tokenizer),
+            bos_token_id=bos,
+            eos_token_id=eos,
+            pad_token_id=pad,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def train(args: argparse.Namespace) -> None:
+    """From flags to a trained model. Raises: SettingsError, DataError, CheckpointError, OSError."""
+    # 1. Ranks, device, seed
+    local_rank = init_distributed_mode(args.device)
+    device = torch.device(args.device)
+    if device.type == "cuda" and distributed.world_size() > 1:
+        device = torch.device("cuda", local_rank)
+    setup_seed(args.seed)
+
+    # 2. What is to be trained, and may it be written
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    config = build_config(args, tokenizer)
+    state = None
+    if args.from_resume:
+        state = lm_checkpoint(config, weight=args.save_weight, save_dir=args.checkpoint_dir)
+        Logger(f"resuming after update {state['step']:,}" if state else "no state yet: a new run")
+
+    # 3. Data: tokenized by one process of each machine while the others wait
+    build = partial(build_token_cache, args.data_path, tokenizer, args.cache_dir)
+    folder = distributed.first_on_each_machine(lambda: str(build().folder))
+    data = PretrainDataset(
+        TokenCache.open(folder),
+        tokenizer,
+        args.max_seq_len,
+        packing=bool(args.packing),
+        seed=args.seed,
+        heldout_fraction=args.heldout_fraction,
+    )
+    held_out = data.held_out(args.eval_tokens)
+
+    # 4. Model, optimizer, precision
+    model, _ = init_model(config, args.from_weight, args.tokenizer_path, args.save_dir, device)
+    dtype = getattr(torch, args.dtype)
+    run = Run(
+        args=args,
+        config=config,
+        settings=deciding_settings(args, distributed.world_size(), data.cache.meta["digests"]),
+        model=model,
+        optimizer=build_optimizer(model, args.learning_rate),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        device=device,
+        rows_per_epoch=len(data),
+        interval_sums=torch.zeros(2, device=device),
+    )
+    setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
+    describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
+
+    # 5. Go on where a state was saved, or begin
+    tracked_id = state and state["wandb_id"]
+    if state is not None:
+        run.restore(state)
+        del state  # as large as model and optimizer together
+    else:
+        distributed.first_on_each_machine(lambda: claim_names(args, config), alone=True)
+    if run.is_done:
+        return Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
+    if args.use_compile:
+        model.compile(dynamic=False)
+
+    # 6. Train
+    metrics = Metrics(metrics_path(args, config), run)
+    if args.use_wandb and is_main_process():
+        metrics.tracker = SwanLabTracker(
+            args.wandb_project,
+            args.save_weight,
+            config=vars(args),
+            log_dir=f"{args.save_dir}/swanlog",
+            run_id=tracked_id,
+            history=metrics.records,
+        )
+    batches = batches_of(held_out, args) if held_out else []
+    num_bytes = held_out.num_text_bytes if held_out else 0
+    for epoch in range(run.rows_seen // run.rows_per_epoch, args.epochs):
+        data.set_epoch(epoch)
+        train_epoch(
+            run, data, partial(evaluate, run, batches, num_bytes, tokenizer, metrics), metrics
+        )
+    metrics.close()
+    distributed.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 complete, 2 flags, 3 data, 4 weights or states, 6 disk."""
+    try:
+        train(parse_flags(argv))
+    except (SettingsError, DataError, CheckpointError) as error:
+        message, status = str(error), error.exit_status
+    except OSError as error:
+        message, status = f"{error}. States saved before are intact; rerun with --from_resume 1.", 6
+    except KeyboardInterrupt:
+        message, status = "stopped. --from_resume 1 goes on from the last saved state.", 130
+    else:
+        return 0
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""How good the model is: loss on documents it never saw, and how it continues fixed prompts."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from model.model_minimind import MiniMindForCausalLM
+from trainer import distributed
+from trainer.metrics import Metrics
+from trainer.run import Run
+
+PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time", "水结成冰的温度是")
+
+
+def evaluate(
+    run: Run,
+    batches: Iterable[Any],
+    num_text_bytes: int,
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: Metrics,
+) -> None:
+    """Report the loss on held-out batches, if any, and how fixed prompts are continued."""
+    scores = {}
+    if num_text_bytes:
+        with run.autocast:
+            scores = held_out_loss(run.model, batches, num_text_bytes)
+    run.latest |= scores
+    texts = continuations(run.model, tokenizer) if distributed.is_main_process() else {}
+    metrics.evaluation(scores, texts)
+
+
+def held_out_loss(
+    model: MiniMindForCausalLM, batches: Iterable[Any], num_text_bytes: int
+) -> dict[str, float]:
+    """Mean nats per token and bits per byte of text; every rank brings its share of the batches.
+
+    Bits per byte count the nats of all tokens, the end of each document included, over the UTF-8
+    bytes of the texts: comparable between tokenizers and row lengths.
+
+    Args:
+        batches: ``Batch`` each, from ``PretrainDataset.held_out``.
+        num_text_bytes: of all held-out documents, on all ranks together."""
+    was_training, device = model.training, model.device
+    nats, num_labels = torch.zeros((), device=device), 0
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            batch = batch.to(device)
+            out = model(batch.input_ids, labels=batch.labels, document_starts=batch.document_starts)
+            nats += out.loss * batch.num_labels
+            num_labels += batch.num_labels
+    model.train(was_training)
+    total_nats, total_labels = distributed.total(nats.item()), distributed.total(num_labels)
+    return {
+        "heldout_loss": total_nats / total_labels,
+        "heldout_bits_per_byte": total_nats / math.log(2) / num_text_bytes,
+    }
+
+
+def continuations(
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str] = PROMPTS,
+    max_new_tokens: int = 24,
+) -> dict[str, str]:
+    """Each prompt and the likeliest continuation (greedy, so that evaluations compare)."""
+    texts, was_training = {}, model.training
+    model.eval()
+    # Generation meets a new length at every token: compiled code would be made anew each time.
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        for prompt in prompts:
+            ids = encode_prompt(tokenizer, prompt).to(model.device)
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+            texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    model.train(was_training)
+    return texts
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """(1, T) int64: BOS and the prompt, as documents begin in training."""
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return torch.tensor([[bos, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])

@@ -1,0 +1,182 @@
+"""What a run says of itself: a console line, the same numbers as JSONL, and to the tracker."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model.model_minimind import MiniMindConfig
+from trainer import distributed
+from trainer.checkpoint import write_atomically
+from trainer.run import Run
+from trainer.tracker import NoTracker
+from trainer.trainer_utils import Logger, get_model_params, is_main_process
+
+# Dense bfloat16 with float32 accumulation, operations a second; NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 80GB HBM3": 989e12,
+    "A100": 312e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def flops_per_token(config: MiniMindConfig, active_parameters: int, row_length: int) -> float:
+    """Operations of one token's forward and backward pass, in rows of ``row_length``.
+
+    Six per weight that the token meets (the tied matrix once, as the head), and for attention twelve
+    per layer, head width and token seen; causal, so half a row is seen on average.
+
+    Source: PaLM (Chowdhery et al. 2022), appendix B."""
+    width = config.num_attention_heads * config.head_dim
+    return 6 * active_parameters + 12 * config.num_hidden_layers * width * row_length / 2
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What the device could do at best, or None for one we have no data sheet of."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def read_records(path: Path, last_step: int) -> list[dict]:
+    """The file's records up to ``last_step``; a line cut short by a kill ends them."""
+    records: list[dict] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["step"] <= last_step:
+            records.append(record)
+    return records
+
+
+def describe(run: Run, corpus: dict, num_held_out: int) -> None:
+    """Print the numbers that follow from the flags, so that they can be checked by eye.
+
+    Args: corpus: the token cache's counts."""
+    total, active = get_model_params(run.model, run.config)
+    size = f"{total / 1e6:.2f}M" + (f"-A{active / 1e6:.2f}M" if active < total else "")
+    vocab_size, length = run.config.vocab_size, run.args.max_seq_len
+    Logger(
+        f"model: {size} parameters, vocabulary {vocab_size:,}: "
+        f"the first loss should be near ln {vocab_size} = {math.log(vocab_size):.2f}"
+    )
+    Logger(
+        f"data: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens, "
+        f"{corpus['num_bytes'] / corpus['num_tokens']:.2f} bytes a token; "
+        f"{num_held_out:,} documents held out; dropped {corpus['num_empty']:,} empty ones, "
+        f"found {corpus['num_control_tokens']:,} control tokens in the text"
+    )
+    updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
+    Logger(
+        f"run: {run.args.epochs} x {run.rows_per_epoch:,} rows of {length} tokens in "
+        f"{updates:,} updates of {run.global_batch:,} rows ({run.global_batch * length:,} tokens) "
+        f"on {distributed.world_size()} x {run.device.type}, {run.args.dtype}"
+    )
+
+
+class Metrics:
+    """Writes on the main process only. After a resume the file goes on where the state was saved.
+
+    Args:
+        path: the JSONL file, one record an interval and one an evaluation.
+        run: what is measured; records of updates that it will repeat are dropped."""
+
+    def __init__(self, path: Path, run: Run) -> None:
+        self.path, self.run = path, run
+        self.tracker = NoTracker()
+        self.records = []
+        _, active = get_model_params(run.model, run.config)
+        self.flops_per_token = flops_per_token(run.config, active, run.args.max_seq_len)
+        peak = peak_flops(run.device)
+        self.peak_flops = peak and peak * distributed.world_size()
+        if is_main_process():
+            self.records = read_records(path, run.step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records)
+            write_atomically(path, text.encode())
+        self.bar = tqdm(
+            total=run.total_rows,
+            initial=run.rows_seen,
+            unit="row",
+            desc="training",
+            dynamic_ncols=True,
+            disable=None if is_main_process() else True,  # None: shown on a terminal only
+        )
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self.since = time.monotonic()
+        self.seconds_paused = 0.0
+        self.num_rows, self.num_tokens = 0, 0
+
+    def count(self, num_rows: int, num_tokens: int) -> None:
+        """One update is done: so many rows, so many tokens learnt from."""
+        self.num_rows += num_rows
+        self.num_tokens += num_tokens
+        self.bar.update(num_rows)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        since = time.monotonic()
+        yield
+        self.seconds_paused += time.monotonic() - since
+
+    def interval(self, losses: dict[str, float], lr: float, grad_norm: float) -> None:
+        """Report the interval that ends now."""
+        run, seconds = self.run, time.monotonic() - self.since
+        speed = self.num_tokens / max(seconds - self.seconds_paused, 1e-9)
+        minutes_left = (run.total_rows - run.rows_seen) * seconds / max(self.num_rows, 1) / 60
+        epoch = -(-run.rows_seen // run.rows_per_epoch)
+        record = {
+            "step": run.step,
+            "epoch": epoch,
+            "rows": run.rows_seen,
+            "tokens": run.tokens_seen,
+        }
+        record |= {**losses, "lr": lr, "grad_norm": grad_norm}
+        record |= {"tokens_per_second": round(speed), "eta_minutes": round(minutes_left, 2)}
+        shown = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
+        mfu = ""
+        if self.peak_flops:
+            record["mfu"] = round(speed * self.flops_per_token / self.peak_flops, 4)
+            mfu = f"  mfu {record['mfu']:.1%}"
+        self.write(record)
+        Logger(
+            f"epoch {epoch}/{run.args.epochs}  step {run.step:>5}{shown}  lr {lr:.2e}  "
+            f"grad_norm {grad_norm:.3f}  {speed:,.0f} tokens/s{mfu}  {minutes_left:.1f} min left"
+        )
+        self._start_interval()
+
+    def evaluation(self, scores: dict[str, float], texts: dict[str, str]) -> None:
+        """Report held-out loss and continuations of fixed prompts."""
+        self.write({"step": self.run.step, **scores, "continuations": texts})
+        if scores:
+            Logger(
+                f"held out: loss {scores['heldout_loss']:.4f}, "
+                f"{scores['heldout_bits_per_byte']:.4f} bits/byte"
+            )
+        for prompt, text in texts.items():
+            Logger(f"  {prompt} → {text}".replace("\n", "⏎"))
+
+    def write(self, record: dict) -> None:
+        """Append one record to the file and send its numbers to the tracker."""
+        if is_main_process():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.tracker.log(record, step=record["step"])
+
+    def close(self) -> None:
+        """The run is complete."""
+        self.bar.close()
+        self.tracker.finish()

@@ -1,0 +1,119 @@
+"""Weights as others read them: MiniMind's ``.pth``, half precision, with a ``.json`` beside it."""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.checkpoint import CheckpointError, checkpoint_name, to_bytes, write_atomically
+
+
+def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> Path:
+    """``out/pretrain_768.pth``, ``out/pretrain_768_moe.pth``."""
+    return Path(save_dir) / f"{checkpoint_name(weight, config)}.pth"
+
+
+def save_weights(path: Path, model: MiniMindForCausalLM, summary: dict) -> None:
+    """Write the model's weights, its configuration and a ``summary`` of the run. Raises: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    state.pop("lm_head.weight")
+    half = {key: value.half().cpu() for key, value in state.items()}
+    # MiniMind's files name the tied matrix twice; one storage, so the file holds it once.
+    half["lm_head.weight"] = half["model.embed_tokens.weight"]
+    described = {"config": model.config.to_diff_dict(), "run": summary}
+    text = json.dumps(described, indent=1, ensure_ascii=False)
+    write_atomically(path.with_suffix(".json"), text.encode())
+    write_atomically(path, to_bytes(half))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pth``; running no code from it. Raises: CheckpointError if it is none."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file. Train it first, or name another weight.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as weights: {reason:.120}") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} holds no plain state dict; expected names and tensors.")
+    if "model.embed_tokens.weight" in state:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    return state
+
+
+def load_weights(model: MiniMindForCausalLM, path: Path, flag: str) -> None:
+    """Put a file's weights into the model, all of them or none.
+
+    Raises: CheckpointError naming ``flag`` and what differs first."""
+    given, own = read_weights(path), model.state_dict()
+    missing = [key for key in own if key not in given]
+    unexpected = [key for key in given if key not in own]
+    reshaped = [key for key in own if key in given and own[key].shape != given[key].shape]
+    differences = [
+        *(f"{key} is {tuple(given[key].shape)}, not {tuple(own[key].shape)}" for key in reshaped),
+        *(f"{key} is missing" for key in missing),
+        *(f"{key} is not in this model" for key in unexpected),
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(
+            f"{flag}: {path} is of another model: {'; '.join(differences[:3])}{more}. "
+            f"{described_sizes(path, given)}"
+        )
+    model.load_state_dict(given)
+
+
+def described_sizes(path: Path, state: dict[str, Tensor]) -> str:
+    """One sentence on the sizes that fit a file, for an error message."""
+    try:
+        config = read_config(path, state)
+    except CheckpointError:
+        return "Choose other weights."
+    return (
+        f"It fits --hidden_size {config.hidden_size} --num_hidden_layers {config.num_hidden_layers} "
+        f"--num_attention_heads {config.num_attention_heads} "
+        f"--num_key_value_heads {config.num_key_value_heads} "
+        f"--intermediate_size {config.intermediate_size} --use_moe {int(config.use_moe)} "
+        f"and a tokenizer of {config.vocab_size} entries."
+    )
+
+
+def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
+    """The architecture of a weights file: from the ``.json`` beside it, else from the shapes."""
+    described = path.with_suffix(".json")
+    if described.is_file():
+        try:
+            return MiniMindConfig(**json.loads(described.read_text(encoding="utf-8"))["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{described} does not describe a model: {error}") from None
+    return config_from_shapes(state, path)
+
+
+def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
+    """MiniMind's own files have no ``.json``: every size but the experts per token shows in a shape.
+
+    Raises: CheckpointError if the names are not MiniMind's."""
+    layer = "model.layers.0."
+    try:
+        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        head_dim = len(state[layer + "self_attn.q_norm.weight"])
+        use_moe = layer + "mlp.gate.weight" in state
+        expert = "experts.0." if use_moe else ""
+        return MiniMindConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=len({key.split(".")[2] for key in state if ".layers." in key}),
+            use_moe=use_moe,
+            vocab_size=vocab_size,
+            head_dim=head_dim,
+            num_attention_heads=len(state[layer + "self_attn.q_proj.weight"]) // head_dim,
+            num_key_value_heads=len(state[layer + "self_attn.k_proj.weight"]) // head_dim,
+            intermediate_size=len(state[f"{layer}mlp.{expert}gate_proj.weight"]),
+            num_experts=len(state[layer + "mlp.gate.weight"]) if use_moe else 4,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}: these are no MiniMind weights.") from None
