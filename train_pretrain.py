@@ -12,7 +12,6 @@ and resume follow from it. This file tells the story; its parts are in dataset/,
 import argparse
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,21 +22,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import Batch, PretrainDataset, as_is
-from dataset.token_cache import (
-    DEFAULT_CACHE_DIR,
-    DataError,
-    TokenCache,
-    build_token_cache,
-    special_ids,
-)
+from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
-from trainer.checkpoint import CheckpointError
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics, describe
 from trainer.optimizer import build_optimizer, set_lr
-from trainer.run import Run, claim_names, metrics_path
-from trainer.settings import Parser, SettingsError, check_flags, deciding_settings, default_device
+from trainer.run import Run, delete_run, metrics_path, refuse_to_overwrite
+from trainer.settings import (
+    Parser,
+    SettingsError,
+    check_flags,
+    deciding_settings,
+    default_device,
+    run_program,
+)
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
     Logger,
@@ -274,12 +273,15 @@ def train(args: argparse.Namespace) -> None:
     setup_seed(args.seed)
 
     # 2. What is to be trained, and may it be written
+    once = partial(distributed.first_on_each_machine, alone=True)
     tokenizer = load_tokenizer(args.tokenizer_path)
     config = build_config(args, tokenizer)
     state = None
     if args.from_resume:
         state = lm_checkpoint(config, weight=args.save_weight, save_dir=args.checkpoint_dir)
         Logger(f"resuming after update {state['step']:,}" if state else "no state yet: a new run")
+    if state is None:
+        once(partial(refuse_to_overwrite, args, config))
 
     # 3. Data: tokenized by one process of each machine while the others wait
     build = partial(build_token_cache, args.data_path, tokenizer, args.cache_dir)
@@ -318,7 +320,7 @@ def train(args: argparse.Namespace) -> None:
         run.restore(state)
         del state  # as large as model and optimizer together
     else:
-        distributed.first_on_each_machine(lambda: claim_names(args, config), alone=True)
+        once(partial(delete_run, args, config))
     if run.is_done:
         return Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
     if args.use_compile:
@@ -348,19 +350,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 complete, 2 flags, 3 data, 4 weights or states, 6 disk."""
-    try:
-        train(parse_flags(argv))
-    except (SettingsError, DataError, CheckpointError) as error:
-        message, status = str(error), error.exit_status
-    except OSError as error:
-        message, status = f"{error}. States saved before are intact; rerun with --from_resume 1.", 6
-    except KeyboardInterrupt:
-        message, status = "stopped. --from_resume 1 goes on from the last saved state.", 130
-    else:
-        return 0
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    return status
+    return run_program(lambda: train(parse_flags(argv)))
 
 
 if __name__ == "__main__":

@@ -107,19 +107,23 @@ class PretrainDataset(Dataset):
         torch.cumsum(lengths, 0, out=self.begins[1:])
 
     def held_out(self, max_tokens: int) -> "PretrainDataset | None":
-        """The documents kept aside, in the files' order, up to ``max_tokens``; None if none.
-
-        Their rows overlap by one token, so that every token but a document's first is predicted
-        exactly once: the summed loss belongs to all bytes of these documents."""
+        """Those documents kept aside that fit ``max_tokens``, for evaluation; None if none."""
         documents = torch.where(self.is_held_out)[0].to(torch.int32)
         if len(documents) == 0:
             return None
+        kept = self.for_evaluation(documents)
+        num_kept = max(1, int(torch.searchsorted(kept.begins, max_tokens, right=True)) - 1)
+        return self.for_evaluation(documents[:num_kept])
+
+    def for_evaluation(self, documents: Tensor | None = None) -> "PretrainDataset":
+        """Rows of these documents (by number; default all of this set), in the files' order.
+
+        They overlap by one token, so that every token but a document's first is predicted exactly
+        once: the summed loss belongs to all bytes of these documents."""
         other = object.__new__(PretrainDataset)
         other.__dict__ |= self.__dict__
+        other.documents = self.documents if documents is None else documents
         other.packing, other.stride = True, self.row_length - 1
-        other._lay_out(documents)
-        num_kept = max(1, int(torch.searchsorted(other.begins, max_tokens, right=True)) - 1)
-        other.documents = documents[:num_kept]
         other._lay_out(other.documents)
         return other
 

@@ -102,8 +102,8 @@ class MiniMindConfig(PretrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim {self.head_dim} (hidden_size {self.hidden_size} / {heads} heads) is odd, "
-                f"but rotary embedding turns pairs of numbers. Choose a multiple of {2 * heads}."
+                f"hidden_size {self.hidden_size} over {heads} heads gives an odd head_dim, but "
+                f"rotary embedding turns pairs of numbers. Choose a multiple of {2 * heads}."
             )
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(

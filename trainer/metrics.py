@@ -30,7 +30,7 @@ PEAK_FLOPS = {
 def flops_per_token(config: MiniMindConfig, active_parameters: int, row_length: int) -> float:
     """Operations of one token's forward and backward pass, in rows of ``row_length``.
 
-    Six per weight that the token meets (the tied matrix once, as the head), and for attention twelve
+    Six per weight that the token meets (the tied matrix once, as the head); for attention twelve
     per layer, head width and token seen; causal, so half a row is seen on average.
 
     Source: PaLM (Chowdhery et al. 2022), appendix B."""

@@ -118,17 +118,24 @@ def metrics_path(args: argparse.Namespace, config: MiniMindConfig) -> Path:
     return Path(args.save_dir) / f"{checkpoint_name(args.save_weight, config)}_metrics.jsonl"
 
 
-def claim_names(args: argparse.Namespace, config: MiniMindConfig) -> None:
-    """Make sure that a new run's names are free; with --overwrite 1 by deleting what bears them.
-
-    Raises: CheckpointError naming the first file that would be lost."""
+def files_of_run(args: argparse.Namespace, config: MiniMindConfig) -> list[Path]:
+    """What an earlier run of this name left: states, newest first, and weights."""
     weights = weights_path(args.save_dir, args.save_weight, config)
     states = list_states(args.checkpoint_dir, checkpoint_name(args.save_weight, config))
-    taken = [*states, *(path for path in (weights, weights.with_suffix(".json")) if path.exists())]
+    return [*states, *(p for p in (weights, weights.with_suffix(".json")) if p.exists())]
+
+
+def refuse_to_overwrite(args: argparse.Namespace, config: MiniMindConfig) -> None:
+    """Raises: CheckpointError if a new run's first save would replace another run's files."""
+    taken = files_of_run(args, config)
     if taken and not args.overwrite:
         raise CheckpointError(
             f"{taken[0]} belongs to another run. --from_resume 1 goes on with it, "
             f"--save_weight NAME starts one beside it, --overwrite 1 deletes it."
         )
-    for path in taken:
+
+
+def delete_run(args: argparse.Namespace, config: MiniMindConfig) -> None:
+    """--overwrite 1: forget the earlier run of this name."""
+    for path in files_of_run(args, config):
         path.unlink()

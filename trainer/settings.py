@@ -1,6 +1,9 @@
 """Flags that people type: checked together, refused in one line, compared on resume."""
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -98,6 +101,25 @@ def deciding_settings(args: argparse.Namespace, num_ranks: int, digests: dict[st
         "content of data_path": digests["data"][:16],
         "content of tokenizer_path": digests["tokenizer"][:16],
     }
+
+
+def run_program(program: Callable[[], None]) -> int:
+    """Run it; an error that people cause becomes one line on stderr and an exit status."""
+    try:
+        program()
+    except KeyboardInterrupt:
+        message, status = "stopped. --from_resume 1 goes on from the last saved state.", 130
+    except OSError as error:
+        message, status = f"{error}. What was saved before is intact.", 6
+    except ValueError as error:
+        if not hasattr(error, "exit_status"):
+            raise
+        message, status = str(error), error.exit_status
+    else:
+        return 0
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, not once a rank
+        print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 def check_same_settings(saved: dict, given: dict) -> None:

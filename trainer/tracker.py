@@ -46,7 +46,7 @@ class SwanLabTracker:
         config: all flags.
         log_dir: where the local dashboard's files go; ``swanlab watch <log_dir>`` shows them.
         run_id: the run to continue, or None for a new one.
-        history: (step, metrics) of the steps before this start. The cloud continues a run by its id;
+        history: the metrics of the steps before this start. The cloud continues a run by its id;
             the local dashboard cannot, so there the run's newest entry is told its past."""
 
     def __init__(
@@ -56,7 +56,7 @@ class SwanLabTracker:
         config: dict,
         log_dir: str,
         run_id: str | None,
-        history: Iterable[tuple[int, dict]] = (),
+        history: Iterable[dict] = (),
     ) -> None:
         self.run = None
         self.id = run_id or f"{name}-{uuid.uuid4().hex[:8]}"
@@ -89,8 +89,8 @@ class SwanLabTracker:
                     )
                     break
         if self.run is not None and self.run.mode == "local":
-            for step, metrics in history:
-                self.log(metrics, step)
+            for metrics in history:
+                self.log(metrics, metrics["step"])
 
     def log(self, metrics: dict, step: int) -> None:
         """Send one step's numbers; other values stay in the metrics file."""

@@ -17,7 +17,7 @@ def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> P
 
 
 def save_weights(path: Path, model: MiniMindForCausalLM, summary: dict) -> None:
-    """Write the model's weights, its configuration and a ``summary`` of the run. Raises: OSError."""
+    """Write weights, configuration and a ``summary`` of the run. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     state.pop("lm_head.weight")
@@ -75,7 +75,8 @@ def described_sizes(path: Path, state: dict[str, Tensor]) -> str:
     except CheckpointError:
         return "Choose other weights."
     return (
-        f"It fits --hidden_size {config.hidden_size} --num_hidden_layers {config.num_hidden_layers} "
+        f"It fits --hidden_size {config.hidden_size} "
+        f"--num_hidden_layers {config.num_hidden_layers} "
         f"--num_attention_heads {config.num_attention_heads} "
         f"--num_key_value_heads {config.num_key_value_heads} "
         f"--intermediate_size {config.intermediate_size} --use_moe {int(config.use_moe)} "
@@ -95,7 +96,7 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
 
 
 def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
-    """MiniMind's own files have no ``.json``: every size but the experts per token shows in a shape.
+    """MiniMind's own files have no ``.json``; all sizes but experts per token show in shapes.
 
     Raises: CheckpointError if the names are not MiniMind's."""
     layer = "model.layers.0."

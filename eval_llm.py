@@ -1,0 +1,204 @@
+"""Continue prompts with a pretrained model, or measure its loss on a file.
+
+python eval_llm.py                                      # built-in prompts
+python eval_llm.py --prompt "The capital of France is"  # your own, as often as you like
+python eval_llm.py --interactive 1                      # type them
+python eval_llm.py --data_path held_out.jsonl           # nats per token, bits per byte
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from dataset.lm_dataset import PretrainDataset, as_is
+from dataset.token_cache import DEFAULT_CACHE_DIR
+from model.model_minimind import MiniMindForCausalLM
+from trainer.checkpoint import CheckpointError
+from trainer.evaluation import encode_prompt, held_out_loss
+from trainer.settings import Parser, SettingsError, default_device, device_problems, run_program
+from trainer.trainer_utils import load_tokenizer, setup_seed
+from trainer.weights import load_weights, read_config, read_weights
+
+# Facts that the bundled sample states, in words that it does not use.
+PROMPTS = ("The capital of France is", "中国的首都是")
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model").add_argument
+    add("--weight", default="pretrain", help="name of the weights in --save_dir, or a .pth file")
+    add("--save_dir", default="out", help="folder of the weights")
+    add("--hidden_size", type=int, help="which, if --save_dir holds several of that name")
+    add("--use_moe", type=int, choices=[0, 1], help="likewise")
+    add("--tokenizer_path", default="model", help="the tokenizer it was trained with")
+    add("--inference_rope_scaling", action="store_true", help="stretch positions 16 times (YaRN)")
+    add("--device", default=default_device(), help="cuda, mps or cpu")
+
+    add = parser.add_argument_group("what to do").add_argument
+    add("--prompt", action="append", help="text to continue; repeatable")
+    add("--interactive", type=int, default=0, choices=[0, 1], help="1: read prompts, one a line")
+    add("--data_path", nargs="+", help="JSONL to measure the loss on instead")
+    add("--max_seq_len", type=int, default=512, help="with --data_path: tokens in a row")
+    add("--batch_size", type=int, default=16, help="with --data_path: rows at once")
+    add("--cache_dir", default=DEFAULT_CACHE_DIR, help="with --data_path: for tokenized data")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max_new_tokens", type=int, default=100, help="length of a continuation at most")
+    add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    add(
+        "--top_p", type=float, default=0.9, help="likeliest tokens that share this much probability"
+    )
+    add("--top_k", type=int, default=50, help="likeliest tokens to draw from; 0: all")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions")
+    add("--seed", type=int, default=42, help="the same seed draws the same text")
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises: SettingsError listing every flag that is out of range."""
+    at_least = {
+        "max_new_tokens": 1,
+        "batch_size": 1,
+        "max_seq_len": 2,
+        "temperature": 0,
+        "top_k": 0,
+    }
+    problems = [
+        f"--{name} is {getattr(args, name)}, expected {least} or more"
+        for name, least in at_least.items()
+        if getattr(args, name) < least
+    ]
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top_p is {args.top_p}, expected above 0, at most 1")
+    if args.repetition_penalty <= 0:
+        problems.append(f"--repetition_penalty is {args.repetition_penalty}, expected above 0")
+    problems += device_problems(args.device)
+    if problems:
+        raise SettingsError("; ".join(problems) + ".")
+
+
+def find_weights(args: argparse.Namespace) -> Path:
+    """The file that --weight means. Raises: CheckpointError if there is none, or more than one."""
+    if args.weight.endswith(".pth"):
+        return Path(args.weight)
+    pattern = re.compile(re.escape(args.weight) + r"_(\d+)(_moe)?\.pth")
+    found = [
+        (path, m)
+        for path in Path(args.save_dir).glob("*.pth")
+        if (m := pattern.fullmatch(path.name))
+    ]
+    fitting = sorted(
+        path
+        for path, m in found
+        if args.hidden_size in (None, int(m[1])) and args.use_moe in (None, int(bool(m[2])))
+    )
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(path.name for path in (fitting or sorted(p for p, _ in found))) or "none"
+    expected = "several; choose with --hidden_size and --use_moe" if fitting else "no weights"
+    raise CheckpointError(
+        f"--weight {args.weight}: {expected} of that name and size in {args.save_dir} "
+        f"(found: {names}). Train some with train_pretrain.py, or give a .pth file."
+    )
+
+
+def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
+    """The model of --weight, ours or MiniMind's. Raises: CheckpointError, SettingsError."""
+    path = find_weights(args)
+    config = read_config(path, read_weights(path))
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(
+            f"--tokenizer_path {args.tokenizer_path} has {len(tokenizer):,} entries, but the "
+            f"vocabulary of {path} has {config.vocab_size:,}. Give the tokenizer of its training."
+        )
+    config.inference_rope_scaling = args.inference_rope_scaling
+    model = MiniMindForCausalLM(config)
+    load_weights(model, path, flag=f"--weight {args.weight}")
+    return model.eval().to(args.device)
+
+
+def measure(
+    args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Print the model's loss on all documents of --data_path."""
+    data = PretrainDataset(
+        args.data_path, tokenizer, args.max_seq_len, cache_dir=args.cache_dir
+    ).for_evaluation()
+    rows = range(len(data))
+    batches = [rows[i : i + args.batch_size] for i in range(0, len(data), args.batch_size)]
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=as_is)
+    scores = held_out_loss(model, loader, data.num_text_bytes)
+    print(
+        f"{len(data.documents):,} documents, {data.num_text_bytes:,} bytes: "
+        f"loss {scores['heldout_loss']:.4f} nats/token, "
+        f"{scores['heldout_bits_per_byte']:.4f} bits/byte"
+    )
+
+
+def typed_prompts() -> Iterator[str]:
+    """Prompts from the terminal, until an empty line or the end of input."""
+    while True:
+        try:
+            prompt = input("prompt: ")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        yield prompt
+
+
+def continue_prompts(
+    args: argparse.Namespace,
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
+) -> None:
+    """Print each prompt and its continuation as it is made."""
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature}
+        sampling |= {"top_p": args.top_p, "top_k": args.top_k}
+    for prompt in prompts:
+        setup_seed(args.seed)  # before each, so that a text does not depend on those before it
+        ids = encode_prompt(tokenizer, prompt).to(args.device)
+        print(prompt, end="", flush=True)
+        start = time.monotonic()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=args.max_new_tokens,
+            repetition_penalty=args.repetition_penalty,
+            streamer=streamer,
+            **sampling,
+        )
+        seconds = time.monotonic() - start
+        print(f"[{(out.shape[1] - ids.shape[1]) / seconds:.0f} tokens/s]\n")
+
+
+def evaluate(argv: list[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    check_flags(args)
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    model = load_model(args, tokenizer)
+    if args.data_path:
+        measure(args, model, tokenizer)
+    else:
+        prompts = typed_prompts() if args.interactive else args.prompt or PROMPTS
+        continue_prompts(args, model, tokenizer, prompts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 flags, 3 data, 4 weights."""
+    return run_program(lambda: evaluate(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
