@@ -31,7 +31,7 @@ PROMPTS = ("The capital of France is", "中国的首都是")
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--weight", default="pretrain", help="name of the weights in --save_dir, or a .pth file")
     add("--save_dir", default="out", help="folder of the weights")

@@ -75,7 +75,7 @@ PRESETS: dict[str, dict] = {  # defaults that any flag overrides
 
 def build_parser() -> Parser:
     """Every flag, once: its default, its unit, its reason."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--preset", choices=PRESETS, default="64m", help="sizes and data; see README"
     )
@@ -85,7 +85,7 @@ def build_parser() -> Parser:
     add("--num_hidden_layers", type=int, default=8, help="depth of the model")
     add("--num_attention_heads", type=int, default=8, help="query heads")
     add("--num_key_value_heads", type=int, default=4, help="heads that queries share")
-    add("--intermediate_size", type=int, help="feed-forward width (default: hidden_size * pi)")
+    add("--intermediate_size", type=int, help="feed-forward width; None: hidden_size * pi")
     add("--dropout", type=float, default=0.0, help="share of activations dropped in training")
     add("--use_moe", type=int, default=0, choices=[0, 1], help="1: mixture of experts")
     add("--tokenizer_path", default="model", help="folder of any transformers tokenizer")
@@ -119,7 +119,7 @@ def build_parser() -> Parser:
         default="bfloat16",
         help="of products",
     )
-    add("--use_compile", type=int, choices=[0, 1], help="compile the model (default: 1 on cuda)")
+    add("--use_compile", type=int, choices=[0, 1], help="compile the model; None: only on cuda")
 
     add = parser.add_argument_group("files").add_argument
     add("--save_dir", default="out", help="weights and metrics")

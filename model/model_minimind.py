@@ -362,7 +362,7 @@ class MoEFeedForward(nn.Module):
         return y.view_as(x), probs.view(*by_row, -1), used.view(*by_row, -1)
 
 
-def balance_loss(probs: Tensor, used: Tensor, real: Tensor, row_share: Tensor) -> Tensor:
+def balance_loss(probs: Tensor, used: Tensor, real: Tensor, num_labels: Tensor) -> Tensor:
     """How unevenly a layer's router spreads tokens over the experts; k when evenly.
 
     Measured within each row, so that it does not depend on which rows share a micro-batch.
@@ -371,12 +371,13 @@ def balance_loss(probs: Tensor, used: Tensor, real: Tensor, row_share: Tensor) -
         probs: (B, T, E) the router's probabilities.
         used: (B, T, k) int64, the experts chosen.
         real: (B, T) bool, False on padding.
-        row_share: (B,) the weight of each row, in sum 1.
+        num_labels: (B,) int64, the weight of each row.
     Returns: (), mean over rows of E * sum over experts of (share of tokens) * (mean probability).
     Source: Switch Transformers (Fedus et al. 2021), section 2.2."""
     num_experts = probs.shape[-1]
     real = real.unsqueeze(-1).to(probs.dtype)  # (B, T, 1)
     num_real = real.sum(1).clamp(min=1)  # (B, 1)
+    row_share = num_labels.to(probs.dtype) / num_labels.sum().clamp(min=1)  # (B,)
     sent = (F.one_hot(used, num_experts).sum(2) * real).sum(1) / num_real  # (B, E)
     mean_prob = (probs * real).sum(1) / num_real  # (B, E)
     return num_experts * (row_share * (sent * mean_prob).sum(-1)).sum()
@@ -530,9 +531,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             num_labels = (shifted(labels) != IGNORE).sum(1)  # (B,)
             loss = next_token_nats(logits, labels) / num_labels.sum().clamp(min=1)
             real = labels != IGNORE if document_starts is None else document_starts >= 0
-            row_share = num_labels / num_labels.sum().clamp(min=1)
             for probs, used in routings:
-                aux_loss = aux_loss + balance_loss(probs, used, real, row_share)
+                aux_loss = aux_loss + balance_loss(probs, used, real, num_labels)
             aux_loss = aux_loss * self.config.router_aux_loss_coef
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -7,6 +7,7 @@ bytes, so one rename commits it, and a file counts only if its bytes are what wa
 import hashlib
 import io
 import os
+import pickle
 import random
 import re
 from pathlib import Path
@@ -88,12 +89,24 @@ def save_state(folder: str | Path, name: str, update: int, state: dict) -> Path:
     return path
 
 
+def load_tensors(source: io.BytesIO | Path, path: Path) -> dict:
+    """What torch.save wrote, on the CPU, without running code. Raises: CheckpointError."""
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks to import {wanted[1]}, and tensors need no code" if wanted else "damaged"
+    except (RuntimeError, EOFError) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0]
+    raise CheckpointError(f"{path} cannot be loaded: {reason:.160}.")
+
+
 def read_state(path: Path) -> dict:
     """A state whose bytes are those that were written. Raises: CheckpointError if they are not."""
     data = path.read_bytes()
     if path.stem.rsplit("_", 1)[1] != digest(data):
         raise CheckpointError(f"{path} is damaged: its {len(data):,} bytes are not those written.")
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    state = load_tensors(io.BytesIO(data), path)
     if state.get("format") != FORMAT:
         found = state.get("format")
         raise CheckpointError(f"{path} has format {found}; this trainer reads format {FORMAT}.")

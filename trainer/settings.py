@@ -17,8 +17,17 @@ class SettingsError(ValueError):
     exit_status = 2
 
 
+class HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Shows every default, and the description as it is written."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, like all others here."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}. See --help.\n")

@@ -1,14 +1,18 @@
 """Weights as others read them: MiniMind's ``.pth``, half precision, with a ``.json`` beside it."""
 
 import json
-import pickle
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.checkpoint import CheckpointError, checkpoint_name, to_bytes, write_atomically
+from trainer.checkpoint import (
+    CheckpointError,
+    checkpoint_name,
+    load_tensors,
+    to_bytes,
+    write_atomically,
+)
 
 
 def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> Path:
@@ -34,11 +38,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.pth``; running no code from it. Raises: CheckpointError if it is none."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Train it first, or name another weight.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as weights: {reason:.120}") from None
+    state = load_tensors(path, path)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path} holds no plain state dict; expected names and tensors.")
     if "model.embed_tokens.weight" in state:

@@ -1,0 +1,64 @@
+"""What several test files need."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
+    """One document a line."""
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    path.write_bytes("".join(lines).encode("utf-8"))
+    return path
+
+
+@cache
+def shipped_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer in model/: 6,400 entries, padding 0, BOS 1, EOS 2."""
+    return AutoTokenizer.from_pretrained(str(ROOT / "model"))
+
+
+def tiny_config(**changes: object) -> MiniMindConfig:
+    """Two layers of width 32, except for what ``changes`` says."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "vocab_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+    }
+    return MiniMindConfig(**(sizes | changes))
+
+
+@torch.no_grad()
+def tiny_model(seed: int = 0, **changes: object) -> MiniMindForCausalLM:
+    """A model in which every weight matters: none is zero, one, or too small to see."""
+    torch.manual_seed(seed)
+    model = MiniMindForCausalLM(tiny_config(**changes)).eval()
+    for weight in model.parameters():
+        weight += 0.2 * torch.randn_like(weight)
+    return model
+
+
+def start_python(*arguments: object) -> subprocess.Popen:
+    """A Python of its own, in the repository's root."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )

@@ -1,0 +1,122 @@
+"""Starting the real programs on tiny models, for tests that need processes."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import train_pretrain
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_seq_len": 32,
+    "batch_size": 2,
+    "accumulation_steps": 4,
+    "epochs": 2,
+    "learning_rate": 1e-3,
+    "log_interval": 1,
+    "save_interval": 5,
+    "eval_interval": 1000,
+    "heldout_fraction": 0.1,
+    "dtype": "float32",
+    "device": "cpu",
+}
+
+
+def texts(num: int = 80) -> list[str]:
+    """Short documents of different lengths, none like another."""
+    return [
+        f"Document {i}: " + " ".join(f"word{i * j % 17}" for j in range(i % 19 + 1))
+        for i in range(num)
+    ]
+
+
+def write_corpus(path: Path, documents: list[str] | None = None) -> Path:
+    """JSONL of ``documents``, by default of ``texts()``."""
+    lines = [json.dumps({"text": t}, ensure_ascii=False) for t in documents or texts()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def flags(folder: Path, **changes: object) -> list[str]:
+    """TINY with ``changes``, all files inside ``folder``, as words of a command line."""
+    corpus = folder / "corpus.jsonl"
+    if not corpus.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_corpus(corpus)
+    places = {
+        "data_path": corpus,
+        "save_dir": folder / "out",
+        "checkpoint_dir": folder / "checkpoints",
+        "cache_dir": folder / "cache",
+    }
+    chosen = TINY | places | changes
+    return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+
+
+def command(arguments: list[str], num_ranks: int = 1) -> list[str]:
+    """The command line that trains on so many ranks."""
+    if num_ranks == 1:
+        return [sys.executable, "train_pretrain.py", *arguments]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    return [*run, str(num_ranks), "train_pretrain.py", *arguments]
+
+
+def run(words: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
+    """Run to the end."""
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, **settings)
+
+
+def train(folder: Path, num_ranks: int = 1, **changes: object) -> str:
+    """Train on ranks of their own, or alone in this process: it must succeed. Returns its output."""
+    if num_ranks == 1:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert train_pretrain.main(flags(folder, **changes)) == 0
+        return output.getvalue()
+    done = run(command(flags(folder, **changes), num_ranks))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def records(folder: Path) -> list[dict]:
+    """The metrics file, as far as it is written."""
+    found = list((folder / "out").glob("*_metrics.jsonl"))
+    lines = found[0].read_text(encoding="utf-8").splitlines(keepends=True) if found else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below ``pid``, parents first."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [int(c) for c in children] + [d for c in children for d in descendants(int(c))]
+
+
+def train_and_kill(folder: Path, step: int, num_ranks: int = 1, **changes: object) -> int:
+    """Start training, SIGKILL a rank once ``step`` is logged; returns the last step logged."""
+    with subprocess.Popen(
+        command(flags(folder, **changes), num_ranks),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not any(record["step"] >= step for record in records(folder)):
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline, "never came so far"
+            time.sleep(0.01)
+        victim = process.pid if num_ranks == 1 else descendants(process.pid)[-1]
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(timeout=120) != 0
+    return records(folder)[-1]["step"]

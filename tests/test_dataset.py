@@ -1,0 +1,400 @@
+"""Rows, their order and the token cache, against plain Python that reads the contract aloud."""
+
+import itertools
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from dataset.lm_dataset import PretrainDataset, as_is, permutation
+from dataset.token_cache import DataError, TokenCache, build_token_cache, read_documents
+from tests.helpers import shipped_tokenizer, start_python, write_jsonl
+from trainer.trainer_utils import SkipBatchSampler
+
+BOS, EOS, PAD, IGNORE = 1, 2, 0, -100
+TEXTS = [
+    "A short one.",
+    "x",
+    "One that is longer than any of the rows below, " * 8,
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>",
+    "深度学习 🙂 naïve",
+    "12345",
+    "y",
+    "The last of them, of a usual length.",
+]
+
+
+def encode(text: str) -> list[int]:
+    """Ids by transformers' own call."""
+    return shipped_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def open_rows(folder: Path, texts: list[str] = TEXTS, length: int = 16, **how) -> PretrainDataset:
+    """The dataset of these texts, its files in ``folder``."""
+    corpus = write_jsonl(folder / "corpus.jsonl", texts)
+    return PretrainDataset(
+        str(corpus), shipped_tokenizer(), length, cache_dir=str(folder / "cache"), **how
+    )
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
+    """2,000 short documents."""
+    folder = tmp_path_factory.mktemp("many")
+    corpus = write_jsonl(
+        folder / "corpus.jsonl", (f"document {i} " * (i % 3 + 1) for i in range(2000))
+    )
+    return build_token_cache(str(corpus), shipped_tokenizer(), folder / "cache")
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+def expected_rows(documents: list[list[int]], length: int) -> list[tuple[list[int], ...]]:
+    """(ids, labels, document_starts) of each packed row, found one token at a time."""
+    stream = []  # (id, label, number of its document)
+    for number, ids in enumerate(documents):
+        stream += [(BOS, IGNORE, number), *((i, i, number) for i in ids), (EOS, EOS, number)]
+    stream += [(PAD, IGNORE, None)] * (-len(stream) % length)
+    rows = []
+    for begin in range(0, len(stream), length):
+        ids, labels, owners = zip(*stream[begin : begin + length], strict=True)
+        starts = [-1 if owner is None else owners.index(owner) for owner in owners]
+        rows.append((list(ids), list(labels), starts))
+    return rows
+
+
+def test_every_token_comes_once_an_epoch_in_rows_that_know_their_documents(tmp_path: Path) -> None:
+    num_tokens = sum(len(encode(text)) + 2 for text in TEXTS)
+    for length in (2, 3, 7, 16, 50, num_tokens - 1, num_tokens, num_tokens + 5):
+        data = open_rows(tmp_path, length=length)
+        for epoch in (0, 3):
+            data.set_epoch(epoch)
+            order = permutation(len(TEXTS), 42, epoch).tolist()
+            expected = expected_rows([encode(TEXTS[i]) for i in order], length)
+            assert [tuple(part.tolist() for part in row) for row in data] == expected
+            batch = data.__getitems__(list(range(len(data))))
+            assert [list(row) for row in zip(*(p.tolist() for p in batch[:3]), strict=True)] == [
+                list(row) for row in expected
+            ]
+            assert batch.num_labels == sum(i != IGNORE for row in expected for i in row[1][1:])
+
+
+def test_a_control_token_in_a_text_is_no_bound_of_a_document(tmp_path: Path) -> None:
+    data = open_rows(tmp_path, [TEXTS[3]], length=64)
+    ids, labels, starts = data[0]
+    assert (ids == BOS).sum() == 3 and (ids == EOS).sum() == 3
+    assert (labels == IGNORE).nonzero().flatten().tolist() == [0, *range(data.num_tokens, 64)]
+    assert set(starts.tolist()) == {0, -1}
+
+
+def test_rows_past_the_last_are_padding(tmp_path: Path) -> None:
+    for packing in (True, False):
+        data = open_rows(tmp_path, packing=packing)
+        batch = data.__getitems__([len(data), len(data) + 7])
+        assert (batch.input_ids == PAD).all() and (batch.labels == IGNORE).all()
+        assert batch.num_labels == 0
+
+
+def test_unpacked_rows_hold_one_document_each_cut_without_a_false_eos(tmp_path: Path) -> None:
+    data = open_rows(tmp_path, packing=False)
+    assert len(data) == len(TEXTS)
+    for row, number in zip(data, permutation(len(TEXTS), 42, 0).tolist(), strict=True):
+        whole = [BOS, *encode(TEXTS[number]), EOS][:16]
+        ids, labels = (part.tolist() for part in row)
+        assert ids == whole + [PAD] * (16 - len(whole))
+        assert labels[1:] == whole[1:] + [IGNORE] * (16 - len(whole))
+
+
+# --------------------------------------------------------------------------------------- order
+
+
+def test_order_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        torch.rand(3)  # the global generator has no say
+        data = open_rows(tmp_path, [f"text {i}" for i in range(50)], seed=seed)
+        data.set_epoch(epoch)
+        return data.order.tolist()
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)}
+    assert all(sorted(found) == list(range(50)) for found in orders.values())
+    assert len(set(map(tuple, orders.values()))) == 6
+    assert order(2, 1) == orders[2, 1]
+
+
+def test_order_is_frozen_because_a_resumed_run_relies_on_it() -> None:
+    """If this fails, every run that was saved before would repeat some rows and miss others."""
+    assert permutation(10, 42, 0).tolist() == [4, 2, 3, 5, 7, 6, 0, 1, 8, 9]
+    assert permutation(10, 42, 1).tolist() == [1, 0, 5, 4, 8, 6, 7, 3, 2, 9]
+
+
+def dealt(num_rows: int, batch_size: int, skip: int, world_size: int) -> list[list[int]]:
+    """All ranks' batches, in the order in which windows take them."""
+    ranks = [
+        SkipBatchSampler(range(num_rows), batch_size, skip, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks]
+    rounds = itertools.zip_longest(*ranks)
+    return [batch for one_round in rounds for batch in one_round if batch is not None]
+
+
+def test_ranks_and_interruptions_change_nothing_in_the_order_of_rows() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        num_rows, batch_size = draw.randrange(60), draw.randint(1, 7)
+        before, after = draw.choices((1, 2, 4), k=2)  # ranks
+        stopped_at = draw.randint(0, 70 // batch_size)  # batches
+        batches = dealt(num_rows, batch_size, 0, before)[:stopped_at]
+        batches += dealt(num_rows, batch_size, stopped_at, after)
+        assert [row for batch in batches for row in batch] == list(range(num_rows))
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_loader_processes_give_the_same_batches(tmp_path: Path) -> None:
+    data = open_rows(tmp_path)
+
+    def batches(num_workers: int) -> list[Tensor]:
+        sampler = SkipBatchSampler(range(len(data)), 3, 1)
+        loader = DataLoader(data, batch_sampler=sampler, num_workers=num_workers, collate_fn=as_is)
+        return [torch.stack(batch[:3]) for batch in loader]
+
+    alone, in_two = batches(0), batches(2)
+    assert sum(part.shape[1] for part in alone) == len(data) - 3
+    assert all(torch.equal(one, other) for one, other in zip(alone, in_two, strict=True))
+
+
+# ------------------------------------------------------------------------------------ held out
+
+
+def test_held_out_documents_are_the_asked_share_and_never_trained_on(many: TokenCache) -> None:
+    data = PretrainDataset(many, shipped_tokenizer(), 32, heldout_fraction=0.1)
+    kept_aside = {tuple(encode(f"document {i} " * (i % 3 + 1))) for i in data.is_held_out.nonzero()}
+    assert len(kept_aside) == pytest.approx(200, abs=45)  # 3.4 standard deviations
+    ids, _, starts = data.__getitems__(list(range(len(data))))[:3]
+    stream = ids.flatten()[starts.flatten() >= 0]
+    trained_on = torch.tensor_split(stream, (stream == BOS).nonzero().flatten()[1:])
+    assert len(trained_on) == 2000 - len(kept_aside)
+    assert not kept_aside & {tuple(document[1:-1].tolist()) for document in trained_on}
+
+
+def test_a_document_stays_on_its_side_when_the_corpus_grows(tmp_path: Path) -> None:
+    texts = [f"document {i % 250}" for i in range(500)]  # each one twice
+    before = open_rows(tmp_path, texts[:300], heldout_fraction=0.3).is_held_out
+    after = open_rows(tmp_path, texts, heldout_fraction=0.3).is_held_out
+    assert torch.equal(after[:300], before) and 0 < before.sum() < 300
+    assert torch.equal(after[:250], after[250:])
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_held_out_rows_predict_every_token_but_each_first_once(
+    many: TokenCache, length: int
+) -> None:
+    data = PretrainDataset(many, shipped_tokenizer(), length, heldout_fraction=0.05)
+    held_out = data.held_out(600)
+    texts = [f"document {i} " * (i % 3 + 1) for i in held_out.documents]
+    labels = held_out.__getitems__(list(range(len(held_out)))).labels[:, 1:]
+    assert labels[labels != IGNORE].tolist() == [i for text in texts for i in (*encode(text), EOS)]
+    assert held_out.num_text_bytes == sum(len(text.encode()) for text in texts)
+    following = data.is_held_out.nonzero().flatten()[len(texts)]
+    one_more = len(encode(f"document {following} " * (following % 3 + 1))) + 2
+    assert held_out.num_tokens <= 600 < held_out.num_tokens + one_more
+
+
+# --------------------------------------------------------------------------------- token cache
+
+
+def build(folder: Path, *paths: Path, **how) -> TokenCache:
+    """The cache of these files, in ``folder``."""
+    return build_token_cache([*map(str, paths)], shipped_tokenizer(), folder / "cache", **how)
+
+
+def documents_of(cache: TokenCache) -> list[list[int]]:
+    """Every document's ids."""
+    bounds = itertools.pairwise(cache.offsets.tolist())
+    return [cache.ids(torch.arange(begin, end)).tolist() for begin, end in bounds]
+
+
+def test_cached_ids_are_the_texts(tmp_path: Path) -> None:
+    cache = build(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    assert [shipped_tokenizer().decode(ids) for ids in documents_of(cache)] == TEXTS
+    assert documents_of(cache) == [encode(text) for text in TEXTS]
+    assert cache.num_bytes.tolist() == [len(text.encode()) for text in TEXTS]
+
+
+def test_the_second_opening_builds_nothing(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    def files() -> dict[Path, int]:
+        build(tmp_path, corpus)
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+
+    assert files() == files()
+
+
+def test_a_cache_is_known_by_content_not_by_name(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = build(tmp_path, corpus).folder
+    corpus = corpus.rename(tmp_path / "b.jsonl")
+    assert build(tmp_path, corpus).folder == folder
+    corpus.write_bytes(corpus.read_bytes().replace(b"12345", b"12346"))
+    changed = build(tmp_path, corpus)
+    assert changed.folder != folder and encode("12346") in documents_of(changed)
+    other = build_token_cache(str(corpus), word_tokenizer(100), tmp_path / "cache")
+    assert other.folder not in (folder, changed.folder)
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of so many words: w0, w1, ..., EOS."""
+    vocab = {f"w{i}": i for i in range(vocab_size - 1)} | {"</s>": vocab_size - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="w0")
+
+
+@pytest.mark.parametrize(("vocab_size", "num_bytes"), [(65536, 2), (65537, 4), (70000, 4)])
+def test_ids_take_two_bytes_while_they_fit(tmp_path: Path, vocab_size: int, num_bytes: int) -> None:
+    ids = [1, 32767, 32768, vocab_size - 2]
+    corpus = write_jsonl(tmp_path / "a.jsonl", [" ".join(f"w{i}" for i in ids) + "</s>"])
+    cache = build_token_cache(str(corpus), word_tokenizer(vocab_size), tmp_path)
+    assert documents_of(cache) == [[*ids, vocab_size - 1]]
+    assert (cache.folder / "tokens.bin").stat().st_size == 5 * num_bytes
+
+
+def test_several_files_and_folders_are_read_in_order(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "z.jsonl", ["first"])
+    inside = tmp_path / "folder"
+    (inside / "deeper").mkdir(parents=True)
+    write_jsonl(inside / "b.jsonl", ["third"])
+    write_jsonl(inside / "a.jsonl", ["second"])
+    write_jsonl(inside / "deeper" / "c.jsonl", ["fourth"])
+    (inside / "notes.txt").write_text("no document")
+    found = documents_of(build(tmp_path, first, inside))
+    assert found == [encode(text) for text in ("first", "second", "third", "fourth")]
+
+
+def test_control_tokens_and_empty_documents_are_counted(tmp_path: Path) -> None:
+    cache = build(tmp_path, write_jsonl(tmp_path / "a.jsonl", ["", TEXTS[3], " \n", "plain"]))
+    assert documents_of(cache) == [encode(TEXTS[3]), encode("plain")]
+    counted = {name: cache.meta[name] for name in ("num_documents", "num_control_tokens")}
+    assert counted == {"num_documents": 2, "num_control_tokens": 4}
+    assert cache.meta["num_empty"] == 2
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = build(tmp_path, corpus).folder
+    os.truncate(folder / "tokens.bin", 10)
+    with pytest.raises(DataError, match=str(folder)):
+        build(tmp_path, corpus)
+
+
+BUILD = """
+import sys
+from dataset.token_cache import build_token_cache
+from tests.helpers import shipped_tokenizer
+print(build_token_cache(sys.argv[1], shipped_tokenizer(), sys.argv[2]).folder)
+"""
+
+
+def test_a_killed_build_leaves_no_cache_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    texts = [f"document {i} " * 20 for i in range(20000)]
+    corpus, folder = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "cache"
+    with start_python("-c", BUILD, corpus, folder) as process:
+        while not list(folder.glob(".building-*/tokens.bin")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert [path.name[:9] for path in folder.iterdir()] == [".building"]
+    write_jsonl(corpus, texts[:10])
+    assert len(documents_of(build(tmp_path, corpus))) == 10
+    assert not list(folder.glob(".building-*"))
+
+
+def test_two_processes_may_build_the_same_cache_at_once(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", [f"document {i} " * 20 for i in range(5000)])
+    both = [start_python("-c", BUILD, corpus, tmp_path / "cache") for _ in range(2)]
+    said = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [
+        Path(out.strip()).name for out in {out for out, _ in said}
+    ]
+
+
+PEAKS = """
+import resource, sys
+from dataset import token_cache
+from tests.helpers import shipped_tokenizer
+token_cache.BATCH_BYTES = 2**16  # as small beside these files as its default is beside real ones
+for corpus in sys.argv[1:3]:
+    token_cache.build_token_cache(corpus, shipped_tokenizer(), sys.argv[3])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    small, large = (
+        write_jsonl(tmp_path / f"{num}.jsonl", (f"{i} and more, " * 10 for i in range(num)))
+        for num in (2_500, 25_000)
+    )
+    with start_python("-c", PEAKS, small, large, tmp_path / "cache") as process:
+        before, after = map(int, process.stdout)  # KiB
+    assert (after - before) * 1024 < large.stat().st_size  # its ids alone, as a list, take 8 times
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+BAD_LINES = {
+    "no JSON": b"once upon a time",
+    "cut short": b'{"text": "once',
+    "array": b'["once"]',
+    "no text": b'{"story": "once"}',
+    "null": b'{"text": null}',
+    "number": b'{"text": 1}',
+    "not UTF-8": b'{"text": "\xff"}',
+    "half a surrogate pair": rb'{"text": "\ud83d"}',
+    "deep": b'{"text": "once", "more": ' + b"[" * 100_000,
+    "huge number": b'{"text": "once", "id": ' + b"1" * 5000 + b"}",
+    "two objects": b'{"text": "once"} {"text": "twice"}',
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES)
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: bytes, number: int) -> None:
+    lines = [b'{"text": "fine"}'] * 5
+    lines[number - 1] = bad
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        list(read_documents(tmp_path / "a.jsonl"))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'a.jsonl'} line {number}: ")
+    assert len(message.splitlines()) == 1 and len(message) < 300 + len(str(tmp_path))
+
+
+def test_what_other_programs_write_is_accepted(tmp_path: Path) -> None:
+    lines = ['\ufeff{"text": "one"}', "\r", "  ", '{"id": 7, "text": "t\u2028wo"}\r', "", "\t"]
+    lines += [r'{"text": "\ud83d\ude42"}']  # and no end of line at the end of the file
+    (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode())
+    found = [text for text, _ in read_documents(tmp_path / "a.jsonl")]
+    assert found == ["one", "t\u2028wo", "🙂"]
+
+
+def test_a_missing_file_leads_to_the_download_and_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl.*https://.*--preset demo"):
+        build(tmp_path, tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("texts", [[], ["", " \n"]], ids=["no line", "no text"])
+def test_a_corpus_without_text_is_an_error(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl: no document"):
+        build(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts))

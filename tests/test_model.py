@@ -1,0 +1,449 @@
+"""The network against transformers' own classes, closed forms and plain loops."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+from model.model_minimind import (
+    MiniMindConfig,
+    MiniMindForCausalLM,
+    MoEFeedForward,
+    balance_loss,
+    inverse_frequencies,
+)
+from tests.helpers import shipped_tokenizer, tiny_config, tiny_model
+from trainer.trainer_utils import get_model_params
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+DENSE_AND_MOE = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+
+
+def random_ids(*shape: int, seed: int = 1) -> Tensor:
+    """Ids of ordinary tokens: no padding, BOS or EOS."""
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------- the same as Qwen3
+
+
+def qwen_of(model: MiniMindForCausalLM) -> PreTrainedModel:
+    """transformers' own Qwen3, dense or MoE, with the sizes and the weights of ``model``."""
+    ours = model.config
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads head_dim max_position_embeddings rms_norm_eps"
+    sizes = {name: getattr(ours, name) for name in names.split()} | {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ours.rope_theta},
+    }
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if ours.use_moe:
+        names = "moe_intermediate_size num_experts num_experts_per_tok norm_topk_prob"
+        sizes |= {name: getattr(ours, name) for name in names.split()}
+        for i in range(ours.num_hidden_layers):
+            experts = f"model.layers.{i}.mlp.experts."
+            gate, up, down = (
+                torch.stack([state.pop(f"{experts}{e}.{p}.weight") for e in range(4)])
+                for p in PROJECTIONS
+            )
+            state[experts + "gate_up_proj"] = torch.cat((gate, up), dim=1)
+            state[experts + "down_proj"] = down
+        twin = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    else:
+        twin = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    twin.load_state_dict(state)
+    return twin.eval()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_attention_heads": 8, "num_key_value_heads": 8},
+        {"num_attention_heads": 8, "num_key_value_heads": 1},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24, "rope_theta": 1e4},
+        {"use_moe": True},
+        {"use_moe": True, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+        {"use_moe": True, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    ],
+    ids=str,
+)
+def test_logits_equal_those_of_qwen3_with_the_same_weights(changes: dict) -> None:
+    model, ids = tiny_model(**changes), random_ids(3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, qwen_of(model)(ids).logits, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------- weights
+
+
+@DENSE_AND_MOE
+def test_weights_have_minimind_names(use_moe: bool) -> None:
+    of_a_layer = {f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    of_a_layer |= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    of_a_layer |= {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    if use_moe:
+        of_a_layer |= {f"mlp.experts.{i}.{name}.weight" for i in range(4) for name in PROJECTIONS}
+        of_a_layer |= {"mlp.gate.weight"}
+    else:
+        of_a_layer |= {f"mlp.{name}.weight" for name in PROJECTIONS}
+    expected = {f"model.layers.{i}.{name}" for i in range(2) for name in of_a_layer}
+    expected |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert set(tiny_model(use_moe=use_moe).state_dict()) == expected
+
+
+@DENSE_AND_MOE
+def test_loaded_weights_give_the_same_logits(use_moe: bool) -> None:
+    saved, other = tiny_model(0, use_moe=use_moe), tiny_model(1, use_moe=use_moe)
+    ids = random_ids(2, 9)
+    other.load_state_dict(saved.state_dict())
+    assert torch.equal(other(ids).logits, saved(ids).logits)
+
+
+def test_a_missing_expert_is_an_error() -> None:
+    model = tiny_model(use_moe=True)
+    state = model.state_dict()
+    del state["model.layers.1.mlp.experts.2.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"experts\.up_proj"):
+        model.load_state_dict(state)
+
+
+def test_the_head_is_the_embedding() -> None:
+    model = tiny_model()
+    state = model.state_dict()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "millions", "active"),
+    [
+        ({"hidden_size": 512, "num_key_value_heads": 2, "intermediate_size": 1408}, 25.8, 25.8),
+        ({"hidden_size": 768, "num_key_value_heads": 4}, 63.9, 63.9),
+        (
+            {"num_hidden_layers": 16, "num_key_value_heads": 2, "intermediate_size": 2048},
+            104.0,
+            104.0,
+        ),
+        ({"use_moe": True}, 198.4, 63.9),
+    ],
+    ids=["26m", "64m", "104m", "moe"],
+)
+def test_presets_have_their_number_of_parameters(
+    sizes: dict, millions: float, active: float
+) -> None:
+    config = MiniMindConfig(**sizes)
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(config)
+    counts = get_model_params(model, config)
+    assert [round(count / 1e6, 1) for count in counts] == [millions, active]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "numbers"),
+    [
+        ({"hidden_size": 30, "num_attention_heads": 4}, ["30", "4"]),
+        ({"hidden_size": 36, "num_attention_heads": 4}, ["36", "4"]),  # nine numbers a head
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, ["4", "3"]),
+        ({"use_moe": True, "num_experts_per_tok": 5}, ["5", "4"]),
+        ({"use_moe": True, "num_experts_per_tok": 0}, ["0", "4"]),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_named(sizes: dict, numbers: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        tiny_config(**sizes)
+    assert all(number in str(caught.value) for number in numbers)
+
+
+# ------------------------------------------------------------------------------ rotary tables
+
+
+def test_rotary_tables_hold_the_angles_of_the_closed_form() -> None:
+    tables = tiny_model(head_dim=8, rope_theta=1e4).model.rotary
+    angles = [[p / 1e4 ** (2 * i / 8) for i in range(4)] for p in range(64)]
+    expected = torch.tensor(angles, dtype=torch.float64)
+    torch.testing.assert_close(tables.cos.double(), expected.cos(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tables.sin.double(), expected.sin(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(16, 1e6), (96, 1e6), (64, 1e4)])
+def test_stretched_frequencies_equal_yarn_of_transformers(head_dim: int, theta: float) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": theta, "factor": 16.0, "beta_fast": 32.0}
+    rope |= {"beta_slow": 1.0, "original_max_position_embeddings": 2048}
+    reference = Qwen3Config(
+        hidden_size=head_dim * 4, head_dim=head_dim, max_position_embeddings=32768
+    )
+    reference.rope_parameters = rope
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](reference, device="cpu")
+    ours = tiny_config(head_dim=head_dim, rope_theta=theta, inference_rope_scaling=True)
+    torch.testing.assert_close(inverse_frequencies(ours), expected, atol=0, rtol=1e-5)
+
+
+def test_rotary_tables_are_in_no_file() -> None:
+    model = tiny_model()
+    assert {name for name, _ in model.named_buffers()} == {"model.rotary.cos", "model.rotary.sin"}
+    assert not [name for name in model.state_dict() if "rotary" in name]
+
+
+def test_a_model_from_transformers_files_has_the_same_logits(tmp_path: Path) -> None:
+    model, ids = tiny_model(), random_ids(2, 9)
+    model.save_pretrained(tmp_path)
+    again = MiniMindForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+# --------------------------------------------------------------------------------- generation
+
+
+@DENSE_AND_MOE
+def test_greedy_generation_equals_the_uncached_forward(use_moe: bool) -> None:
+    model, ids = tiny_model(use_moe=use_moe, eos_token_id=None), random_ids(2, 5)
+    generated = model.generate(ids, max_new_tokens=12, do_sample=False)
+    for _ in range(12):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(generated, ids)
+
+
+@DENSE_AND_MOE
+@pytest.mark.parametrize("steps", [[1] * 12, [5, 1, 4, 2]], ids=["tokens", "chunks"])
+@torch.no_grad()
+def test_cached_logits_equal_those_of_the_whole_row(use_moe: bool, steps: list[int]) -> None:
+    model, ids, cache = tiny_model(use_moe=use_moe), random_ids(2, 12), DynamicCache()
+    parts = [model(part, past_key_values=cache, use_cache=True) for part in ids.split(steps, 1)]
+    logits = torch.cat([part.logits for part in parts], dim=1)
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+@DENSE_AND_MOE
+def test_prompts_padded_on_the_left_continue_as_each_alone(use_moe: bool) -> None:
+    model = tiny_model(use_moe=use_moe, eos_token_id=None)
+    prompts = [random_ids(1, length, seed=length) for length in (7, 4, 1)]
+    ids = torch.cat([F.pad(prompt, (7 - prompt.shape[1], 0)) for prompt in prompts])
+    ways = {"max_new_tokens": 10, "do_sample": False, "output_logits": True}
+    ways |= {"return_dict_in_generate": True}
+    together = model.generate(ids, attention_mask=(ids != 0).long(), **ways)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(prompt, **ways)
+        assert torch.equal(together.sequences[i, 7:], alone.sequences[0, prompt.shape[1] :])
+        for both, one in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(both[i], one[0], atol=1e-5, rtol=0)
+
+
+def test_streamed_text_is_the_generated_text(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, model = shipped_tokenizer(), tiny_model(vocab_size=6400, eos_token_id=None)
+    prompt = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    ways = {"max_new_tokens": 20, "do_sample": False}
+    text = tokenizer.decode(model.generate(prompt, **ways)[0, prompt.shape[1] :])
+    assert len(text) > 20
+    model.generate(prompt, streamer=TextStreamer(tokenizer, skip_prompt=True), **ways)
+    assert capsys.readouterr().out == text + "\n"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    thread = Thread(target=model.generate, args=(prompt,), kwargs={"streamer": streamer, **ways})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == text and len(pieces) > 5
+
+
+# --------------------------------------------------------------------------------- packed rows
+
+LENGTHS = (5, 1, 9, 2, 7)  # of the documents in a row
+
+
+def packed_row(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, labels, document_starts), each (1, 24): five documents and no padding."""
+    begins = torch.tensor([sum(LENGTHS[:i]) for i in range(len(LENGTHS))])
+    ids = random_ids(1, sum(LENGTHS), seed=seed)
+    labels = ids.clone()
+    labels[0, begins] = -100
+    return ids, labels, begins.repeat_interleave(torch.tensor(LENGTHS))[None]
+
+
+@DENSE_AND_MOE
+def test_packed_documents_have_the_loss_of_one_document_a_row(use_moe: bool) -> None:
+    model = tiny_model(use_moe=use_moe).double()
+    ids, labels, starts = packed_row()
+    packed = model(ids, labels=labels, document_starts=starts)
+    nats = F.cross_entropy(packed.logits[0, :-1], labels[0, 1:], reduction="none")
+    alone = []  # 0 where a document's first token is next
+    for document in ids.split(LENGTHS, dim=1):
+        logits = model(document).logits[0, :-1]
+        alone += [F.cross_entropy(logits, document[0, 1:], reduction="none"), torch.zeros(1)]
+    alone = torch.cat(alone[:-1])
+    torch.testing.assert_close(nats, alone, atol=1e-10, rtol=0)
+    assert packed.loss.item() == pytest.approx(alone.sum().item() / (24 - 5), abs=1e-10)
+
+
+@DENSE_AND_MOE
+@torch.no_grad()
+def test_a_document_never_sees_another(use_moe: bool) -> None:
+    model, (ids, _, starts) = tiny_model(use_moe=use_moe).double(), packed_row()
+    changed = torch.where(starts == 6, packed_row(seed=2)[0], ids)
+    one, other = (model(row, document_starts=starts).logits for row in (ids, changed))
+    difference = (one - other).abs().amax(-1)
+    assert (difference[starts != 6] <= 1e-12).all()
+    assert (difference[starts == 6] > 1e-3).all()
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Compiled code is global; leave none behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_dense_model_compiles_in_one_piece() -> None:
+    model, (ids, labels, starts) = tiny_model(), packed_row()
+    whole = torch.compile(model, fullgraph=True, backend="eager")  # raises at a graph break
+    with torch.no_grad():
+        expected = model(ids, labels=labels, document_starts=starts).loss
+        found = whole(ids, labels=labels, document_starts=starts).loss
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------- loss
+
+
+@DENSE_AND_MOE
+def test_loss_is_the_mean_over_labels_that_carry_loss(use_moe: bool) -> None:
+    model, ids = tiny_model(use_moe=use_moe).double(), random_ids(2, 6)
+    labels = ids.clone()
+    labels[0, 3] = labels[1, 4:] = -100
+    out = model(ids, labels=labels)
+    log_probs = out.logits.log_softmax(-1)
+    scored = [(0, 1), (0, 2), (0, 4), (0, 5), (1, 1), (1, 2), (1, 3)]
+    by_hand = -sum(log_probs[b, t - 1, ids[b, t]].item() for b, t in scored) / len(scored)
+    assert out.loss.item() == pytest.approx(by_hand, abs=1e-12)
+
+
+@DENSE_AND_MOE
+def test_a_row_without_labels_has_loss_zero_and_finite_gradients(use_moe: bool) -> None:
+    model, ids = tiny_model(use_moe=use_moe), random_ids(1, 6)
+    out = model(ids, labels=torch.full_like(ids, -100), document_starts=torch.full_like(ids, -1))
+    (out.loss + out.aux_loss).backward()
+    assert out.loss.item() == out.aux_loss.item() == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_first_loss_is_near_log_vocab_size() -> None:
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=256, num_hidden_layers=4))
+    ids = torch.randint(0, 6400, (4, 64))
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.item() == pytest.approx(math.log(6400), abs=0.15)
+
+
+# ------------------------------------------------------------------------------------- experts
+
+
+def loop_over_tokens(mlp: MoEFeedForward, tokens: Tensor) -> Tensor:
+    """The mixture as its definition reads: (N, D) -> (N, D), a token and an expert at a time."""
+    gate, up, down = (getattr(mlp.experts, name) for name in PROJECTIONS)
+    outputs = []
+    for x in tokens:
+        probs = (mlp.gate.weight @ x).softmax(0)
+        best = probs.argsort(descending=True)[: mlp.num_used].tolist()
+        total = sum(probs[e] for e in best)
+        parts = [probs[e] / total * (down[e] @ (F.silu(gate[e] @ x) * (up[e] @ x))) for e in best]
+        outputs.append(sum(parts))
+    return torch.stack(outputs)
+
+
+def output_and_gradients(mlp: MoEFeedForward, x: Tensor, plain: bool) -> list[Tensor]:
+    """The layer's output, and the gradients of its square at the input and at every weight."""
+    mlp.zero_grad()
+    x = x.detach().requires_grad_()
+    y = loop_over_tokens(mlp, x[0])[None] if plain else mlp(x)[0]
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in mlp.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "tolerance"),
+    [
+        (torch.float64, 48, 1e-12),  # no kernel: one multiplication an expert
+        (torch.float32, 48, 1e-4),
+        (torch.float32, 50, 1e-4),  # rows that the kernel cannot align
+        (torch.bfloat16, 48, 2e-2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("num_tokens", "num_used"), [(3, 1), (40, 1), (40, 2)])
+def test_stacked_experts_equal_a_loop_over_tokens(
+    dtype: torch.dtype, width: int, tolerance: float, num_tokens: int, num_used: int
+) -> None:
+    model = tiny_model(use_moe=True, moe_intermediate_size=width, num_experts_per_tok=num_used)
+    mlp = model.model.layers[0].mlp
+    generator = torch.Generator().manual_seed(33)  # no token between two experts: rounding decides
+    x = torch.randn(1, num_tokens, 32, generator=generator)
+    low = dtype == torch.bfloat16  # as in training: weights in float32, products in bfloat16
+    kept = torch.float32 if low else dtype
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        found = output_and_gradients(mlp.to(kept), x.to(kept), plain=False)
+    expected = output_and_gradients(mlp.double(), x.double(), plain=True)
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max().clamp(min=1).item()
+        torch.testing.assert_close(one.double(), other, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize("num_used", [1, 2])
+@pytest.mark.parametrize("num_real", [30, 17])
+def test_balance_loss_of_a_row_equals_that_of_transformers(num_used: int, num_real: int) -> None:
+    logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(4))
+    real = torch.arange(30)[None] < num_real
+    mask = None if num_real == 30 else real
+    expected = load_balancing_loss_func((logits,), 4, num_used, mask)
+    probs = logits.softmax(-1)[None]
+    found = balance_loss(probs, probs.topk(num_used).indices, real, torch.ones(1))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_never_enters_the_balance_loss(packed: bool) -> None:
+    model, (ids, labels, starts) = tiny_model(use_moe=True).double(), packed_row()
+    padded = {"input_ids": F.pad(ids, (0, 9)), "labels": F.pad(labels, (0, 9), value=-100)}
+    plain = {"input_ids": ids, "labels": labels}
+    if packed:
+        plain["document_starts"] = starts
+        padded["document_starts"] = F.pad(starts, (0, 9), value=-1)
+    expected = model(**plain).aux_loss.item()
+    assert expected > 5e-4 * 2 * 0.9  # two layers, each about 1 when balanced
+    assert model(**padded).aux_loss.item() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 1, 1, 1], [3, 1]], ids=str)
+def test_both_losses_are_the_same_however_rows_are_grouped(sizes: list[int]) -> None:
+    model, ids = tiny_model(use_moe=True).double(), random_ids(4, 12)
+    labels = ids.masked_fill(torch.arange(12) >= torch.tensor([[12], [3], [7], [9]]), -100)
+    num_labels = [11, 2, 6, 8]
+    expected = sum(
+        n * torch.stack((out.loss, out.aux_loss))
+        for n, row, label in zip(num_labels, ids, labels, strict=True)
+        for out in [model(row[None], labels=label[None])]
+    ) / sum(num_labels)
+    found = torch.zeros(2, dtype=torch.float64)
+    for part in torch.arange(4).split(sizes):
+        out = model(ids[part], labels=labels[part])
+        share = sum(num_labels[i] for i in part) / sum(num_labels)
+        found += share * torch.stack((out.loss, out.aux_loss))
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)

@@ -1,0 +1,102 @@
+"""A run that was killed and resumed is the run that was never killed, to the last bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.running import records, train, train_and_kill
+from trainer.checkpoint import list_states, read_state
+
+TIMED = ("tokens_per_second", "eta_minutes")  # all else must be equal
+
+
+def final_state(folder: Path) -> dict:
+    return read_state(list_states(folder / "checkpoints", "pretrain_32")[0])
+
+
+def assert_same(a: object, b: object, where: str = "state") -> None:
+    """Equal to the last bit, however deep."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def untimed(folder: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in records(folder)]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
+    tmp_path: Path, num_ranks: int
+) -> None:
+    settings = {"dropout": 0.1, "accumulation_steps": 4 // num_ranks}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    output = train(whole, num_ranks, **settings)
+    assert output.count("parameters, vocabulary") == 1, "not only the first rank prints"
+    assert output.count("held out: loss") == 1
+
+    last = train_and_kill(cut, 7, num_ranks, **settings)
+    assert last < final_state(whole)["step"], "killed too late to prove anything"
+    output = train(cut, num_ranks, **settings, from_resume=1)
+    assert "resuming after update" in output
+    assert_same(final_state(cut), final_state(whole))
+    assert untimed(cut) == untimed(whole)
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
+    train(tmp_path, epochs=1)
+    before = contents(tmp_path)
+    assert "nothing to do" in train(tmp_path, epochs=1, from_resume=1)
+    assert contents(tmp_path) == before
+
+
+def test_resuming_without_a_state_is_a_new_run(tmp_path: Path) -> None:
+    assert "a new run" in train(tmp_path, epochs=1, from_resume=1)
+    assert final_state(tmp_path)["counters"]["rows_seen"] > 0
+
+
+def test_ranks_see_the_same_data_and_lose_the_same(tmp_path: Path) -> None:
+    losses = {}
+    for num_ranks in (1, 2, 4):
+        folder = tmp_path / str(num_ranks)
+        settings = {"batch_size": 1, "accumulation_steps": 8 // num_ranks, "eval_interval": 9}
+        train(folder, num_ranks, epochs=1, **settings)
+        losses[num_ranks] = [
+            (r["step"], r.get("loss", r.get("heldout_loss"))) for r in records(folder)
+        ]
+    for num_ranks in (2, 4):
+        for (step, alone), (same_step, shared) in zip(losses[1], losses[num_ranks], strict=True):
+            assert step == same_step
+            assert shared == pytest.approx(alone, abs=2e-5), (num_ranks, step)
+
+
+def test_workers_and_intervals_do_not_change_the_result(tmp_path: Path) -> None:
+    train(tmp_path / "a", epochs=1, dropout=0.1)
+    train(tmp_path / "b", epochs=1, dropout=0.1, num_workers=2, save_interval=3, eval_interval=4)
+    a, b = final_state(tmp_path / "a"), final_state(tmp_path / "b")
+    assert_same(a["model"], b["model"])
+    assert_same(a["rng"], b["rng"])
+
+
+def test_another_seed_gives_another_run(tmp_path: Path) -> None:
+    """Otherwise equality would prove nothing."""
+    for seed in (1, 2):
+        train(tmp_path / str(seed), epochs=1, seed=seed)
+    assert untimed(tmp_path / "1") != untimed(tmp_path / "2")

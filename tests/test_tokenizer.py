@@ -1,0 +1,124 @@
+"""The shipped tokenizer, and the script that trains another."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from dataset.token_cache import DataError
+from scripts.train_tokenizer import find_texts, sample_texts, save, train
+from tests.helpers import shipped_tokenizer, start_python, write_jsonl
+
+SCRIPT = ("-m", "scripts.train_tokenizer")
+
+
+def test_the_shipped_tokenizer_has_minimind_ids() -> None:
+    tokenizer = shipped_tokenizer()
+    assert len(tokenizer) == 6400 and sorted(tokenizer.get_vocab().values()) == list(range(6400))
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == control
+    assert [tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token] == control
+    assert tokenizer(control, add_special_tokens=False)["input_ids"] == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  two spaces, \t a tab, a trailing one ",
+        "Windows\r\nMac\rUnix\n\n\n",
+        "".join(map(chr, range(32))) + "\x7f\x85\xa0\u200b\u2028\ufeff",
+        "👩‍👩‍👧‍👦 🇨🇳 ☃️",
+        "中文，日本語, 한국어, עברית, हिन्दी, Ελληνικά, é e\u0301",
+        "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff",
+    ],
+    ids=["spaces", "line ends", "control", "emoji", "scripts", "far planes"],
+)
+def test_every_text_comes_back_as_it_was(text: str) -> None:
+    tokenizer = shipped_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_digits_stay_single() -> None:
+    tokens = shipped_tokenizer().tokenize("in 2048, 3.14159 and 100%")
+    digits = [token for token in tokens if any(letter.isdigit() for letter in token)]
+    assert digits == list("2048314159100")
+    words = shipped_tokenizer().get_vocab().keys()
+    control = {token for token in words if token.startswith("<|buffer")}
+    assert all(len(word) == 1 for word in words - control if any(c in "0123456789" for c in word))
+
+
+# ---------------------------------------------------------------------------------- the script
+
+
+def test_the_script_trains_on_jsonl_text_and_folders(tmp_path: Path) -> None:
+    inside = tmp_path / "folder"
+    inside.mkdir()
+    (tmp_path / "a.txt").write_text("glimmer\n" * 300, encoding="utf-8")
+    (inside / "b.txt").write_text("pumpkin\n" * 300, encoding="utf-8")
+    corpus = write_jsonl(tmp_path / "c.jsonl", ["walrus"] * 300)
+    write_jsonl(inside / "d.jsonl", ["zeppelin"] * 300)
+    (inside / "e.bin").write_bytes(b"quasar\n" * 300)
+    sources, output = [corpus, tmp_path / "a.txt", inside], tmp_path / "out"
+    with start_python(
+        *SCRIPT, "--vocab_size", 400, "--output", output, "--data_path", *sources
+    ) as process:
+        said, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (0, "")
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    words = tokenizer.get_vocab()
+    assert {"glimmer", "pumpkin", "walrus", "zeppelin"} <= words.keys() and "quasar" not in words
+    assert f"{len(tokenizer)} entries" in said and len(tokenizer) <= 400
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert special == (0, 1, 2)
+    assert tokenizer.decode(tokenizer("naïve 🙂\r\n")["input_ids"]) == "naïve 🙂\r\n"
+    again = tmp_path / "again"
+    save(train(sample_texts(find_texts(map(str, sources)), 10**6, 42), 400), again)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (again / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_the_vocabulary_has_the_asked_size(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefghij ", k=200)) for _ in range(100)]
+    tokenizer = train(iter(texts), 400)
+    save(tokenizer, tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == 400
+
+
+def test_a_sample_is_bounded_and_even(tmp_path: Path) -> None:
+    texts = [f"{i:05d} " + "x" * 94 for i in range(20_000)]
+    files = [
+        write_jsonl(tmp_path / "a.jsonl", texts[:12_000]),
+        write_jsonl(tmp_path / "b.jsonl", texts[12_000:]),
+    ]
+    sample = list(sample_texts(files, 400_000, 42))
+    assert 340_000 < sum(map(len, sample)) < 440_000
+    of_each_tenth = Counter(int(text[:5]) // 2_000 for text in sample)
+    assert all(of_each_tenth[i] == pytest.approx(360, abs=90) for i in range(10))
+    assert len(set(sample)) == len(sample)
+    assert list(sample_texts(files, 400_000, 42)) == sample != list(sample_texts(files, 400_000, 1))
+
+
+def test_a_small_corpus_is_used_whole(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(100)]
+    assert list(sample_texts([write_jsonl(tmp_path / "a.jsonl", texts)], 10**6, 42)) == texts
+
+
+def test_a_bad_line_ends_the_script_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"story": "bad"}\n')
+    words = ("--data_path", tmp_path / "a.jsonl", "--output", tmp_path / "out")
+    with start_python(*SCRIPT, *words) as process:
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert complaint.startswith("error: ") and "a.jsonl line 2" in complaint
+    assert len(complaint.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files_are_all_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"one\.txt.*two\.jsonl"):
+        find_texts([str(tmp_path / "one.txt"), str(tmp_path / "two.jsonl")])
