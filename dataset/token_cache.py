@@ -12,6 +12,7 @@ Main memory stays flat while it is built and while it is read, however large the
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import os
@@ -218,39 +219,41 @@ def write_cache(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerB
     """Tokenize ``files`` into ``folder``; returns counts. Holds a few batches, not the corpus."""
     id_code, bytes_per_id = ("H", 2) if len(tokenizer) <= 2**16 else ("I", 4)
     control_ids = set(tokenizer.all_special_ids)
-    counts = dict.fromkeys(("num_documents", "num_tokens", "num_bytes", "num_empty"), 0)
-    num_control = 0
-    bar = tqdm(
-        total=sum(path.stat().st_size for path in files),
-        desc="tokenizing",
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None,  # quiet where output is not a terminal
-    )
-    names = ("tokens.bin", "offsets.bin", "bytes.bin", "hashes.bin")
-    tokens, offsets, sizes, hashes = outputs = [(folder / name).open("wb") for name in names]
-    offsets.write(array("q", [0]).tobytes())
-    for texts, encoded in encoded_batches(tokenizer, text_batches(files, bar)):
-        for text, ids in zip(texts, encoded, strict=True):
-            if not text.strip() or not ids:
-                counts["num_empty"] += 1
-                continue
-            data = text.encode("utf-8")
-            counts["num_documents"] += 1
-            counts["num_tokens"] += len(ids)
-            counts["num_bytes"] += len(data)
-            num_control += sum(map(control_ids.__contains__, ids))
-            tokens.write(array(id_code, ids).tobytes())
-            offsets.write(array("q", [counts["num_tokens"]]).tobytes())
-            sizes.write(array("q", [len(data)]).tobytes())
-            hashes.write(hashlib.blake2b(data, digest_size=4).digest())
-    for file in outputs:
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-    bar.close()
-    return counts | {"num_control_tokens": num_control, "bytes_per_id": bytes_per_id}
+    num_documents = num_tokens = num_bytes = num_empty = num_control_tokens = 0
+    with contextlib.ExitStack() as open_files:
+        names = ("tokens.bin", "offsets.bin", "bytes.bin", "hashes.bin")
+        outputs = [open_files.enter_context((folder / name).open("wb")) for name in names]
+        tokens, offsets, sizes, hashes = outputs
+        size = sum(path.stat().st_size for path in files)
+        bar = open_files.enter_context(  # None: quiet where output is not a terminal
+            tqdm(total=size, desc="tokenizing", unit="B", unit_scale=1, leave=False, disable=None)
+        )
+        offsets.write(array("q", [0]).tobytes())
+        for texts, encoded in encoded_batches(tokenizer, text_batches(files, bar)):
+            for text, ids in zip(texts, encoded, strict=True):
+                if not text.strip() or not ids:
+                    num_empty += 1
+                    continue
+                data = text.encode("utf-8")
+                num_documents += 1
+                num_tokens += len(ids)
+                num_bytes += len(data)
+                num_control_tokens += sum(map(control_ids.__contains__, ids))
+                tokens.write(array(id_code, ids).tobytes())
+                offsets.write(array("q", [num_tokens]).tobytes())
+                sizes.write(array("q", [len(data)]).tobytes())
+                hashes.write(hashlib.blake2b(data, digest_size=4).digest())
+        for file in outputs:
+            file.flush()
+            os.fsync(file.fileno())
+    return {
+        "num_documents": num_documents,
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+        "num_empty": num_empty,
+        "num_control_tokens": num_control_tokens,
+        "bytes_per_id": bytes_per_id,
+    }
 
 
 def remove_unfinished(cache_dir: Path) -> None:

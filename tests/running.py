@@ -103,10 +103,12 @@ def descendants(pid: int) -> list[int]:
     return [int(c) for c in children] + [d for c in children for d in descendants(int(c))]
 
 
-def train_and_kill(folder: Path, step: int, num_ranks: int = 1, **changes: object) -> int:
+def train_and_kill(
+    folder: Path, step: int, num_ranks: int = 1, words: list[str] | None = None, **changes: object
+) -> int:
     """Start training, SIGKILL a rank once ``step`` is logged; returns the last step logged."""
     with subprocess.Popen(
-        command(flags(folder, **changes), num_ranks),
+        command(words or flags(folder, **changes), num_ranks),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,0 +1,176 @@
+"""What people get wrong ends in one line: what was found, what was expected, the way out."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_llm
+import train_pretrain
+from tests.running import flags, run, train
+
+GOOD = '{"text": "a document"}\n'
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str], program=train_pretrain) -> tuple:
+    """Exit status and the one line on stderr."""
+    capsys.readouterr()
+    try:
+        status = program.main(words)
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return status, error
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dtype": "bf16"}, "--dtype: invalid choice: 'bf16'.*bfloat16.*float16.*float32"),
+        ({"dtype": "fp16"}, "--dtype: invalid choice: 'fp16'"),
+        ({"device": "cuda"}, "--device is cuda, but PyTorch finds no CUDA"),
+        ({"device": "gpu"}, "--device is 'gpu', expected cuda, mps or cpu"),
+        ({"hidden_size": 30}, "30 does not divide into 4 attention heads"),
+        ({"num_key_value_heads": 3}, "4 attention heads do not share 3 key/value heads"),
+        ({"batch_size": 0, "epochs": -1}, "--epochs is -1.*--batch_size is 0, expected 1 or more"),
+        ({"learning_rate": 0}, "--learning_rate is 0.0, expected above 0"),
+        ({"heldout_fraction": 1}, "--heldout_fraction is 1.0"),
+        ({"max_seq_len": 1}, "--max_seq_len is 1, expected 2 to 32768"),
+        ({"preset": "7b"}, "--preset: invalid choice: '7b'"),
+        ({"learning_rte": 1}, "unrecognized arguments: --learning_rte"),
+        ({"tokenizer_path": "/nowhere"}, "--tokenizer_path /nowhere: no tokenizer there"),
+    ],
+)
+def test_flags_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict, expected: str
+) -> None:
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    before = files(tmp_path)
+    status, error = refusal(flags(tmp_path, **changes), capsys)
+    assert status == 2 and re.search(expected, error), error
+    assert files(tmp_path).keys() - before.keys() <= {str(tmp_path / "corpus.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (f"{GOOD}{{broken\n{GOOD}", "corpus.jsonl line 2: not valid JSON: .* column 2"),
+        (f'{GOOD}{GOOD}{{"txet": "x"}}\n', "line 3: no \"text\"; its keys: 'txet'"),
+        (f'{{"text": null}}\n{GOOD}', 'line 1: "text" is None'),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: byte 0xff at column 11 is not UTF-8"),
+        ("", "corpus.jsonl: no document with text in it"),
+        ('\n\n{"text": "  "}\n', "corpus.jsonl: no document with text in it"),
+    ],
+)
+def test_data_that_cannot_be_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | bytes, expected: str
+) -> None:
+    words = flags(tmp_path)
+    data = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "corpus.jsonl").write_bytes(data)
+    before = files(tmp_path)
+    status, error = refusal(words, capsys)
+    assert status == 3 and re.search(expected, error), error
+    assert files(tmp_path) == before
+
+
+def test_a_missing_data_file_names_the_download_and_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = refusal(flags(tmp_path, data_path=tmp_path / "no.jsonl"), capsys)
+    assert status == 3
+    assert "no.jsonl" in error and "minimind_dataset" in error and "--preset demo" in error
+
+
+def test_weights_of_another_shape_are_refused_with_the_sizes_that_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, epochs=1, save_weight="base")
+    before = files(tmp_path)
+    deeper = flags(tmp_path, from_weight="base", num_hidden_layers=3, num_key_value_heads=4)
+    status, error = refusal(deeper, capsys)
+    assert status == 4
+    assert "--from_weight base" in error and "base_32.pth" in error
+    assert "model.layers.0.self_attn.k_proj.weight is (16, 32), not (32, 32)" in error
+    assert "--num_hidden_layers 2" in error and "--num_key_value_heads 2" in error
+    status, error = refusal(flags(tmp_path, from_weight="absent"), capsys)
+    assert status == 4 and "absent_32.pth: no such file" in error
+    (tmp_path / "out" / "broken_32.pth").write_bytes(b"no weights")
+    status, error = refusal(flags(tmp_path, from_weight="broken"), capsys)
+    assert status == 4 and "broken_32.pth cannot be loaded" in error
+    (tmp_path / "out" / "broken_32.pth").unlink()
+    assert files(tmp_path) == before
+
+
+def test_another_runs_files_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, epochs=1)
+    before = files(tmp_path)
+    status, error = refusal(flags(tmp_path, epochs=1), capsys)
+    assert status == 4 and "belongs to another run" in error
+    assert "--from_resume 1" in error and "--overwrite 1" in error and "--save_weight" in error
+    assert files(tmp_path) == before
+    for state in (tmp_path / "checkpoints").iterdir():
+        state.unlink()
+    status, error = refusal(flags(tmp_path, epochs=1), capsys)
+    assert status == 4 and "pretrain_32.pth belongs to another run" in error
+    train(tmp_path, epochs=1, seed=1, overwrite=1)
+    assert files(tmp_path) != before
+
+
+def test_a_resume_with_other_settings_names_each_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, epochs=1)
+    before = files(tmp_path)
+    changed = flags(tmp_path, epochs=1, from_resume=1, learning_rate=2e-3, batch_size=4)
+    status, error = refusal(changed, capsys)
+    assert status == 4
+    assert "learning_rate (saved 0.001, given 0.002)" in error
+    assert "rows per update (saved 8, given 16)" in error
+    assert "epochs" not in error
+    with (tmp_path / "corpus.jsonl").open("a") as corpus:
+        corpus.write(GOOD)
+    status, error = refusal(flags(tmp_path, epochs=1, from_resume=1), capsys)
+    assert status == 4 and "content of data_path" in error
+    assert {k: v for k, v in files(tmp_path).items() if "cache" not in k and "corpus" not in k} == {
+        k: v for k, v in before.items() if "cache" not in k and "corpus" not in k
+    }
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, epochs=1, save_weight="base")
+    tokenizer = json.loads(Path("model/tokenizer.json").read_text(encoding="utf-8"))
+    extra = dict(tokenizer["added_tokens"][0], id=6400, content="<|extra|>")
+    tokenizer["added_tokens"].append(extra)
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    (larger / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    config = Path("model/tokenizer_config.json").read_text(encoding="utf-8")
+    (larger / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    places = ["--save_dir", str(tmp_path / "out"), "--weight", "base", "--device", "cpu"]
+    status, error = refusal([*places, "--tokenizer_path", str(larger)], capsys, program=eval_llm)
+    assert status == 2 and "6,401 entries" in error and "6,400" in error
+    words = flags(tmp_path, from_weight="base", tokenizer_path=larger)
+    status, error = refusal(words, capsys)
+    assert status == 4 and "(6400, 32), not (6401, 32)" in error
+
+
+def test_the_real_program_exits_with_the_status_and_one_line(tmp_path: Path) -> None:
+    words = flags(tmp_path)
+    (tmp_path / "corpus.jsonl").write_text("{broken\n")
+    done = run([sys.executable, "train_pretrain.py", *words])
+    assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
+    assert "corpus.jsonl line 1: not valid JSON" in done.stderr

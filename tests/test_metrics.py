@@ -1,0 +1,126 @@
+"""What a run says of itself: numbers, file, console, SwanLab."""
+
+import json
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_pretrain
+from model.model_minimind import MiniMindConfig
+from tests.running import flags, records, run, train, train_and_kill
+from trainer.metrics import flops_per_token, read_records
+
+
+def test_operations_per_token_are_those_of_a_hand_count() -> None:
+    """A layer multiplies by 7 matrices; a multiplication is 2 operations, and thrice that in all."""
+    config = MiniMindConfig(hidden_size=768, num_hidden_layers=8)
+    kv_width, ffn = 4 * 96, 2432
+    layer = 768 * (768 + kv_width + kv_width + 768) + 3 * 768 * ffn
+    weights = 8 * layer + 6400 * 768
+    seen = 512 / 2  # tokens that a token attends to, on average
+    attention = 8 * (2 * 2 * 768 * seen)  # scores, and the values they weigh
+    norms = 8 * (2 * 768 + 2 * 96) + 768  # counted as weights for simplicity: 0.02 %
+    found = flops_per_token(config, weights + norms, 512)
+    assert found == pytest.approx(3 * (2 * weights + attention), rel=1e-3)
+    assert found == pytest.approx(0.402e9, rel=2e-3)
+
+
+def test_the_file_ends_where_a_kill_cut_it_and_where_a_resume_begins(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
+    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    assert [r["step"] for r in read_records(path, last_step=9)] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_records(path, last_step=2)] == [1, 2]
+    assert read_records(tmp_path / "absent", last_step=2) == []
+
+
+def test_the_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
+    """Not the last update's, and each label counts once."""
+    train(tmp_path / "each", epochs=1, log_interval=1)
+    train(tmp_path / "four", epochs=1, log_interval=4)
+    each = [r for r in records(tmp_path / "each") if "loss" in r]
+    tokens = [0, *(r["tokens"] for r in each)]
+    nats = [r["loss"] * (tokens[i + 1] - tokens[i]) for i, r in enumerate(each)]
+    for record in (r for r in records(tmp_path / "four") if "loss" in r):
+        end = record["step"]
+        start = (end - 1) // 4 * 4
+        mean = sum(nats[start:end]) / (tokens[end] - tokens[start])
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_records_hold_what_the_console_shows(tmp_path: Path) -> None:
+    output = train(tmp_path, epochs=1, use_moe=1, eval_interval=6)
+    found = records(tmp_path)
+    for name in ("step", "epoch", "rows", "tokens", "loss", "aux_loss", "lr", "grad_norm"):
+        assert name in found[0]
+    assert {"tokens_per_second", "eta_minutes"} <= found[0].keys()
+    assert f"loss {found[0]['loss']:.4f}  aux_loss {found[0]['aux_loss']:.4f}" in output
+    evaluated = [r for r in found if "heldout_loss" in r]
+    assert [r["step"] for r in evaluated] == [6, found[-1]["step"]]
+    assert f"{evaluated[0]['heldout_bits_per_byte']:.4f} bits/byte" in output
+    assert evaluated[0]["continuations"].keys() >= {"The capital of France is", "中国的首都是"}
+
+
+@pytest.fixture
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is logged in to SwanLab."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
+
+
+def tracked(folder: Path) -> list[dict[int, float]]:
+    """The losses by step of each run in the local dashboard's files, oldest first."""
+    log_dir = folder / "out" / "swanlog"
+    with sqlite3.connect(log_dir / "runs.swanlab") as database:
+        query = (
+            "select run_id, folder from experiment join tag on experiment.id = tag.experiment_id "
+            "where tag.name = 'loss' order by experiment.id"
+        )
+        found = []
+        for run_id, number in database.execute(query).fetchall():
+            files = sorted((log_dir / run_id / "logs" / number).glob("*.log"))
+            lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+            found.append({line["index"]: line["data"] for line in lines})
+    database.close()
+    return found
+
+
+@pytest.mark.usefixtures("no_account")
+def test_swanlab_shows_every_step_once_also_after_a_kill(tmp_path: Path) -> None:
+    """Its real local dashboard, in real processes, nobody there to type a key."""
+    extra = {"epochs": 2, "wandb_project": "tests"}
+    words = [*flags(tmp_path, **extra), "--use_wandb"]
+    train_and_kill(tmp_path, 7, words=words)
+    done = run([sys.executable, "train_pretrain.py", *words, "--from_resume", "1"])
+    assert done.returncode == 0, done.stderr
+    assert "swanlab" not in done.stderr
+    losses = {r["step"]: r["loss"] for r in records(tmp_path) if "loss" in r}
+    newest = tracked(tmp_path)[-1]
+    assert newest == pytest.approx(losses)
+    configs = list((tmp_path / "out" / "swanlog").rglob("config.yaml"))
+    text = configs[-1].read_text()
+    assert all(name in text for name in vars(train_pretrain.parse_flags([])))
+    ids = {p.name.split("-")[-1] for p in (tmp_path / "out" / "swanlog").glob("run-*")}
+    assert len(ids) == 1, "the resumed run took another id"
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_failing_swanlab_never_stops_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*flags(tmp_path, epochs=1), "--use_wandb"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "swanlog").write_text("a file where its folder should be")
+    assert train_pretrain.main(words) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: swanlab: ") and error.count("\n") == 1
+    assert (tmp_path / "out" / "pretrain_32.pth").exists()
+
+
+def test_swanlab_is_imported_only_when_asked_for() -> None:
+    done = run(
+        [sys.executable, "-c", "import sys, train_pretrain; assert 'swanlab' not in sys.modules"]
+    )
+    assert done.returncode == 0, done.stderr
