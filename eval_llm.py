@@ -155,10 +155,8 @@ def typed_prompts() -> Iterator[str]:
 
 
 def continue_prompts(
-    args: argparse.Namespace,
-    model: MiniMindForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str],
+    args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str]
 ) -> None:
     """Print each prompt and its continuation as it is made."""
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -172,12 +170,8 @@ def continue_prompts(
         print(prompt, end="", flush=True)
         start = time.monotonic()
         out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=args.max_new_tokens,
-            repetition_penalty=args.repetition_penalty,
-            streamer=streamer,
-            **sampling,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
+            repetition_penalty=args.repetition_penalty, streamer=streamer, **sampling
         )
         seconds = time.monotonic() - start
         print(f"[{(out.shape[1] - ids.shape[1]) / seconds:.0f} tokens/s]\n")

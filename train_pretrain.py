@@ -30,24 +30,12 @@ from trainer.metrics import Metrics, describe
 from trainer.optimizer import build_optimizer, set_lr
 from trainer.run import Run, delete_run, metrics_path, refuse_to_overwrite
 from trainer.settings import (
-    Parser,
-    SettingsError,
-    check_flags,
-    deciding_settings,
-    default_device,
-    run_program,
+    Parser, SettingsError, check_flags, deciding_settings, default_device, run_program
 )
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
-    Logger,
-    SkipBatchSampler,
-    get_lr,
-    init_distributed_mode,
-    init_model,
-    is_main_process,
-    lm_checkpoint,
-    load_tokenizer,
-    setup_seed,
+    Logger, SkipBatchSampler, get_lr, init_distributed_mode, init_model, is_main_process,
+    lm_checkpoint, load_tokenizer, setup_seed
 )
 
 # ---------------------------------------------------------------------------------------- flags
@@ -244,17 +232,11 @@ def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     bos, eos, pad = special_ids(tokenizer)
     try:
         return MiniMindConfig(
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            use_moe=bool(args.use_moe),
-            num_attention_heads=args.num_attention_heads,
-            num_key_value_heads=args.num_key_value_heads,
-            intermediate_size=args.intermediate_size,
-            dropout=args.dropout,
-            vocab_size=len(tokenizer),
-            bos_token_id=bos,
-            eos_token_id=eos,
-            pad_token_id=pad,
+            hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers,
+            use_moe=bool(args.use_moe), num_attention_heads=args.num_attention_heads,
+            num_key_value_heads=args.num_key_value_heads, intermediate_size=args.intermediate_size,
+            dropout=args.dropout, vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=eos,
+            pad_token_id=pad
         )
     except ValueError as error:
         raise SettingsError(str(error)) from None
@@ -287,12 +269,8 @@ def train(args: argparse.Namespace) -> None:
     build = partial(build_token_cache, args.data_path, tokenizer, args.cache_dir)
     folder = distributed.first_on_each_machine(lambda: str(build().folder))
     data = PretrainDataset(
-        TokenCache.open(folder),
-        tokenizer,
-        args.max_seq_len,
-        packing=bool(args.packing),
-        seed=args.seed,
-        heldout_fraction=args.heldout_fraction,
+        TokenCache.open(folder), tokenizer, args.max_seq_len, packing=bool(args.packing),
+        seed=args.seed, heldout_fraction=args.heldout_fraction
     )
     held_out = data.held_out(args.eval_tokens)
 
@@ -300,16 +278,12 @@ def train(args: argparse.Namespace) -> None:
     model, _ = init_model(config, args.from_weight, args.tokenizer_path, args.save_dir, device)
     dtype = getattr(torch, args.dtype)
     run = Run(
-        args=args,
-        config=config,
+        args=args, config=config,
         settings=deciding_settings(args, distributed.world_size(), data.cache.meta["digests"]),
-        model=model,
-        optimizer=build_optimizer(model, args.learning_rate),
+        model=model, optimizer=build_optimizer(model, args.learning_rate),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        device=device,
-        rows_per_epoch=len(data),
-        interval_sums=torch.zeros(2, device=device),
+        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32), device=device,
+        rows_per_epoch=len(data), interval_sums=torch.zeros(2, device=device)
     )
     setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
     describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
@@ -328,14 +302,11 @@ def train(args: argparse.Namespace) -> None:
 
     # 6. Train
     metrics = Metrics(metrics_path(args, config), run)
+    metrics.tracker.id = tracked_id  # kept even if this start does not track
     if args.use_wandb and is_main_process():
         metrics.tracker = SwanLabTracker(
-            args.wandb_project,
-            args.save_weight,
-            config=vars(args),
-            log_dir=f"{args.save_dir}/swanlog",
-            run_id=tracked_id,
-            history=metrics.records,
+            args.wandb_project, args.save_weight, config=vars(args),
+            log_dir=f"{args.save_dir}/swanlog", run_id=tracked_id, history=metrics.records
         )
     batches = batches_of(held_out, args) if held_out else []
     num_bytes = held_out.num_text_bytes if held_out else 0

@@ -14,11 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dataset.token_cache import (
-    DEFAULT_CACHE_DIR,
-    DataError,
-    TokenCache,
-    build_token_cache,
-    special_ids,
+    DEFAULT_CACHE_DIR, DataError, TokenCache, build_token_cache, special_ids
 )
 
 IGNORE = -100  # a label that carries no loss
@@ -68,15 +64,9 @@ class PretrainDataset(Dataset):
     Raises: DataError as ``build_token_cache``, or if nothing is left to train on."""
 
     def __init__(
-        self,
-        data_path: str | list[str] | TokenCache,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int = 512,
-        *,
-        packing: bool = True,
-        seed: int = 42,
-        heldout_fraction: float = 0.0,
-        cache_dir: str = DEFAULT_CACHE_DIR,
+        self, data_path: str | list[str] | TokenCache, tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 512, *, packing: bool = True, seed: int = 42,
+        heldout_fraction: float = 0.0, cache_dir: str = DEFAULT_CACHE_DIR
     ) -> None:
         given = isinstance(data_path, TokenCache)
         self.cache = data_path if given else build_token_cache(data_path, tokenizer, cache_dir)

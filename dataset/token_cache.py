@@ -161,12 +161,10 @@ class TokenCache:
             return torch.from_file(str(folder / name), shared=False, size=size, dtype=dtype)
 
         return cls(
-            folder=folder,
-            meta=meta,
-            tokens=mapped("tokens.bin", meta["num_tokens"], id_type),
+            folder=folder, meta=meta, tokens=mapped("tokens.bin", meta["num_tokens"], id_type),
             offsets=mapped("offsets.bin", num + 1, torch.int64),
             num_bytes=mapped("bytes.bin", num, torch.int64),
-            hashes=mapped("hashes.bin", num, torch.int32),
+            hashes=mapped("hashes.bin", num, torch.int32)
         )
 
     def ids(self, positions: Tensor) -> Tensor:
@@ -270,9 +268,8 @@ def remove_unfinished(cache_dir: Path) -> None:
 
 
 def build_token_cache(
-    data_path: str | list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    cache_dir: str | Path = DEFAULT_CACHE_DIR,
+    data_path: str | list[str], tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | Path = DEFAULT_CACHE_DIR
 ) -> TokenCache:
     """The cache of these files under this tokenizer, made if there is none yet.
 

@@ -31,33 +31,15 @@ class MiniMindConfig(PretrainedConfig):
     model_type = "minimind"
 
     def __init__(
-        self,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 8,
-        use_moe: bool = False,
-        *,
-        vocab_size: int = 6400,
-        num_attention_heads: int = 8,
-        num_key_value_heads: int = 4,
-        head_dim: int | None = None,
-        intermediate_size: int | None = None,
-        hidden_act: str = "silu",
-        dropout: float = 0.0,
-        max_position_embeddings: int = 32768,
-        rms_norm_eps: float = 1e-6,
-        rope_theta: float = 1e6,
-        inference_rope_scaling: bool = False,
-        initializer_range: float = 0.02,
-        num_experts: int = 4,
-        num_experts_per_tok: int = 1,
-        moe_intermediate_size: int | None = None,
-        norm_topk_prob: bool = True,
-        router_aux_loss_coef: float = 5e-4,
-        bos_token_id: int = 1,
-        eos_token_id: int = 2,
-        pad_token_id: int = 0,
-        tie_word_embeddings: bool = True,
-        **kwargs,
+        self, hidden_size: int = 768, num_hidden_layers: int = 8, use_moe: bool = False, *,
+        vocab_size: int = 6400, num_attention_heads: int = 8, num_key_value_heads: int = 4,
+        head_dim: int | None = None, intermediate_size: int | None = None, hidden_act: str = "silu",
+        dropout: float = 0.0, max_position_embeddings: int = 32768, rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1e6, inference_rope_scaling: bool = False,
+        initializer_range: float = 0.02, num_experts: int = 4, num_experts_per_tok: int = 1,
+        moe_intermediate_size: int | None = None, norm_topk_prob: bool = True,
+        router_aux_loss_coef: float = 5e-4, bos_token_id: int = 1, eos_token_id: int = 2,
+        pad_token_id: int = 0, tie_word_embeddings: bool = True, **kwargs
     ) -> None:
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -81,11 +63,8 @@ class MiniMindConfig(PretrainedConfig):
         self.router_aux_loss_coef = router_aux_loss_coef
         self._check(head_dim)
         super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
+            bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings, **kwargs
         )
 
     def _check(self, head_dim: int | None) -> None:
@@ -233,11 +212,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: DynamicCache | None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+        cache: DynamicCache | None
     ) -> Tensor:
         by_head = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(by_head)).transpose(1, 2)  # (B, H, T, Dh)
@@ -247,13 +223,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and q.shape[2] > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=True,
+            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=True
         )
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -395,11 +366,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: DynamicCache | None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+        cache: DynamicCache | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """x (B, T, D) -> x, and what the router did (see ``MoEFeedForward``) or None."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
@@ -423,11 +391,8 @@ class MiniMindModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        cache: DynamicCache | None,
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None,
+        cache: DynamicCache | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """input_ids (B, T) -> hidden states (B, T, D), and each expert layer's routing."""
         x = self.dropout(self.embed_tokens(input_ids))
@@ -484,16 +449,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             module.fill_tables()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        use_cache: bool = False,
-        labels: Tensor | None = None,
-        document_starts: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: DynamicCache | None = None,
+        use_cache: bool = False, labels: Tensor | None = None,
+        document_starts: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs
     ) -> MoeCausalLMOutputWithPast:
         """Score the next token at each position, and the labels if given.
 
@@ -535,8 +494,6 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
                 aux_loss = aux_loss + balance_loss(probs, used, real, num_labels)
             aux_loss = aux_loss * self.config.router_aux_loss_coef
         return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=past_key_values if use_cache else None,
+            loss=loss, aux_loss=aux_loss, logits=logits,
+            past_key_values=past_key_values if use_cache else None
         )

@@ -5,6 +5,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch  # noqa: E402: after its environment
+import torch
 
 torch.set_num_threads(1)

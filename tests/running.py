@@ -77,7 +77,7 @@ def run(words: list[str], **settings: object) -> subprocess.CompletedProcess[str
 
 
 def train(folder: Path, num_ranks: int = 1, **changes: object) -> str:
-    """Train on ranks of their own, or alone in this process: it must succeed. Returns its output."""
+    """Train on ranks, or alone in this process: it must succeed. Returns what it prints."""
     if num_ranks == 1:
         with contextlib.redirect_stdout(io.StringIO()) as output:
             assert train_pretrain.main(flags(folder, **changes)) == 0

@@ -40,7 +40,14 @@ def encode(text: str) -> list[int]:
     return shipped_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
-def open_rows(folder: Path, texts: list[str] = TEXTS, length: int = 16, **how) -> PretrainDataset:
+def build(folder: Path, *paths: Path) -> TokenCache:
+    """The cache of these files, in ``folder``."""
+    return build_token_cache([*map(str, paths)], shipped_tokenizer(), folder / "cache")
+
+
+def open_rows(
+    folder: Path, texts: list[str] = TEXTS, length: int = 16, **how: object
+) -> PretrainDataset:
     """The dataset of these texts, its files in ``folder``."""
     corpus = write_jsonl(folder / "corpus.jsonl", texts)
     return PretrainDataset(
@@ -48,14 +55,16 @@ def open_rows(folder: Path, texts: list[str] = TEXTS, length: int = 16, **how) -
     )
 
 
+def short_text(number: int) -> str:
+    """One of many documents, unlike every other."""
+    return f"document {number} " * (number % 3 + 1)
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
-    """2,000 short documents."""
+    """The first 2,000 short texts."""
     folder = tmp_path_factory.mktemp("many")
-    corpus = write_jsonl(
-        folder / "corpus.jsonl", (f"document {i} " * (i % 3 + 1) for i in range(2000))
-    )
-    return build_token_cache(str(corpus), shipped_tokenizer(), folder / "cache")
+    return build(folder, write_jsonl(folder / "corpus.jsonl", map(short_text, range(2000))))
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -85,9 +94,7 @@ def test_every_token_comes_once_an_epoch_in_rows_that_know_their_documents(tmp_p
             expected = expected_rows([encode(TEXTS[i]) for i in order], length)
             assert [tuple(part.tolist() for part in row) for row in data] == expected
             batch = data.__getitems__(list(range(len(data))))
-            assert [list(row) for row in zip(*(p.tolist() for p in batch[:3]), strict=True)] == [
-                list(row) for row in expected
-            ]
+            assert list(zip(*(part.tolist() for part in batch[:3]), strict=True)) == expected
             assert batch.num_labels == sum(i != IGNORE for row in expected for i in row[1][1:])
 
 
@@ -181,7 +188,8 @@ def test_loader_processes_give_the_same_batches(tmp_path: Path) -> None:
 
 def test_held_out_documents_are_the_asked_share_and_never_trained_on(many: TokenCache) -> None:
     data = PretrainDataset(many, shipped_tokenizer(), 32, heldout_fraction=0.1)
-    kept_aside = {tuple(encode(f"document {i} " * (i % 3 + 1))) for i in data.is_held_out.nonzero()}
+    numbers = data.is_held_out.nonzero().flatten().tolist()
+    kept_aside = {tuple(encode(short_text(i))) for i in numbers}
     assert len(kept_aside) == pytest.approx(200, abs=45)  # 3.4 standard deviations
     ids, _, starts = data.__getitems__(list(range(len(data))))[:3]
     stream = ids.flatten()[starts.flatten() >= 0]
@@ -204,21 +212,16 @@ def test_held_out_rows_predict_every_token_but_each_first_once(
 ) -> None:
     data = PretrainDataset(many, shipped_tokenizer(), length, heldout_fraction=0.05)
     held_out = data.held_out(600)
-    texts = [f"document {i} " * (i % 3 + 1) for i in held_out.documents]
+    texts = [short_text(i) for i in held_out.documents.tolist()]
     labels = held_out.__getitems__(list(range(len(held_out)))).labels[:, 1:]
     assert labels[labels != IGNORE].tolist() == [i for text in texts for i in (*encode(text), EOS)]
     assert held_out.num_text_bytes == sum(len(text.encode()) for text in texts)
-    following = data.is_held_out.nonzero().flatten()[len(texts)]
-    one_more = len(encode(f"document {following} " * (following % 3 + 1))) + 2
+    following = data.is_held_out.nonzero().flatten()[len(texts)].item()
+    one_more = len(encode(short_text(following))) + 2
     assert held_out.num_tokens <= 600 < held_out.num_tokens + one_more
 
 
 # --------------------------------------------------------------------------------- token cache
-
-
-def build(folder: Path, *paths: Path, **how) -> TokenCache:
-    """The cache of these files, in ``folder``."""
-    return build_token_cache([*map(str, paths)], shipped_tokenizer(), folder / "cache", **how)
 
 
 def documents_of(cache: TokenCache) -> list[list[int]]:
@@ -303,10 +306,11 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
 
 BUILD = """
 import sys
+from transformers import PreTrainedTokenizerFast
 from dataset.token_cache import build_token_cache
-from tests.helpers import shipped_tokenizer
+tokenizer = PreTrainedTokenizerFast.from_pretrained("model")
 input("ready\\n")
-print(build_token_cache(sys.argv[1], shipped_tokenizer(), sys.argv[2]).folder.name)
+print(build_token_cache(sys.argv[1], tokenizer, sys.argv[2]).folder.name)
 """
 
 

@@ -14,7 +14,7 @@ from trainer.metrics import flops_per_token, read_records
 
 
 def test_operations_per_token_are_those_of_a_hand_count() -> None:
-    """A layer multiplies by 7 matrices; a multiplication is 2 operations, and thrice that in all."""
+    """Two operations a weight forward and four backward; likewise for what attention sees."""
     config = MiniMindConfig(hidden_size=768, num_hidden_layers=8)
     kv_width, ffn = 4 * 96, 2432
     layer = 768 * (768 + kv_width + kv_width + 768) + 3 * 768 * ffn

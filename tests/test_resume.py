@@ -11,8 +11,8 @@ from trainer.checkpoint import list_states, read_state
 TIMED = ("tokens_per_second", "eta_minutes")  # all else must be equal
 
 
-def final_state(folder: Path) -> dict:
-    return read_state(list_states(folder / "checkpoints", "pretrain_32")[0])
+def final_state(folder: Path, hidden_size: int = 32) -> dict:
+    return read_state(list_states(folder / "checkpoints", f"pretrain_{hidden_size}")[0])
 
 
 def assert_same(a: object, b: object, where: str = "state") -> None:

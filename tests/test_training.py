@@ -1,5 +1,6 @@
 """What one update does: its loss, its gradient, its rate."""
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_the_rate_follows_rows_over_all_epochs(tmp_path: Path) -> None:
         assert record["lr"] == pytest.approx(get_lr(before, rows[-1], 1e-3), rel=1e-12)
     per_epoch = rows[-1] // 2
     assert per_epoch % 8, "the last window of an epoch should be short here"
-    assert [b - a for a, b in zip(rows, rows[1:], strict=False)] == 2 * [
+    assert [b - a for a, b in itertools.pairwise(rows)] == 2 * [
         *[8] * (per_epoch // 8),
         per_epoch % 8,
     ]

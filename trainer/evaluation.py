@@ -16,11 +16,8 @@ PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time",
 
 
 def evaluate(
-    run: Run,
-    batches: Iterable[Any],
-    num_text_bytes: int,
-    tokenizer: PreTrainedTokenizerBase,
-    metrics: Metrics,
+    run: Run, batches: Iterable[Any], num_text_bytes: int, tokenizer: PreTrainedTokenizerBase,
+    metrics: Metrics
 ) -> None:
     """Report the loss on held-out batches, if any, and how fixed prompts are continued."""
     scores = {}
@@ -61,10 +58,8 @@ def held_out_loss(
 
 
 def continuations(
-    model: MiniMindForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str] = PROMPTS,
-    max_new_tokens: int = 24,
+    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str] = PROMPTS, max_new_tokens: int = 24
 ) -> dict[str, str]:
     """Each prompt and the likeliest continuation (greedy, so that evaluations compare)."""
     texts, was_training = {}, model.training
@@ -74,10 +69,8 @@ def continuations(
         for prompt in prompts:
             ids = encode_prompt(tokenizer, prompt).to(model.device)
             out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+                do_sample=False
             )
             texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     model.train(was_training)

@@ -82,18 +82,11 @@ class Run:
         Every rank calls it. Raises: OSError if a disk fails; what was saved before is intact."""
         args = self.args
         lm_checkpoint(
-            self.config,
-            weight=args.save_weight,
-            model=self.model,
-            optimizer=self.optimizer,
-            epoch=min(self.rows_seen // self.rows_per_epoch, args.epochs - 1),
-            step=self.step,
-            wandb=tracker,
-            save_dir=args.checkpoint_dir,
-            scaler=self.scaler,
-            settings=self.settings,
+            self.config, weight=args.save_weight, model=self.model, optimizer=self.optimizer,
+            epoch=min(self.rows_seen // self.rows_per_epoch, args.epochs - 1), step=self.step,
+            wandb=tracker, save_dir=args.checkpoint_dir, scaler=self.scaler, settings=self.settings,
             counters={name: getattr(self, name) for name in COUNTERS},
-            interval_sums=self.interval_sums.cpu(),
+            interval_sums=self.interval_sums.cpu()
         )
         if is_main_process():
             path = weights_path(args.save_dir, args.save_weight, self.config)

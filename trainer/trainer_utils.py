@@ -68,11 +68,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def init_model(
-    lm_config: MiniMindConfig,
-    from_weight: str = "none",
-    tokenizer_path: str = "model",
-    save_dir: str = "out",
-    device: str | torch.device = "cpu",
+    lm_config: MiniMindConfig, from_weight: str = "none", tokenizer_path: str = "model",
+    save_dir: str = "out", device: str | torch.device = "cpu"
 ) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
     """A new model, or with ``from_weight`` one that starts from ``<save_dir>/<from_weight>_*.pth``.
 
@@ -89,13 +86,8 @@ class SkipBatchSampler(Sampler[list[int]]):
     """Consecutive batches of ``sampler``, from ``skip_batches`` on, dealt to ranks in turn."""
 
     def __init__(
-        self,
-        sampler: Iterable[int],
-        batch_size: int,
-        skip_batches: int = 0,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
+        self, sampler: Iterable[int], batch_size: int, skip_batches: int = 0, *, rank: int = 0,
+        world_size: int = 1
     ) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
@@ -116,15 +108,9 @@ class SkipBatchSampler(Sampler[list[int]]):
 
 
 def lm_checkpoint(
-    lm_config: MiniMindConfig,
-    weight: str = "pretrain",
-    model: MiniMindForCausalLM | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    epoch: int = 0,
-    step: int = 0,
-    wandb: object | None = None,
-    save_dir: str | Path = "checkpoints",
-    **state: object,
+    lm_config: MiniMindConfig, weight: str = "pretrain", model: MiniMindForCausalLM | None = None,
+    optimizer: torch.optim.Optimizer | None = None, epoch: int = 0, step: int = 0,
+    wandb: object | None = None, save_dir: str | Path = "checkpoints", **state: object
 ) -> dict | None:
     """With a model: save all that the next update needs. Without: the newest good state or None.
 

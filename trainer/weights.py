@@ -7,11 +7,7 @@ from torch import Tensor
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import (
-    CheckpointError,
-    checkpoint_name,
-    load_tensors,
-    to_bytes,
-    write_atomically,
+    CheckpointError, checkpoint_name, load_tensors, to_bytes, write_atomically
 )
 
 
@@ -108,13 +104,11 @@ def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
         return MiniMindConfig(
             hidden_size=hidden_size,
             num_hidden_layers=len({key.split(".")[2] for key in state if ".layers." in key}),
-            use_moe=use_moe,
-            vocab_size=vocab_size,
-            head_dim=head_dim,
+            use_moe=use_moe, vocab_size=vocab_size, head_dim=head_dim,
             num_attention_heads=len(state[layer + "self_attn.q_proj.weight"]) // head_dim,
             num_key_value_heads=len(state[layer + "self_attn.k_proj.weight"]) // head_dim,
             intermediate_size=len(state[f"{layer}mlp.{expert}gate_proj.weight"]),
-            num_experts=len(state[layer + "mlp.gate.weight"]) if use_moe else 4,
+            num_experts=len(state[layer + "mlp.gate.weight"]) if use_moe else 4
         )
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}: these are no MiniMind weights.") from None

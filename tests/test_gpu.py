@@ -1,0 +1,59 @@
+"""The same promises on CUDA; run with ``pytest -m gpu`` on a machine that has it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.running import records, train, train_and_kill
+from tests.test_resume import assert_same, final_state, untimed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("default"),  # CUDA's own warnings are not ours to mend
+]
+CUDA = {"device": "cuda", "hidden_size": 64, "use_compile": 0}
+
+
+def losses(folder: Path) -> list[float]:
+    return [r["loss"] for r in records(folder) if "loss" in r]
+
+
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_cuda_loses_what_the_cpu_loses(tmp_path: Path, use_moe: int) -> None:
+    train(tmp_path / "cpu", hidden_size=64, use_moe=use_moe)
+    train(tmp_path / "cuda", **CUDA, use_moe=use_moe)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_half_precision_loses_nearly_the_same(tmp_path: Path, dtype: str, use_moe: int) -> None:
+    for name in ("float32", dtype):
+        train(tmp_path / name, **CUDA | {"use_moe": use_moe, "dtype": name})
+    assert losses(tmp_path / dtype) == pytest.approx(losses(tmp_path / "float32"), abs=0.05)
+    assert losses(tmp_path / dtype)[0] == pytest.approx(math.log(6400), abs=0.15)
+
+
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_compiled_loses_what_eager_loses(tmp_path: Path, use_moe: int) -> None:
+    for use_compile in (0, 1):
+        settings = CUDA | {"use_compile": use_compile, "use_moe": use_moe}
+        train(tmp_path / str(use_compile), **settings)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), abs=1e-3)
+    assert not any("_orig_mod" in key for key in final_state(tmp_path / "1", 64)["model"])
+
+
+def test_a_killed_and_resumed_run_loses_what_the_uninterrupted_one_loses(tmp_path: Path) -> None:
+    settings = CUDA | {"dropout": 0.1}
+    train(tmp_path / "whole", **settings)
+    train_and_kill(tmp_path / "cut", 7, **settings)
+    train(tmp_path / "cut", **settings, from_resume=1)
+    assert_same(
+        final_state(tmp_path / "cut", 64)["counters"]["rows_seen"],
+        final_state(tmp_path / "whole", 64)["counters"]["rows_seen"],
+    )
+    assert len(untimed(tmp_path / "cut")) == len(untimed(tmp_path / "whole"))
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)

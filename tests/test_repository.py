@@ -1,0 +1,181 @@
+"""What the repository promises of itself: flags, layers, commands, sample."""
+
+import ast
+import hashlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval_llm
+import train_pretrain
+from dataset import make_sample
+from dataset.token_cache import read_documents
+from model.model_minimind import MiniMindConfig
+from tests.running import ROOT, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEFAULTS = {  # MiniMind's names, and ours
+    "preset": "64m", "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "intermediate_size": None, "dropout": 0.0, "use_moe": 0,
+    "tokenizer_path": "model", "from_weight": "none",
+    "data_path": ["dataset/pretrain_t2t_mini.jsonl"], "max_seq_len": 512, "packing": 1,
+    "heldout_fraction": 0.005, "num_workers": 0, "cache_dir": "dataset/cache",
+    "epochs": 1, "batch_size": 32, "accumulation_steps": 8, "learning_rate": 5e-4,
+    "grad_clip": 1.0, "seed": 42, "dtype": "bfloat16",
+    "save_dir": "out", "save_weight": "pretrain", "checkpoint_dir": "checkpoints",
+    "save_interval": 500, "from_resume": 0, "overwrite": 0,
+    "log_interval": 10, "eval_interval": 250, "eval_tokens": 2**18,
+    "use_wandb": False, "wandb_project": "MiniMind-Pretrain",
+}
+
+
+def test_flags_and_defaults_are_the_promised_ones() -> None:
+    args = vars(train_pretrain.parse_flags([]))
+    device = args.pop("device")
+    assert args.pop("use_compile") == int(device == "cuda")
+    assert args == DEFAULTS
+
+
+def test_flags_have_minimind_s_other_names() -> None:
+    args = train_pretrain.parse_flags(["--lr", "0.1", "--max_length", "77"])
+    assert (args.learning_rate, args.max_seq_len) == (0.1, 77)
+
+
+def test_a_flag_overrides_its_preset_wherever_it_stands() -> None:
+    for words in (["--epochs", "9", "--preset", "demo"], ["--preset", "demo", "--epochs", "9"]):
+        args = train_pretrain.parse_flags(words)
+        assert (args.epochs, args.hidden_size) == (9, 256)
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        ("demo", (256, 4, 8, 4, 832, False)),
+        ("26m", (512, 8, 8, 2, 1408, False)),
+        ("64m", (768, 8, 8, 4, 2432, False)),
+        ("104m", (768, 16, 8, 2, 2048, False)),
+        ("moe", (768, 8, 8, 4, 2432, True)),
+    ],
+)
+def test_presets_have_the_promised_sizes(preset: str, sizes: tuple) -> None:
+    tokenizer = train_pretrain.load_tokenizer("model")
+    args = train_pretrain.parse_flags(["--preset", preset])
+    config = train_pretrain.build_config(args, tokenizer)
+    assert isinstance(config, MiniMindConfig) and config.vocab_size == 6400
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "intermediate_size", "use_moe")
+    assert tuple(getattr(config, name) for name in names) == sizes
+
+
+def imported_packages(source: str) -> set[str]:
+    """Top-level names of every absolute import."""
+    nodes = list(ast.walk(ast.parse(source)))
+    plain = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    froms = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level == 0]
+    return {name.split(".")[0] for name in plain + froms}
+
+
+ALLOWED = {"model": {"model"}, "dataset": {"dataset"}, "trainer": {"trainer", "model"}}
+
+
+def source_files() -> list[Path]:
+    folders = [ROOT, *(ROOT / name for name in (*ALLOWED, "scripts"))]
+    return [file for folder in folders for file in sorted(folder.glob("*.py"))]
+
+
+def test_arrows_between_packages_point_one_way() -> None:
+    packages = {"model", "dataset", "trainer", "scripts", "train_pretrain", "eval_llm", "tests"}
+    for package, allowed in ALLOWED.items():
+        for file in (ROOT / package).glob("*.py"):
+            used = imported_packages(file.read_text(encoding="utf-8")) & packages
+            assert used <= allowed, file
+
+
+def test_only_declared_packages_are_imported() -> None:
+    declared = {"torch", "transformers", "tqdm", "swanlab"}
+    brought = {"tokenizers"}  # by transformers, which is built on it
+    ours = {*ALLOWED, "scripts", "train_pretrain", "eval_llm"}
+    for file in source_files():
+        foreign = imported_packages(file.read_text(encoding="utf-8")) - set(sys.stdlib_module_names)
+        assert foreign <= declared | brought | ours, file
+
+
+def test_one_file_speaks_to_torch_distributed() -> None:
+    pattern = re.compile(r"^\s*(import|from) torch\.distributed", flags=re.MULTILINE)
+    found = [f for f in source_files() if pattern.search(f.read_text(encoding="utf-8"))]
+    assert [file.name for file in found] == ["distributed.py"]
+
+
+def commands(text: str) -> list[str]:
+    """Lines of the README's shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_ci_runs_the_readme_s_test_command() -> None:
+    command = "pip install -r requirements.txt -r requirements-dev.txt && pytest"
+    assert command in commands("\n".join(README.splitlines()[:40]))
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_readme_s_first_command_trains_and_its_next_continues(tmp_path: Path) -> None:
+    """As they stand there, with a model so small and an epoch so short that it takes seconds."""
+    lines = commands("\n".join(README.splitlines()[:40]))
+    install, _, program = lines[0].partition(" && ")
+    assert install == "pip install -r requirements.txt"
+    places = {"save_dir": tmp_path / "out", "checkpoint_dir": tmp_path / "c", "cache_dir": tmp_path}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "epochs": 1, "batch_size": 256}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "device": "cpu"}
+    words = [f"--{k}={v}" for k, v in (small | places).items()]
+    done = run([sys.executable, *shlex.split(program)[1:], *words])
+    assert done.returncode == 0, done.stderr
+    assert "held out: loss" in done.stdout
+    following = next(line for line in lines[1:] if "eval_llm.py" in line)
+    words = shlex.split(following.split("#")[0])[1:]
+    extra = [f"--save_dir={tmp_path / 'out'}", "--max_new_tokens=2", "--device=cpu"]
+    done = run([sys.executable, *words, *extra])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s]") >= 1
+
+
+def test_every_flag_in_the_readme_exists() -> None:
+    known = {
+        option
+        for parser in (train_pretrain.build_parser(), eval_llm.build_parser())
+        for action in parser._actions
+        for option in action.option_strings
+    }
+    known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
+    known |= {"--output", "--vocab_size", "--max_megabytes", "--local-dir", "--repo-type"}
+    assert set(re.findall(r"--\w[\w-]*", README)) <= known
+
+
+def test_the_sample_is_what_its_script_writes(tmp_path: Path) -> None:
+    written = tmp_path / "sample.jsonl"
+    words = [sys.executable, "-m", "dataset.make_sample", "--output", str(written)]
+    subprocess.run(words, check=True, cwd=ROOT, capture_output=True)
+    shipped = ROOT / "dataset" / "pretrain_sample.jsonl"
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (written, shipped)}
+    assert len(digests) == 1
+    assert shipped == make_sample.DEFAULT_OUTPUT
+
+
+def test_the_sample_is_varied_and_in_two_languages() -> None:
+    path = ROOT / "dataset" / "pretrain_sample.jsonl"
+    assert 1e6 <= path.stat().st_size <= 1.5e6
+    documents = [text for text, _ in read_documents(path)]
+    assert len(set(documents)) == len(documents)
+    chinese = sum(len(re.findall(r"[\u4e00-\u9fff]", d)) * 3 for d in documents)
+    assert 0.3 < chinese / sum(len(d.encode()) for d in documents) < 0.7
+
+
+def test_the_prompts_are_in_words_that_the_sample_does_not_use() -> None:
+    sample = (ROOT / "dataset" / "pretrain_sample.jsonl").read_text(encoding="utf-8")
+    assert len(eval_llm.PROMPTS) == 10
+    for prompt, answer in eval_llm.PROMPTS.items():
+        assert prompt not in sample
+        assert answer.strip() in sample, "a fact that the sample does not state"
