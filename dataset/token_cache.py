@@ -70,7 +70,7 @@ def read_text(line: bytes, where: str) -> str:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8"
         raise DataError(f"{where}: {found}. Convert the file to UTF-8.") from None
     except json.JSONDecodeError as error:
-        found = f"not valid JSON: {error.msg} at column {error.colno}"
+        found = f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
         raise DataError(f"{where}: {found}. {expected}") from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise DataError(f"{where}: not readable as JSON: {error}. {expected}") from None
@@ -167,6 +167,10 @@ class TokenCache:
             hashes=mapped("hashes.bin", num, torch.int32)
         )
 
+    def __reduce__(self) -> tuple:
+        """Loader processes map the files themselves, however they are started."""
+        return TokenCache.open, (self.folder,)
+
     def ids(self, positions: Tensor) -> Tensor:
         """Token ids, int64, at the given positions of the cache."""
         return self.tokens[positions].to(torch.int64) & (2 ** (8 * self.tokens.itemsize) - 1)
@@ -215,7 +219,8 @@ def encoded_batches(
 
 def write_cache(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> dict:
     """Tokenize ``files`` into ``folder``; returns counts. Holds a few batches, not the corpus."""
-    id_code, bytes_per_id = ("H", 2) if len(tokenizer) <= 2**16 else ("I", 4)
+    largest_id = max(tokenizer.get_vocab().values())
+    id_code, bytes_per_id = ("H", 2) if largest_id < 2**16 else ("I", 4)
     control_ids = set(tokenizer.all_special_ids)
     num_documents = num_tokens = num_bytes = num_empty = num_control_tokens = 0
     with contextlib.ExitStack() as open_files:
@@ -256,8 +261,11 @@ def write_cache(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerB
 
 def remove_unfinished(cache_dir: Path) -> None:
     """Delete what killed builds on this machine left behind; those alive keep theirs."""
-    for folder in cache_dir.glob(f".building-{socket.gethostname()}-*"):
-        pid = int(folder.name.rsplit("-", 1)[1])
+    prefix = f".building-{socket.gethostname()}-"
+    for folder in cache_dir.glob(f"{prefix}*"):
+        if not folder.name.removeprefix(prefix).isdigit():
+            continue  # of a machine whose name begins like ours
+        pid = int(folder.name.removeprefix(prefix))
         try:
             os.kill(pid, 0)
             alive = pid != os.getpid()
@@ -275,6 +283,9 @@ def build_token_cache(
 
     Raises: DataError if a file is missing, a line is no document, or there is no document."""
     files = find_files(data_path)
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        backend.no_truncation()  # a tokenizer's file may ask for either, and documents are whole
+        backend.no_padding()
     digests = {"data": digest_of_files(files), "tokenizer": digest_of_tokenizer(tokenizer)}
     key = hashlib.sha256(f"{FORMAT}{digests}".encode()).hexdigest()[:24]
     folder = Path(cache_dir) / key

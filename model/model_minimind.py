@@ -81,8 +81,8 @@ class MiniMindConfig(PretrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"hidden_size {self.hidden_size} over {heads} heads gives an odd head_dim, but "
-                f"rotary embedding turns pairs of numbers. Choose a multiple of {2 * heads}."
+                f"head_dim is {self.head_dim} (by default hidden_size / heads), but rotary "
+                f"embedding turns pairs of numbers. Choose an even one."
             )
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
@@ -91,8 +91,16 @@ class MiniMindConfig(PretrainedConfig):
             )
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which matrix products with ``x`` are done: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32 or wider."""
+    """Root-mean-square norm over the last dimension, computed in float32 or wider.
+
+    Its output is of the products' type: autocast would cast it anew for each of them."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -101,7 +109,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        y = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
+        return y.to(product_dtype(x))
 
 
 def inverse_frequencies(config: MiniMindConfig) -> Tensor:
@@ -251,13 +260,10 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight: (E, out, in), one matrix a group.
         ends: (E,) int32, where each group ends in x.
     Returns: (N, out)."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device, dtype = x.device.type, product_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
-    has_kernel = (dtype == torch.bfloat16 and device != "mps") or (device, dtype) == (
-        "cpu",
-        torch.float32,
-    )
+    has_kernel = dtype == torch.bfloat16 and device != "mps"
+    has_kernel |= (device, dtype) == ("cpu", torch.float32) and not torch.compiler.is_compiling()
     if has_kernel and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     sizes = ends.diff(

@@ -122,13 +122,16 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=42, help="which texts a sample takes")
     args = parser.parse_args()
+    least = len(CONTROL_TOKENS + MEDIA_TOKENS + CHAT_TOKENS + SPARE_TOKENS) + 256
+    if args.vocab_size < least:
+        parser.error(f"--vocab_size is {args.vocab_size}, expected {least} or more")
     try:
         texts = sample_texts(find_texts(args.data_path), args.max_megabytes * 10**6, args.seed)
         tokenizer = train(texts, args.vocab_size)
-    except DataError as error:
+        save(tokenizer, Path(args.output))
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    save(tokenizer, Path(args.output))
+        return getattr(error, "exit_status", 6)
     print(f"{tokenizer.get_vocab_size():,} entries written to {args.output}")
     return 0
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import signal
+import socket
 import time
 import tracemalloc
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset import token_cache
 from dataset.lm_dataset import PretrainDataset, as_is, permutation
-from dataset.token_cache import DataError, TokenCache, build_token_cache, read_documents
+from dataset.token_cache import (
+    DataError, TokenCache, build_token_cache, read_documents, remove_unfinished
+)
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
 from trainer.trainer_utils import SkipBatchSampler
 
@@ -50,9 +53,8 @@ def open_rows(
 ) -> PretrainDataset:
     """The dataset of these texts, its files in ``folder``."""
     corpus = write_jsonl(folder / "corpus.jsonl", texts)
-    return PretrainDataset(
-        str(corpus), shipped_tokenizer(), length, cache_dir=str(folder / "cache"), **how
-    )
+    cache_dir = str(folder / "cache")
+    return PretrainDataset(str(corpus), shipped_tokenizer(), length, cache_dir=cache_dir, **how)
 
 
 def short_text(number: int) -> str:
@@ -150,8 +152,7 @@ def dealt(num_rows: int, batch_size: int, skip: int, world_size: int) -> list[li
     """All ranks' batches, in the order in which windows take them."""
     ranks = [
         SkipBatchSampler(range(num_rows), batch_size, skip, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
+        for rank in range(world_size)]
     assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks]
     rounds = itertools.zip_longest(*ranks)
     return [batch for one_round in rounds for batch in one_round if batch is not None]
@@ -184,6 +185,15 @@ def test_loader_processes_give_the_same_batches(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------ held out
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_loader_processes_may_be_started_in_any_way(tmp_path: Path, method: str) -> None:
+    data = open_rows(tmp_path)
+    loader = DataLoader(
+        data, batch_size=4, num_workers=1, collate_fn=as_is, multiprocessing_context=method
+    )
+    assert torch.equal(next(iter(loader)).input_ids, data.__getitems__([0, 1, 2, 3]).input_ids)
 
 
 def test_held_out_documents_are_the_asked_share_and_never_trained_on(many: TokenCache) -> None:
@@ -235,6 +245,17 @@ def test_cached_ids_are_the_texts(tmp_path: Path) -> None:
     assert [shipped_tokenizer().decode(ids) for ids in documents_of(cache)] == TEXTS
     assert documents_of(cache) == [encode(text) for text in TEXTS]
     assert cache.num_bytes.tolist() == [len(text.encode()) for text in TEXTS]
+
+
+def test_a_tokenizer_that_truncates_and_pads_loses_and_adds_nothing(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=6)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    cache = build_token_cache(str(corpus), tokenizer, tmp_path / "cache")
+    assert documents_of(cache) == [encode(text) for text in TEXTS]
 
 
 def test_the_second_opening_builds_nothing(tmp_path: Path) -> None:
@@ -291,9 +312,8 @@ def test_several_files_and_folders_are_read_in_order(tmp_path: Path) -> None:
 def test_control_tokens_and_empty_documents_are_counted(tmp_path: Path) -> None:
     cache = build(tmp_path, write_jsonl(tmp_path / "a.jsonl", ["", TEXTS[3], " \n", "plain"]))
     assert documents_of(cache) == [encode(TEXTS[3]), encode("plain")]
-    counted = {name: cache.meta[name] for name in ("num_documents", "num_control_tokens")}
-    assert counted == {"num_documents": 2, "num_control_tokens": 4}
-    assert cache.meta["num_empty"] == 2
+    names = ("num_documents", "num_empty", "num_control_tokens")
+    assert [cache.meta[name] for name in names] == [2, 2, 4]
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
@@ -338,6 +358,13 @@ def test_a_killed_build_leaves_no_cache_and_the_next_one_succeeds(tmp_path: Path
     assert not list(folder.glob(".building-*"))
 
 
+def test_builds_of_a_machine_with_a_longer_name_are_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".building-{socket.gethostname()}-2-999999999"
+    other.mkdir()
+    remove_unfinished(tmp_path)
+    assert other.exists()
+
+
 def test_two_processes_may_build_the_same_cache_at_once(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "a.jsonl", [f"document {i} " * 20 for i in range(2000)])
     both = [start_python("-c", BUILD, corpus, tmp_path / "cache") for _ in range(2)]
@@ -353,10 +380,8 @@ def test_memory_does_not_grow_with_the_corpus(
 ) -> None:
     monkeypatch.setattr(token_cache, "BATCH_BYTES", 2**14)  # small beside these files
     peaks = []
-    for num in (10, 1_000, 10_000):  # the first warms up
-        corpus = write_jsonl(
-            tmp_path / f"{num}.jsonl", (f"{i} and more, " * 10 for i in range(num))
-        )
+    for num in (10, 3_000, 30_000):  # the first warms up
+        corpus = write_jsonl(tmp_path / f"{num}.jsonl", map(short_text, range(num)))
         tracemalloc.start()
         build(tmp_path, corpus)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -412,3 +437,10 @@ def test_a_missing_file_leads_to_the_download_and_the_demo(tmp_path: Path) -> No
 def test_a_corpus_without_text_is_an_error(tmp_path: Path, texts: list[str]) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl: no document"):
         build(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts))
+
+
+def test_no_word_of_a_message_comes_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "once\n')
+    with pytest.raises(DataError) as caught:
+        list(read_documents(tmp_path / "a.jsonl"))
+    assert " at at " not in str(caught.value)
