@@ -35,7 +35,7 @@ from trainer.settings import (
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
     Logger, SkipBatchSampler, get_lr, init_distributed_mode, init_model, is_main_process,
-    lm_checkpoint, load_tokenizer, setup_seed
+    keep_freed_memory, lm_checkpoint, load_tokenizer, setup_seed
 )
 
 # ---------------------------------------------------------------------------------------- flags
@@ -252,6 +252,8 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if device.type == "cuda" and distributed.world_size() > 1:
         device = torch.device("cuda", local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     setup_seed(args.seed)
 
     # 2. What is to be trained, and may it be written

@@ -231,10 +231,14 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=True
-        )
+        if x.device.type == "cpu":  # its kernel is faster in float32, see docs/LOG.md
+            wide = torch.promote_types(x.dtype, torch.float32)
+            q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                dropout_p=self.dropout if self.training else 0.0, enable_gqa=True
+            )
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

@@ -1,5 +1,7 @@
 """The trainer's parts by the names MiniMind's readers know."""
 
+import contextlib
+import ctypes
 import itertools
 import math
 import random
@@ -48,6 +50,17 @@ def setup_seed(seed: int) -> None:
     """Seed every generator that training draws from."""
     random.seed(seed)
     torch.manual_seed(seed)  # all devices
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors free, on the CPU.
+
+    By default it returns large blocks at once, and every step asks for the same pages again."""
+    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another system's C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_max, 0)
 
 
 def get_model_params(model: MiniMindForCausalLM, config: MiniMindConfig) -> tuple[int, int]:
