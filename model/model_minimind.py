@@ -239,7 +239,7 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
                 dropout_p=self.dropout if self.training else 0.0, enable_gqa=True
             )
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class FeedForward(nn.Module):

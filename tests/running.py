@@ -71,9 +71,9 @@ def command(arguments: list[str], num_ranks: int = 1) -> list[str]:
     return [*run, str(num_ranks), "train_pretrain.py", *arguments]
 
 
-def run(words: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, **settings)
+def run(words: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run to the end, from the repository's root."""
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def train(folder: Path, num_ranks: int = 1, **changes: object) -> str:
