@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEED = 20240607
-BYTES_PER_LANGUAGE = 645_000
+BYTES_PER_LANGUAGE = 580_000
 MIN_BYTES, MAX_BYTES = 88, 900
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "pretrain_sample.jsonl"
 
