@@ -26,8 +26,19 @@ from trainer.settings import Parser, SettingsError, default_device, device_probl
 from trainer.trainer_utils import load_tokenizer, setup_seed
 from trainer.weights import load_weights, read_config, read_weights
 
-# Facts that the bundled sample states, in words that it does not use.
-PROMPTS = ("The capital of France is", "中国的首都是")
+# Facts that the bundled sample states, in words that it does not use; and how they should go on.
+PROMPTS = {
+    "Everyone in the class remembers that the capital of France is": " Paris",
+    "Germany is in Europe, and the capital of Germany is": " Berlin",
+    "The whole class knows that the largest planet of the solar system is": " Jupiter",
+    "The painter knows that the colour of a banana is": " yellow",
+    "Sailors know that the Sun rises in": " the east",
+    "我喜欢中国，中国的首都是": "北京",
+    "弟弟还记得，埃及的首都叫": "开罗",
+    "哥哥说，《西游记》的作者是": "吴承恩",
+    "我家有一只兔子，兔子爱吃": "胡萝卜",
+    "工厂里的人说，玻璃的原料是": "沙子",
+}
 
 
 def build_parser() -> Parser:
