@@ -120,14 +120,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("watching").add_argument
     add("--log_interval", type=int, default=10, help="updates between log lines")
     add("--eval_interval", type=int, default=250, help="updates between held-out evaluations")
-    add(
-        "--eval_tokens", type=int, default=2**18, help="held-out tokens an evaluation reads at most"
-    )
-    add(
-        "--use_wandb",
-        action="store_true",
-        help="log to SwanLab: the cloud if logged in, else local",
-    )
+    add("--eval_tokens", type=int, default=2**18, help="held-out tokens read at most")
+    add("--use_wandb", action="store_true", help="log to SwanLab: the cloud if logged in")
     add("--wandb_project", default="MiniMind-Pretrain", help="SwanLab's project")
     return parser
 
@@ -152,16 +146,12 @@ def batches_of(data: PretrainDataset, args: argparse.Namespace, first_row: int =
     num_batches = math.ceil(len(data) / args.batch_size)
     sampler = SkipBatchSampler(
         range(num_batches * args.batch_size),  # rows past the last are padding
-        args.batch_size,
-        skip_batches=first_row // args.batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        args.batch_size, skip_batches=first_row // args.batch_size,
+        rank=distributed.rank(), world_size=distributed.world_size()
     )
     return DataLoader(
         data,
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        collate_fn=as_is,
+        batch_sampler=sampler, num_workers=args.num_workers, collate_fn=as_is,
         pin_memory=args.device.startswith("cuda"),
         generator=torch.Generator(),  # without its own, a loader draws from the global one
     )
@@ -277,7 +267,8 @@ def train(args: argparse.Namespace) -> None:
     held_out = data.held_out(args.eval_tokens)
 
     # 4. Model, optimizer, precision
-    model, _ = init_model(config, args.from_weight, args.tokenizer_path, args.save_dir, device)
+    weight = args.from_weight if state is None else "none"
+    model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
     dtype = getattr(torch, args.dtype)
     run = Run(
         args=args, config=config,
@@ -298,7 +289,8 @@ def train(args: argparse.Namespace) -> None:
     else:
         once(partial(delete_run, args, config))
     if run.is_done:
-        return Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
+        Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
+        return distributed.close()
     if args.use_compile:
         model.compile(dynamic=False)
 

@@ -81,8 +81,8 @@ class MiniMindConfig(PretrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim is {self.head_dim} (by default hidden_size / heads), but rotary "
-                f"embedding turns pairs of numbers. Choose an even one."
+                f"head_dim is {self.head_dim} (hidden_size {self.hidden_size}, {heads} heads), but "
+                f"rotary embedding turns pairs of numbers. Choose an even one."
             )
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
