@@ -123,12 +123,15 @@ def test_ci_runs_the_readme_s_test_command() -> None:
 
 
 def test_the_readme_s_first_command_trains_and_its_next_continues(tmp_path: Path) -> None:
-    """As they stand there, with a model so small and an epoch so short that it takes seconds."""
+    """As they stand there, on a model and a share of the sample so small that it takes seconds."""
     lines = commands("\n".join(README.splitlines()[:40]))
     install, _, program = lines[0].partition(" && ")
     assert install == "pip install -r requirements.txt"
     places = {"save_dir": tmp_path / "out", "checkpoint_dir": tmp_path / "c", "cache_dir": tmp_path}
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "epochs": 1, "batch_size": 256}
+    sample = (ROOT / "dataset" / "pretrain_sample.jsonl").read_text(encoding="utf-8")
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(sample.splitlines(keepends=True)[:300]), encoding="utf-8")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "epochs": 1, "data_path": part}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "device": "cpu"}
     words = [f"--{k}={v}" for k, v in (small | places).items()]
     done = run([sys.executable, *shlex.split(program)[1:], *words])
