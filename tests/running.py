@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import train_pretrain
+from tests.helpers import ROOT, write_jsonl
 
-ROOT = Path(__file__).parent.parent
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -42,9 +42,7 @@ def texts(num: int = 80) -> list[str]:
 
 def write_corpus(path: Path, documents: list[str] | None = None) -> Path:
     """JSONL of ``documents``, by default of ``texts()``."""
-    lines = [json.dumps({"text": t}, ensure_ascii=False) for t in documents or texts()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_jsonl(path, documents or texts())
 
 
 def flags(folder: Path, **changes: object) -> list[str]:
