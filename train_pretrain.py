@@ -30,7 +30,8 @@ from trainer.metrics import Metrics, describe
 from trainer.optimizer import build_optimizer, set_lr
 from trainer.run import Run, delete_run, metrics_path, refuse_to_overwrite
 from trainer.settings import (
-    Parser, SettingsError, check_flags, deciding_settings, default_device, run_program
+    Parser, SettingsError, check_flags, deciding_settings, default_device, default_dtype,
+    run_program
 )
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
@@ -101,12 +102,8 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default=default_device(), help="cuda, mps or cpu")
-    add(
-        "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        default="bfloat16",
-        help="of products",
-    )
+    add("--dtype", choices=["bfloat16", "float16", "float32"],
+        help="of matrix products; None: bfloat16, or float32 on a CPU without it")
     add("--use_compile", type=int, choices=[0, 1], help="compile the model; None: only on cuda")
 
     add = parser.add_argument_group("files").add_argument
@@ -133,6 +130,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(**PRESETS[preset.preset])
     args = parser.parse_args(argv)
     check_flags(args)
+    args.dtype = args.dtype or default_dtype(args.device)
     if args.use_compile is None:
         args.use_compile = int(args.device.startswith("cuda"))
     return args

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval_llm
 import train_pretrain
 from dataset import make_sample
 from dataset.token_cache import read_documents
 from model.model_minimind import MiniMindConfig
-from tests.running import ROOT, run
+from tests.helpers import ROOT
+from tests.running import run
+from trainer.settings import default_dtype
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEFAULTS = {  # MiniMind's names, and ours
@@ -25,7 +28,7 @@ DEFAULTS = {  # MiniMind's names, and ours
     "data_path": ["dataset/pretrain_t2t_mini.jsonl"], "max_seq_len": 512, "packing": 1,
     "heldout_fraction": 0.005, "num_workers": 0, "cache_dir": "dataset/cache",
     "epochs": 1, "batch_size": 32, "accumulation_steps": 8, "learning_rate": 5e-4,
-    "grad_clip": 1.0, "seed": 42, "dtype": "bfloat16",
+    "grad_clip": 1.0, "seed": 42,
     "save_dir": "out", "save_weight": "pretrain", "checkpoint_dir": "checkpoints",
     "save_interval": 500, "from_resume": 0, "overwrite": 0,
     "log_interval": 10, "eval_interval": 250, "eval_tokens": 2**18,
@@ -37,7 +40,18 @@ def test_flags_and_defaults_are_the_promised_ones() -> None:
     args = vars(train_pretrain.parse_flags([]))
     device = args.pop("device")
     assert args.pop("use_compile") == int(device == "cuda")
+    assert args.pop("dtype") == default_dtype(device)
     assert args == DEFAULTS
+
+
+def test_products_are_in_bfloat16_except_on_a_cpu_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert default_dtype("cuda") == default_dtype("cuda:1") == default_dtype("mps") == "bfloat16"
+    for found, dtype in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert train_pretrain.parse_flags(["--device", "cpu"]).dtype == dtype
+    assert train_pretrain.parse_flags(["--device", "cpu", "--dtype", "float16"]).dtype == "float16"
 
 
 def test_flags_have_minimind_s_other_names() -> None:

@@ -103,6 +103,14 @@ DECIDING = (
 )
 
 
+def default_dtype(device: str) -> str:
+    """bfloat16, but float32 on a CPU that would have to emulate it, up to 20 times slower."""
+    if not device.startswith("cpu"):
+        return "bfloat16"
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.13
+    return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
+
+
 def deciding_settings(args: argparse.Namespace, num_ranks: int, digests: dict[str, str]) -> dict:
     """Whatever changes the result of a run if it changes; saved, and compared on resume."""
     return {name: getattr(args, name) for name in DECIDING} | {
