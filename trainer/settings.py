@@ -107,7 +107,7 @@ def default_dtype(device: str) -> str:
     """bfloat16, but float32 on a CPU that would have to emulate it, up to 20 times slower."""
     if not device.startswith("cpu"):
         return "bfloat16"
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.13
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # where torch cannot say: none
     return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
 
 
