@@ -13,7 +13,8 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -21,22 +22,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import Batch, PretrainDataset, as_is
+from dataset.lm_dataset import Batch, PretrainDataset, as_is, from_loader, ignore_signals
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
+from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
-from trainer.metrics import Metrics, describe
-from trainer.optimizer import build_optimizer, set_lr
-from trainer.run import Run, delete_run, metrics_path, refuse_to_overwrite
+from trainer.metrics import Metrics, complete_files, describe, metrics_path
+from trainer.optimizer import build_optimizer, set_lr, step_if_finite
+from trainer.run import Run
+from trainer.run_folder import RunFolder, blame, find_state
 from trainer.settings import (
-    Parser, SettingsError, check_flags, deciding_settings, default_device, default_dtype,
-    run_program
+    Parser, check_flags, deciding_settings, default_device, default_dtype, keep_rows_per_update,
+    run_program, surroundings
 )
+from trainer.signals import StopSignals
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
     Logger, SkipBatchSampler, get_lr, init_distributed_mode, init_model, is_main_process,
-    keep_freed_memory, lm_checkpoint, load_tokenizer, setup_seed
+    keep_freed_memory, load_tokenizer, setup_seed
 )
 
 # ---------------------------------------------------------------------------------------- flags
@@ -54,6 +58,7 @@ PRESETS: dict[str, dict] = {  # defaults that any flag overrides
         "epochs": 3,
         "log_interval": 50,
         "eval_interval": 500,
+        "save_interval": 500,
     },
     "26m": {"hidden_size": 512, "num_key_value_heads": 2, "intermediate_size": 1408},
     "64m": {},
@@ -90,6 +95,7 @@ def build_parser() -> Parser:
     add(
         "--num_workers", type=int, default=0, help="loader processes; 0 is enough but on slow disks"
     )
+    add("--bad_records", choices=["stop", "skip"], default="stop", help="at a line that is no text")
     add("--cache_dir", default=DEFAULT_CACHE_DIR, help="where tokenized data is kept")
 
     add = parser.add_argument_group("training").add_argument
@@ -98,6 +104,8 @@ def build_parser() -> Parser:
     add("--accumulation_steps", type=int, default=8, help="batches whose gradients make one update")
     add("--learning_rate", "--lr", type=float, default=5e-4, help="at the peak; falls to a tenth")
     add("--grad_clip", type=float, default=1.0, help="largest norm of a gradient")
+    add("--max_bad_updates", type=int, default=20,
+        help="in a row whose loss or gradient is not finite; they are not applied")
     add("--seed", type=int, default=42, help="decides initial weights and the order of data")
 
     add = parser.add_argument_group("machine").add_argument
@@ -105,13 +113,19 @@ def build_parser() -> Parser:
     add("--dtype", choices=["bfloat16", "float16", "float32"],
         help="of matrix products; None: bfloat16, or float32 on a CPU without it")
     add("--use_compile", type=int, choices=[0, 1], help="compile the model; None: only on cuda")
+    add("--timeout", type=int, default=600,
+        help="seconds after which a rank or loader process without a sign of life is given up")
 
     add = parser.add_argument_group("files").add_argument
     add("--save_dir", default="out", help="weights and metrics")
     add("--save_weight", default="pretrain", help="first part of the files' names")
     add("--checkpoint_dir", default="checkpoints", help="states to resume from")
-    add("--save_interval", type=int, default=500, help="updates between saves")
+    add("--checkpoint_mirror", help="folder or address that gets a copy of each state; see README")
+    add("--save_interval", type=int, default=1000, help="updates between saves")
+    add("--keep_states", type=int, default=2, help="newest states that stay")
     add("--from_resume", type=int, default=0, choices=[0, 1], help="1: go on if there is a state")
+    add("--resume_step", type=int, help="go back to the state of this update")
+    add("--skip_steps", help="FIRST:END, updates to leave out, END not among them; past a spike")
     add("--overwrite", type=int, default=0, choices=[0, 1], help="1: delete the last run's files")
 
     add = parser.add_argument_group("watching").add_argument
@@ -139,7 +153,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------- training
 
 
-def batches_of(data: PretrainDataset, args: argparse.Namespace, first_row: int = 0) -> DataLoader:
+def batches_of(
+    data: PretrainDataset, args: argparse.Namespace, first_row: int = 0
+) -> Iterable[Batch]:
     """This rank's share of the rows from ``first_row`` on, in full batches."""
     num_batches = math.ceil(len(data) / args.batch_size)
     sampler = SkipBatchSampler(
@@ -150,6 +166,7 @@ def batches_of(data: PretrainDataset, args: argparse.Namespace, first_row: int =
     return DataLoader(
         data,
         batch_sampler=sampler, num_workers=args.num_workers, collate_fn=as_is,
+        timeout=args.timeout if args.num_workers else 0, worker_init_fn=ignore_signals,
         pin_memory=args.device.startswith("cuda"),
         generator=torch.Generator(),  # without its own, a loader draws from the global one
     )
@@ -160,20 +177,19 @@ def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]
 
     The last window of an epoch may be short, and a rank may have no batch in it."""
     first_row = run.rows_seen % run.rows_per_epoch
-    batches = iter(batches_of(data, run.args, first_row))
+    batches = from_loader(batches_of(data, run.args, first_row))
     for start in range(first_row, run.rows_per_epoch, run.global_batch):
         window = list(itertools.islice(batches, run.args.accumulation_steps))
         yield window, min(run.global_batch, run.rows_per_epoch - start)
 
 
-def train_step(run: Run, window: list[Batch]) -> tuple[Tensor, int, Tensor]:
+def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
     """One update. The loss is the window's sum over the window's labels, on all ranks together: how
-    it is split into batches and ranks changes nothing.
+    it is split into batches and ranks changes nothing. If it is not finite, nothing is applied.
 
-    Returns: summed (nats, aux loss * labels) and number of labels, both over all ranks; the norm of
-    the gradient before clipping."""
-    num_labels = int(distributed.total(sum(batch.num_labels for batch in window)))
-    sums = torch.zeros_like(run.interval_sums)
+    Returns: (3 + world_size,) nats and aux loss * labels, summed over all ranks; the norm of the
+    gradient before clipping; not zero for each rank whose own gradient was not finite."""
+    sums = torch.zeros(2, device=run.device)
     for batch in window:
         batch = batch.to(run.device)
         with run.autocast:
@@ -182,34 +198,37 @@ def train_step(run: Run, window: list[Batch]) -> tuple[Tensor, int, Tensor]:
             )
         share = batch.num_labels / max(num_labels, 1)  # of the window's mean
         run.scaler.scale((out.loss + out.aux_loss) * share).backward()
-        sums += torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
-    distributed.sum_gradients(run.model.parameters())
+        sums = sums + torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
+    sums, culprits = distributed.sum_gradients(run.model.parameters(), sums)
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return distributed.sum_tensor(sums), num_labels, grad_norm
+    step_if_finite(run.optimizer, run.scaler, sums, grad_norm)
+    return torch.cat([sums, grad_norm[None], culprits])
 
 
 def train_epoch(
-    run: Run, data: PretrainDataset, evaluate_now: Callable[[], None], metrics: Metrics
+    run: Run, data: PretrainDataset, metrics: Metrics, stop: StopSignals,
+    evaluate_now: Callable[[], bool], save_now: Callable[[], None]
 ) -> None:
-    """Train on the rows that are left of this epoch."""
+    """Train on the rows that are left of this epoch. Raises: Interrupted, saved, after a signal."""
     args = run.args
     for window, num_rows in windows(run, data):
+        own_labels = sum(batch.num_labels for batch in window)
+        num_labels, num_stops = distributed.totals(own_labels, stop.received is not None)
         lr = set_lr(run.optimizer, get_lr(run.rows_seen, run.total_rows, args.learning_rate))
-        sums, num_labels, grad_norm = train_step(run, window)
-        run.advance(num_rows, num_labels, sums)
-        metrics.count(num_rows, num_labels)
-        if run.due(args.log_interval):  # .item() waits for the GPU: not on every update
-            metrics.interval(run.close_interval(), lr, grad_norm.item())
-        if run.due(args.eval_interval):
-            with metrics.paused():
-                evaluate_now()
-        if run.due(args.save_interval):
-            with metrics.paused():
-                run.save(metrics.tracker)
+        if run.skips_next():
+            run.advance(num_rows)
+        else:
+            run.advance(num_rows, int(num_labels), train_step(run, window, int(num_labels)))
+        metrics.count(num_rows, int(num_labels))
+        if run.due(args.log_interval):  # it waits for the device: not on every update
+            metrics.interval(lr)
+        stopping = num_stops > 0 or (run.evaluation_due and not evaluate_now())
+        if stopping or run.due(args.save_interval):
+            save_now()
+        if stopping:
+            raise Interrupted(metrics.stopped(stop.received))
+    run.settle()  # while this epoch's order can tell a bad update's documents
 
 
 # ---------------------------------------------------------------------------------------- build
@@ -233,10 +252,14 @@ def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
 # ----------------------------------------------------------------------------------------- main
 
 
-def train(args: argparse.Namespace) -> None:
-    """From flags to a trained model. Raises: SettingsError, DataError, CheckpointError, OSError."""
-    # 1. Ranks, device, seed
-    local_rank = init_distributed_mode(args.device)
+def train(args: argparse.Namespace, scope: ExitStack) -> None:
+    """From flags to a trained model. Raises: the errors of trainer/errors.py, DataError, OSError.
+
+    Args: scope: closes what must learn how the run ends."""
+    # 1. Signals, ranks, device, seed
+    stop = scope.enter_context(StopSignals().heard())
+    local_rank = init_distributed_mode(args.device, args.timeout)
+    scope.push(partial(blame, args.checkpoint_dir))
     device = torch.device(args.device)
     if device.type == "cuda" and distributed.world_size() > 1:
         device = torch.device("cuda", local_rank)
@@ -248,18 +271,21 @@ def train(args: argparse.Namespace) -> None:
     once = partial(distributed.first_on_each_machine, alone=True)
     tokenizer = load_tokenizer(args.tokenizer_path)
     config = build_config(args, tokenizer)
+    folder = RunFolder(args, config)
+    once(lambda: scope.enter_context(folder) and None)  # not to be sent to the other ranks
     state = None
-    if args.from_resume:
-        state = lm_checkpoint(config, weight=args.save_weight, save_dir=args.checkpoint_dir)
-        Logger(f"resuming after update {state['step']:,}" if state else "no state yet: a new run")
+    if args.from_resume or distributed.num_restarts():  # torchrun --max-restarts gives no flag
+        state = find_state(args, config, folder)
     if state is None:
-        once(partial(refuse_to_overwrite, args, config))
+        once(folder.refuse_to_overwrite)
 
     # 3. Data: tokenized by one process of each machine while the others wait
-    build = partial(build_token_cache, args.data_path, tokenizer, args.cache_dir)
-    folder = distributed.first_on_each_machine(lambda: str(build().folder))
+    build = partial(
+        build_token_cache, args.data_path, tokenizer, args.cache_dir, bad_records=args.bad_records
+    )
+    cache = distributed.first_on_each_machine(lambda: str(build().folder))
     data = PretrainDataset(
-        TokenCache.open(folder), tokenizer, args.max_seq_len, packing=bool(args.packing),
+        TokenCache.open(cache), tokenizer, args.max_seq_len, packing=bool(args.packing),
         seed=args.seed, heldout_fraction=args.heldout_fraction
     )
     held_out = data.held_out(args.eval_tokens)
@@ -267,14 +293,17 @@ def train(args: argparse.Namespace) -> None:
     # 4. Model, optimizer, precision
     weight = args.from_weight if state is None else "none"
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
-    dtype = getattr(torch, args.dtype)
+    dtype, num_ranks = getattr(torch, args.dtype), distributed.world_size()
+    settled = surroundings(args, num_ranks)
+    if state is not None:
+        keep_rows_per_update(args, state, num_ranks)
     run = Run(
-        args=args, config=config,
-        settings=deciding_settings(args, distributed.world_size(), data.cache.meta["digests"]),
+        args=args, config=config, surroundings=settled,
+        settings=deciding_settings(args, num_ranks, data.cache.meta["digests"]),
         model=model, optimizer=build_optimizer(model, args.learning_rate),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32), device=device,
-        rows_per_epoch=len(data), interval_sums=torch.zeros(2, device=device)
+        rows_per_epoch=len(data), documents_of=data.documents_of
     )
     setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
     describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
@@ -285,10 +314,13 @@ def train(args: argparse.Namespace) -> None:
         run.restore(state)
         del state  # as large as model and optimizer together
     else:
-        once(partial(delete_run, args, config))
-    if run.is_done:
+        once(folder.delete_run)
+    if run.is_done and not run.evaluation_due:
+        once(partial(complete_files, run))
         Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
         return distributed.close()
+    if is_main_process():
+        folder.begin(data.cache.meta["num_bad"])
     if args.use_compile:
         model.compile(dynamic=False)
 
@@ -298,22 +330,46 @@ def train(args: argparse.Namespace) -> None:
     if args.use_wandb and is_main_process():
         metrics.tracker = SwanLabTracker(
             args.wandb_project, args.save_weight, config=vars(args),
-            log_dir=f"{args.save_dir}/swanlog", run_id=tracked_id, history=metrics.records
+            log_dir=f"{args.save_dir}/swanlog", run_id=tracked_id, history=run.records
         )
     batches = batches_of(held_out, args) if held_out else []
     num_bytes = held_out.num_text_bytes if held_out else 0
+
+    def stopping() -> bool:
+        return stop.received is not None
+
+    def evaluate_now() -> bool:
+        with metrics.paused():
+            return evaluate(run, batches, num_bytes, tokenizer, metrics, stopping)
+
+    def save_now() -> None:
+        with metrics.paused():
+            if is_main_process():
+                folder.check_alone()
+            path, seconds = run.save(metrics.tracker)
+            if is_main_process():
+                folder.saved(path)
+            metrics.saved(seconds)
+
+    stop.training = True
+    if run.evaluation_due and evaluate_now():  # put off by the signal that stopped the last run
+        save_now()
     for epoch in range(run.rows_seen // run.rows_per_epoch, args.epochs):
         data.set_epoch(epoch)
-        train_epoch(
-            run, data, partial(evaluate, run, batches, num_bytes, tokenizer, metrics), metrics
-        )
+        train_epoch(run, data, metrics, stop, evaluate_now, save_now)
+    stop.training = False
     metrics.close()
     distributed.close()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 complete, 2 flags, 3 data, 4 weights or states, 6 disk."""
-    return run_program(lambda: train(parse_flags(argv)))
+    """Returns the exit status, see trainer/errors.py."""
+
+    def program() -> None:
+        with ExitStack() as scope:
+            train(parse_flags(argv), scope)
+
+    return run_program(program)
 
 
 if __name__ == "__main__":

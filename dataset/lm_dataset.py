@@ -6,6 +6,9 @@ comes once. Each row says where its documents begin, so that the model keeps the
 """
 
 import hashlib
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,9 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dataset.token_cache import (
-    DEFAULT_CACHE_DIR, DataError, TokenCache, build_token_cache, special_ids
-)
+from dataset.records import DataError
+from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids
 
 IGNORE = -100  # a label that carries no loss
 
@@ -39,6 +41,28 @@ class Batch(NamedTuple):
 def as_is(batch: Batch) -> Batch:
     """For DataLoader(collate_fn=...): ``PretrainDataset.__getitems__`` has collated already."""
     return batch
+
+
+def ignore_signals(worker: int) -> None:
+    """For DataLoader(worker_init_fn=...): a signal to the whole group is the trainer's to answer.
+
+    It would end the loader's processes first, and the trainer with them, unsaved."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def from_loader(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches. Raises: DataError if a loader process died or gives no sign of life."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):
+            raise
+        for process in multiprocessing.active_children():
+            process.kill()  # stuck ones do not hear a gentler signal, and would be waited for
+        raise DataError(
+            f"{str(error).splitlines()[0]} Often memory ran out: try a lower --num_workers."
+        ) from None
 
 
 def permutation(num: int, seed: int, epoch: int) -> Tensor:
@@ -125,6 +149,14 @@ class PretrainDataset(Dataset):
     def num_text_bytes(self) -> int:
         """UTF-8 bytes of these documents' texts."""
         return int(self.cache.num_bytes[self.documents].sum())
+
+    def documents_of(self, rows: Iterable[int]) -> list[int]:
+        """The documents that have a token in these rows, by number in the corpus from 0, sorted."""
+        position = torch.tensor(list(rows))[:, None] * self.stride + torch.arange(self.row_length)
+        nth = torch.searchsorted(self.begins, position, right=True) - 1
+        if not self.packing:
+            nth = torch.tensor(list(rows))
+        return self.order[nth[nth < len(self.order)]].unique().tolist()
 
     def __len__(self) -> int:
         """Rows of an epoch: the same every epoch."""

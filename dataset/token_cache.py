@@ -6,102 +6,37 @@ A cache is a folder named after the content of the data and of the tokenizer:
     offsets.bin    int64, where each document begins in tokens.bin, and the end of the last
     bytes.bin      int64, the length of each document's text in UTF-8 bytes
     hashes.bin     int32, a hash of each document's text: it decides which are held out
-    meta.json      counts and digests
+    meta.json      counts and digests, and what was left out
 
 Main memory stays flat while it is built and while it is read, however large the corpus.
 """
 
-import codecs
 import contextlib
 import hashlib
 import json
 import os
 import shutil
 import socket
+import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # part of every cache's name: raise it when the files' meaning changes
+from dataset.records import DataError, find_files, read_documents
+
+FORMAT = 2  # part of every cache's name: raise it when the files' meaning changes
 BATCH_BYTES = 2 * 2**20  # text encoded in one call: enough to keep all cores busy, little to hold
-WAY_TO_DATA = (
-    "Download MiniMind's corpus from https://huggingface.co/datasets/jingyaogong/minimind_dataset "
-    "into dataset/, or try --preset demo."
-)
 DEFAULT_CACHE_DIR = "dataset/cache"
-
-
-class DataError(ValueError):
-    """The data cannot be trained on as it is; the message names file and line."""
-
-    exit_status = 3
-
-
-def find_files(data_path: str | list[str]) -> list[Path]:
-    """The JSONL files that ``--data_path`` means: files as given, a folder's ``*.jsonl`` by name.
-
-    Raises: DataError if one is missing or a folder holds none."""
-    files: list[Path] = []
-    for given in [data_path] if isinstance(data_path, str | Path) else data_path:
-        path = Path(given)
-        found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-        if not found:
-            raise DataError(f"--data_path {given}: the folder holds no *.jsonl file.")
-        if not found[0].is_file():
-            raise DataError(f"--data_path {given}: no such file. {WAY_TO_DATA}")
-        files += found
-    return files
-
-
-def read_text(line: bytes, where: str) -> str:
-    """One line of JSONL -> its document. Raises: DataError with ``where`` and what was found."""
-    expected = 'Each line must be one JSON object with a string "text": {"text": "..."}.'
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8"
-        raise DataError(f"{where}: {found}. Convert the file to UTF-8.") from None
-    except json.JSONDecodeError as error:
-        found = f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-        raise DataError(f"{where}: {found}. {expected}") from None
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise DataError(f"{where}: not readable as JSON: {error}. {expected}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: found a JSON {type(record).__name__}. {expected}")
-    if not isinstance(text := record.get("text"), str):
-        keys = ", ".join(map(repr, record)) or "none"
-        found = (
-            f'"text" is {text!r:.40}' if "text" in record else f'no "text"; its keys: {keys:.80}'
-        )
-        raise DataError(f"{where}: {found}. {expected}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: half of a surrogate pair (\\ud800-\\udfff) in the text."
-        ) from None
-    return text
-
-
-def read_documents(path: Path) -> Iterator[tuple[str, int]]:
-    """Each document of a JSONL file, with the bytes read so far. Blank lines are passed over.
-
-    Raises: DataError with file and line at the first line that is no document."""
-    num_bytes = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            num_bytes += len(line)
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if line.strip():
-                yield read_text(line, f"{path} line {number}"), num_bytes
+FILES = ("tokens.bin", "offsets.bin", "bytes.bin", "hashes.bin")
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
@@ -115,13 +50,17 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     return (eos if bos is None else bos), eos, (eos if pad is None else pad)
 
 
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_of_files(files: list[Path]) -> str:
     """SHA-256 of the files' sizes and bytes, in order; names and dates do not count."""
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            part = hashlib.file_digest(file, "sha256")
-        digest.update(part.digest())
+        digest.update(bytes.fromhex(digest_of_file(path)))
     return digest.hexdigest()
 
 
@@ -186,12 +125,33 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def text_batches(files: list[Path], bar: tqdm) -> Iterator[list[str]]:
+@dataclass
+class BadRecords:
+    """Called with each bad record of a corpus: the first one raises, or they are counted."""
+
+    skip: bool
+    num: int = 0
+    examples: list[str] = field(default_factory=list)  # the first three
+
+    def __call__(self, message: str) -> None:
+        if not self.skip:
+            refuse(message)
+        self.num += 1
+        if self.num <= 3:
+            self.examples.append(message)
+
+
+def refuse(message: str) -> NoReturn:
+    """What a bad record leads to, whether it is met now or was met when the cache was made."""
+    raise DataError(f"{message} Correct it, or leave such lines out: --bad_records skip.")
+
+
+def text_batches(files: list[Path], bad: BadRecords, bar: tqdm) -> Iterator[list[str]]:
     """All documents of all files in order, in lists of about BATCH_BYTES; ``bar`` counts bytes."""
     texts: list[str] = []
     for path in files:
         done = reported = 0
-        for text, done in read_documents(path):
+        for text, done in read_documents(path, bad):
             texts.append(text)
             if done - reported >= BATCH_BYTES:
                 bar.update(done - reported)
@@ -206,7 +166,8 @@ def encoded_batches(
     tokenizer: PreTrainedTokenizerBase, batches: Iterable[list[str]]
 ) -> Iterator[tuple[list[str], list[list[int]]]]:
     """Each batch with its ids, in order; the next is encoded while the caller writes this one."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
         ahead: deque = deque()
         for texts in batches:
             ahead.append((texts, pool.submit(encode, tokenizer, texts)))
@@ -215,24 +176,29 @@ def encoded_batches(
                 yield texts, future.result()
         for texts, future in ahead:
             yield texts, future.result()
+    finally:  # after an error or a signal, only the batch that is being encoded is waited for
+        pool.shutdown(cancel_futures=True)
 
 
-def write_cache(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> dict:
+def write_cache(
+    folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
+) -> dict:
     """Tokenize ``files`` into ``folder``; returns counts. Holds a few batches, not the corpus."""
     largest_id = max(tokenizer.get_vocab().values())
     id_code, bytes_per_id = ("H", 2) if largest_id < 2**16 else ("I", 4)
     control_ids = set(tokenizer.all_special_ids)
     num_documents = num_tokens = num_bytes = num_empty = num_control_tokens = 0
     with contextlib.ExitStack() as open_files:
-        names = ("tokens.bin", "offsets.bin", "bytes.bin", "hashes.bin")
-        outputs = [open_files.enter_context((folder / name).open("wb")) for name in names]
+        outputs = [open_files.enter_context((folder / name).open("wb")) for name in FILES]
         tokens, offsets, sizes, hashes = outputs
         size = sum(path.stat().st_size for path in files)
         bar = open_files.enter_context(  # None: quiet where output is not a terminal
             tqdm(total=size, desc="tokenizing", unit="B", unit_scale=1, leave=False, disable=None)
         )
         offsets.write(array("q", [0]).tobytes())
-        for texts, encoded in encoded_batches(tokenizer, text_batches(files, bar)):
+        batches = encoded_batches(tokenizer, text_batches(files, bad, bar))
+        open_files.enter_context(contextlib.closing(batches))  # ends its thread, whatever happens
+        for texts, encoded in batches:
             for text, ids in zip(texts, encoded, strict=True):
                 if not text.strip() or not ids:
                     num_empty += 1
@@ -256,49 +222,108 @@ def write_cache(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerB
         "num_empty": num_empty,
         "num_control_tokens": num_control_tokens,
         "bytes_per_id": bytes_per_id,
+        "num_bad": bad.num,
+        "bad_examples": bad.examples,
     }
 
 
+def own_folder(cache_dir: Path, kind: Literal["building", "damaged"]) -> Path:
+    """The name under which this process keeps what is no cache yet, or no longer."""
+    return cache_dir / f".{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
 def remove_unfinished(cache_dir: Path) -> None:
-    """Delete what killed builds on this machine left behind; those alive keep theirs."""
-    prefix = f".building-{socket.gethostname()}-"
-    for folder in cache_dir.glob(f"{prefix}*"):
-        if not folder.name.removeprefix(prefix).isdigit():
-            continue  # of a machine whose name begins like ours
-        pid = int(folder.name.removeprefix(prefix))
+    """Delete what killed processes of this machine left behind; those alive keep theirs."""
+    stems = [f".{kind}-{socket.gethostname()}" for kind in ("building", "damaged")]
+    for folder in cache_dir.glob(".*"):
+        stem, _, pid = folder.name.rpartition("-")
+        if stem not in stems or not pid.isdigit():
+            continue  # also those of a machine whose name begins like ours
         try:
-            os.kill(pid, 0)
-            alive = pid != os.getpid()
+            os.kill(int(pid), 0)
+            alive = int(pid) != os.getpid()
         except OSError:
             alive = False
         if not alive:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def write_meta(folder: Path, meta: dict) -> None:
+    """Finish a cache: digests of its files and, over these and all counts, one of meta itself."""
+    digests = {name: digest_of_file(folder / name) for name in FILES}
+    meta = meta | {"sha256": digests}
+    digests["meta.json"] = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first file of a cache that is not as it was written; None if all are."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        own_digest = meta["sha256"].pop("meta.json")
+        if own_digest != hashlib.sha256(json.dumps(meta).encode()).hexdigest():
+            return "meta.json"
+        digests = meta["sha256"].items()
+        return next((n for n, digest in digests if digest_of_file(folder / n) != digest), None)
+    except FileNotFoundError as error:
+        return Path(error.filename).name
+    except (ValueError, LookupError, TypeError, AttributeError):  # not JSON, or of another form
+        return "meta.json"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a whole cache is there. A damaged one is removed, and a warning says so."""
+    if not folder.exists():
+        return False
+    if (name := damaged_file(folder)) is None:
+        return True
+    warning = f"warning: token cache {folder} is damaged ({name}); making it again"
+    print(warning, file=sys.stderr)
+    aside = own_folder(folder.parent, "damaged")  # nobody may open it while half of it is deleted
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    return False
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns: another one tells of another content."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def build_token_cache(
     data_path: str | list[str], tokenizer: PreTrainedTokenizerBase,
-    cache_dir: str | Path = DEFAULT_CACHE_DIR
+    cache_dir: str | Path = DEFAULT_CACHE_DIR, bad_records: Literal["stop", "skip"] = "stop"
 ) -> TokenCache:
     """The cache of these files under this tokenizer, made if there is none yet.
 
-    Raises: DataError if a file is missing, a line is no document, or there is no document."""
+    Lines that are no document raise (stop) or are left out and counted in ``meta`` (skip).
+
+    Raises: DataError if a file is missing, unusable or changes meanwhile, if there is a bad record
+        that is not to be skipped, even if an earlier run skipped it, or if there is no document."""
     files = find_files(data_path)
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         backend.no_truncation()  # a tokenizer's file may ask for either, and documents are whole
         backend.no_padding()
+    before = [stamp(path) for path in files]
     digests = {"data": digest_of_files(files), "tokenizer": digest_of_tokenizer(tokenizer)}
     key = hashlib.sha256(f"{FORMAT}{digests}".encode()).hexdigest()[:24]
     folder = Path(cache_dir) / key
-    if not (folder / "meta.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder.parent)
-        building = folder.parent / f".building-{socket.gethostname()}-{os.getpid()}"
-        building.mkdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder.parent)
+    if not is_finished(folder):
+        building = own_folder(folder.parent, "building")
         try:
-            meta = {"format": FORMAT, "digests": digests} | write_cache(building, files, tokenizer)
-            if meta["num_documents"] == 0:
+            building.mkdir()
+            bad = BadRecords(skip=bad_records == "skip")
+            counts = write_cache(building, files, tokenizer, bad)
+            for path, old in zip(files, before, strict=True):
+                if stamp(path) != old:  # then the digest is not that of the text which was read
+                    raise DataError(f"{path} changed while it was being read. Start again.")
+            if counts["num_documents"] == 0:
                 raise DataError(f"--data_path {files[0]}: no document with text in it.")
-            (building / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            write_meta(building, {"format": FORMAT, "digests": digests} | counts)
             try:
                 building.rename(folder)  # the commit: a cache is whole or absent
             except OSError:
@@ -306,4 +331,7 @@ def build_token_cache(
                     raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    return TokenCache.open(folder)
+    cache = TokenCache.open(folder)
+    if cache.meta["num_bad"] and bad_records != "skip":
+        refuse(cache.meta["bad_examples"][0])
+    return cache

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.token_cache import DataError, read_documents
+from dataset.records import DataError, read_documents
 
 # The first ids are MiniMind's, so that its later stages (chat, tools, thinking) find theirs.
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, BOS, EOS

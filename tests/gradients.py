@@ -11,6 +11,7 @@ import train_pretrain
 from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from tests.running import texts, write_corpus
+from trainer import distributed
 from trainer.run import Run
 
 ROWS = 11  # of the epoch: not a multiple of any batch, so that the last window is short
@@ -35,19 +36,26 @@ def toy_model(use_moe: bool = False, **sizes: object) -> MiniMindForCausalLM:
 
 def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) -> Run:
     """A run whose optimizer moves each weight by minus its gradient."""
-    defaults = {"epochs": 1, "num_workers": 0, "device": "cpu", "grad_clip": float("inf")}
+    defaults = {"epochs": 1, "num_workers": 0, "device": "cpu", "timeout": 9, "grad_clip": float("inf")}
     return Run(
         args=argparse.Namespace(**defaults | flags),
         config=model.config,
         settings={},
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0, fused=True),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         autocast=nullcontext(),
         device=torch.device("cpu"),
         rows_per_epoch=len(data),
-        interval_sums=torch.zeros(2, dtype=torch.float64),
+        surroundings={},
+        documents_of=data.documents_of,
     )
+
+
+def step(run: Run, window: list) -> tuple[torch.Tensor, int]:
+    """One update; its outcome, and its labels on all ranks."""
+    num_labels = int(distributed.totals(sum(batch.num_labels for batch in window))[0])
+    return train_pretrain.train_step(run, window, num_labels), num_labels
 
 
 def window_gradient(
@@ -60,6 +68,6 @@ def window_gradient(
     run = toy_run(data, model, batch_size=batch_size, accumulation_steps=accumulation_steps)
     ((window, num_rows),) = train_pretrain.windows(run, data)
     assert num_rows == len(data) == ROWS
-    sums, num_labels, _ = train_pretrain.train_step(run, window)
+    outcome, num_labels = step(run, window)
     gradient = {name: before[name] - p.detach() for name, p in model.named_parameters()}
-    return gradient | {"losses": sums / num_labels}
+    return gradient | {"losses": outcome[:2] / num_labels}

@@ -10,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import train_pretrain
 from tests.helpers import ROOT, write_jsonl
+from trainer.checkpoint import list_states, read_state
 
 TINY = {
     "hidden_size": 32,
@@ -30,6 +33,9 @@ TINY = {
     "dtype": "float32",
     "device": "cpu",
 }
+
+
+TIMED = ("tokens_per_second", "eta_minutes")  # all else must be equal
 
 
 def texts(num: int = 80) -> list[str]:
@@ -90,6 +96,46 @@ def records(folder: Path) -> list[dict]:
     found = list((folder / "out").glob("*_metrics.jsonl"))
     lines = found[0].read_text(encoding="utf-8").splitlines(keepends=True) if found else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def without_times(found: list[dict]) -> list[dict]:
+    """Records but for what no two runs have alike."""
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in found]
+
+
+def untimed(folder: Path) -> list[dict]:
+    """The metrics file but for times."""
+    return without_times(records(folder))
+
+
+def final_state(folder: Path, name: str = "pretrain_32") -> dict:
+    """The newest state, but for times."""
+    state = read_state(list_states(folder / "checkpoints", name)[0])
+    return state | {"records": without_times(state["records"])}
+
+
+def assert_same(a: object, b: object, where: str = "state") -> None:
+    """Equal to the last bit, however deep."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file's bytes and time of change."""
+    return {
+        str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def descendants(pid: int) -> list[int]:

@@ -19,9 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset import token_cache
 from dataset.lm_dataset import PretrainDataset, as_is, permutation
-from dataset.token_cache import (
-    DataError, TokenCache, build_token_cache, read_documents, remove_unfinished
-)
+from dataset.records import DataError, read_documents
+from dataset.token_cache import TokenCache, build_token_cache, remove_unfinished
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
 from trainer.trainer_utils import SkipBatchSampler
 

@@ -15,20 +15,27 @@ from tests.running import flags, run, train
 GOOD = '{"text": "a document"}\n'
 
 
-def refusal(words: list[str], capsys: pytest.CaptureFixture[str], program=train_pretrain) -> tuple:
-    """Exit status and the one line on stderr."""
+def refusal(
+    words: list[str], capsys: pytest.CaptureFixture[str], program=train_pretrain, lines: int = 1
+) -> tuple:
+    """Exit status and what is said on stderr: one line, but for a table."""
     capsys.readouterr()
     try:
         status = program.main(words)
     except SystemExit as stop:  # argparse's own
         status = stop.code
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert error.startswith("error: ") and error.count("\n") == lines, error
     return status, error
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """All but the locks, and the file that says how the last start ended."""
+    return {
+        str(p): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.suffix != ".lock" and p.name not in (".lock", "run_state.json")
+    }
 
 
 @pytest.mark.parametrize(
@@ -63,11 +70,11 @@ def test_flags_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (f"{GOOD}{{broken\n{GOOD}", "corpus.jsonl line 2: not valid JSON: .* column 2"),
-        (f'{GOOD}{GOOD}{{"txet": "x"}}\n', "line 3: no \"text\"; its keys: 'txet'"),
-        (f'{{"text": null}}\n{GOOD}', 'line 1: "text" is None'),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: byte 0xff at column 11 is not UTF-8"),
-        ("", "corpus.jsonl: no document with text in it"),
+        (f"{GOOD}{{broken\n{GOOD}", r"corpus.jsonl line 2 \(byte 23\): not valid JSON: .* column 2"),
+        (f'{GOOD}{GOOD}{{"txet": "x"}}\n', r"line 3 \(byte 46\): no \"text\"; its keys: 'txet'"),
+        (f'{{"text": null}}\n{GOOD}', r'line 1 \(byte 0\): "text" is a JSON null'),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 .*: byte 0xff at column 11 is not UTF-8"),
+        ("", "no records in .*corpus.jsonl"),
         ('\n\n{"text": "  "}\n', "corpus.jsonl: no document with text in it"),
     ],
 )
@@ -120,7 +127,7 @@ def test_another_runs_files_are_not_overwritten(
     assert status == 4 and "belongs to another run" in error
     assert "--from_resume 1" in error and "--overwrite 1" in error and "--save_weight" in error
     assert files(tmp_path) == before
-    for state in (tmp_path / "checkpoints").iterdir():
+    for state in (tmp_path / "checkpoints").glob("*.pth"):
         state.unlink()
     status, error = refusal(flags(tmp_path, epochs=1), capsys)
     assert status == 4 and "pretrain_32.pth belongs to another run" in error
@@ -133,16 +140,19 @@ def test_a_resume_with_other_settings_names_each_of_them(
 ) -> None:
     train(tmp_path, epochs=1)
     before = files(tmp_path)
-    changed = flags(tmp_path, epochs=1, from_resume=1, learning_rate=2e-3, batch_size=4)
-    status, error = refusal(changed, capsys)
-    assert status == 4
-    assert "learning_rate (saved 0.001, given 0.002)" in error
-    assert "rows per update (saved 8, given 16)" in error
-    assert "epochs" not in error
+    changed = {"learning_rate": 2e-3, "batch_size": 4, "accumulation_steps": 3}
+    status, error = refusal(flags(tmp_path, epochs=1, from_resume=1, **changed), capsys, lines=4)
+    assert status == 2
+    rows = [line.split("  ") for line in error.splitlines()[1:]]
+    cells = [[cell.strip() for cell in row if cell] for row in rows]
+    assert cells == [
+        ["setting", "saved", "given"], ["learning_rate", "0.001", "0.002"],
+        ["rows per update", "8", "12"],
+    ]
     with (tmp_path / "corpus.jsonl").open("a") as corpus:
         corpus.write(GOOD)
-    status, error = refusal(flags(tmp_path, epochs=1, from_resume=1), capsys)
-    assert status == 4 and "content of data_path" in error
+    status, error = refusal(flags(tmp_path, epochs=1, from_resume=1), capsys, lines=3)
+    assert status == 2 and "content of data_path" in error
     assert {k: v for k, v in files(tmp_path).items() if "cache" not in k and "corpus" not in k} == {
         k: v for k, v in before.items() if "cache" not in k and "corpus" not in k
     }
@@ -173,4 +183,4 @@ def test_the_real_program_exits_with_the_status_and_one_line(tmp_path: Path) -> 
     (tmp_path / "corpus.jsonl").write_text("{broken\n")
     done = run([sys.executable, "train_pretrain.py", *words])
     assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
-    assert "corpus.jsonl line 1: not valid JSON" in done.stderr
+    assert "corpus.jsonl line 1 (byte 0): not valid JSON" in done.stderr

@@ -10,7 +10,7 @@ import pytest
 import train_pretrain
 from model.model_minimind import MiniMindConfig
 from tests.running import flags, records, run, train, train_and_kill
-from trainer.metrics import flops_per_token, read_records
+from trainer.metrics import flops_per_token, restore_file
 
 
 def test_operations_per_token_are_those_of_a_hand_count() -> None:
@@ -27,13 +27,15 @@ def test_operations_per_token_are_those_of_a_hand_count() -> None:
     assert found == pytest.approx(0.402e9, rel=2e-3)
 
 
-def test_the_file_ends_where_a_kill_cut_it_and_where_a_resume_begins(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
-    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
-    assert [r["step"] for r in read_records(path, last_step=9)] == [1, 2, 3, 4]
-    assert [r["step"] for r in read_records(path, last_step=2)] == [1, 2]
-    assert read_records(tmp_path / "absent", last_step=2) == []
+def test_a_file_that_a_kill_cut_short_is_made_what_the_state_holds(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "metrics.jsonl"
+    restore_file(path, [{"step": 1}, {"step": 2}])
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    restore_file(path, [{"step": 1}, {"step": 2}])
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    before = path.stat().st_mtime_ns
+    restore_file(path, [{"step": 1}, {"step": 2}])
+    assert path.stat().st_mtime_ns == before
 
 
 def test_the_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import eval_llm
 import train_pretrain
 from dataset import make_sample
-from dataset.token_cache import read_documents
+from dataset.records import read_documents
 from model.model_minimind import MiniMindConfig
 from tests.helpers import ROOT
 from tests.running import run
@@ -28,9 +28,10 @@ DEFAULTS = {  # MiniMind's names, and ours
     "data_path": ["dataset/pretrain_t2t_mini.jsonl"], "max_seq_len": 512, "packing": 1,
     "heldout_fraction": 0.005, "num_workers": 0, "cache_dir": "dataset/cache",
     "epochs": 1, "batch_size": 32, "accumulation_steps": 8, "learning_rate": 5e-4,
-    "grad_clip": 1.0, "seed": 42,
+    "grad_clip": 1.0, "seed": 42, "max_bad_updates": 20, "bad_records": "stop", "timeout": 600,
+    "checkpoint_mirror": None, "keep_states": 2, "resume_step": None, "skip_steps": None,
     "save_dir": "out", "save_weight": "pretrain", "checkpoint_dir": "checkpoints",
-    "save_interval": 500, "from_resume": 0, "overwrite": 0,
+    "save_interval": 1000, "from_resume": 0, "overwrite": 0,
     "log_interval": 10, "eval_interval": 250, "eval_tokens": 2**18,
     "use_wandb": False, "wandb_project": "MiniMind-Pretrain",
 }
@@ -110,7 +111,7 @@ def test_arrows_between_packages_point_one_way() -> None:
 
 
 def test_only_declared_packages_are_imported() -> None:
-    declared = {"torch", "transformers", "tqdm", "swanlab"}
+    declared = {"torch", "transformers", "tqdm", "swanlab", "fsspec"}
     brought = {"tokenizers"}  # by transformers, which is built on it
     ours = {*ALLOWED, "scripts", "train_pretrain", "eval_llm"}
     for file in source_files():

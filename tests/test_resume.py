@@ -3,44 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.running import records, train, train_and_kill
-from trainer.checkpoint import list_states, read_state
-
-TIMED = ("tokens_per_second", "eta_minutes")  # all else must be equal
-
-
-def final_state(folder: Path, hidden_size: int = 32) -> dict:
-    return read_state(list_states(folder / "checkpoints", f"pretrain_{hidden_size}")[0])
-
-
-def assert_same(a: object, b: object, where: str = "state") -> None:
-    """Equal to the last bit, however deep."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def untimed(folder: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in TIMED} for r in records(folder)]
-
-
-def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {
-        str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
-    }
-
+from tests.running import (
+    assert_same, contents, final_state, records, train, train_and_kill, untimed
+)
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(

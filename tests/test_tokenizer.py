@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from dataset.token_cache import DataError
+from dataset.records import DataError
 from scripts.train_tokenizer import find_texts, sample_texts, save, train
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import train_pretrain
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from tests.gradients import ROWS, toy_data, toy_model, toy_run, window_gradient
+from tests.gradients import ROWS, step, toy_data, toy_model, toy_run, window_gradient
 from tests.running import records, run, train
 from trainer.optimizer import build_optimizer, load_optimizer
 from trainer.trainer_utils import get_lr, get_model_params
@@ -72,7 +72,7 @@ def test_float16_scaling_leaves_the_update_as_it_is(tmp_path: Path) -> None:
         run_ = toy_run(data, model, batch_size=4, accumulation_steps=3, grad_clip=0.5)
         run_.scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=1024.0)
         for window, _ in train_pretrain.windows(run_, data):
-            train_pretrain.train_step(run_, window)
+            step(run_, window)
         moved.append([p.detach().clone() for p in model.parameters()])
     for plain, scaled in zip(*moved, strict=True):
         torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-12)
@@ -85,7 +85,7 @@ def test_an_update_with_infinite_float16_gradients_is_skipped(tmp_path: Path) ->
     model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = [p.detach().clone() for p in model.parameters()]
     ((window, _),) = train_pretrain.windows(run_, data)
-    train_pretrain.train_step(run_, window)
+    step(run_, window)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert run_.scaler.get_scale() == 512.0
 
@@ -95,7 +95,7 @@ def test_a_gradient_is_clipped_to_its_norm(tmp_path: Path) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     run_ = toy_run(data, model, batch_size=16, accumulation_steps=1, grad_clip=0.01)
     ((window, _),) = train_pretrain.windows(run_, data)
-    _, _, norm = train_pretrain.train_step(run_, window)
+    norm = step(run_, window)[0][2]
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)])
     assert norm > 0.01
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)

@@ -4,26 +4,28 @@ A state is one file, ``<name>_resume_<update>_<digest>.pth``. The digest in its 
 bytes, so one rename commits it, and a file counts only if its bytes are what was written.
 """
 
+import contextlib
+import errno
 import hashlib
 import io
 import os
 import pickle
 import random
 import re
+import shutil
+import uuid
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model.model_minimind import MiniMindConfig
+from trainer.errors import CheckpointError
 
-FORMAT = 1  # of the state; raise it when a field changes its meaning
+FORMAT = 2  # of the state; raise it when a field changes its meaning
 KEPT_STATES = 2  # the newest and the one before
-
-
-class CheckpointError(ValueError):
-    """Weights or a state cannot be used, or must not be overwritten; nothing was changed."""
-
-    exit_status = 4
 
 
 def checkpoint_name(weight: str, config: MiniMindConfig) -> str:
@@ -31,73 +33,181 @@ def checkpoint_name(weight: str, config: MiniMindConfig) -> str:
     return f"{weight}_{config.hidden_size}{'_moe' if config.use_moe else ''}"
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """The file holds either what it held before or all of ``data``, even after a power loss.
+class HashedFile:
+    """A new file for torch.save to write to: digests what passes, keeps the reason of a failure."""
 
-    Raises: OSError, with nothing left behind, if the disk is full or read-only."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # the bytes first, then the name
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened, or needs no sync
-        folder = os.open(path.parent, os.O_RDONLY)
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None  # torch.save raises another one that hides it
+
+    def write(self, data: bytes) -> int:
+        """All of ``data``, or OSError."""
+        left = whole = memoryview(data).cast("B")
+        self.sha256.update(whole)
         try:
-            os.fsync(folder)
+            while left:
+                left = left[os.write(self.descriptor, left) :]
+        except OSError as error:
+            self.error = error
+            raise
+        return len(whole)
+
+    def flush(self) -> None:
+        """Nothing is held back; torch.save asks for it."""
+
+
+def short(digest: "hashlib._Hash") -> str:
+    """The 32 hexadecimal digits by which a state's name tells its content."""
+    return digest.hexdigest()[:32]
+
+
+def digest(data: bytes | memoryview) -> str:
+    """32 hexadecimal digits of SHA-256."""
+    return short(hashlib.sha256(data))
+
+
+def digest_of_file(path: Path) -> str:
+    """The digest of a file's bytes, without holding them."""
+    with path.open("rb") as file:
+        return short(hashlib.file_digest(file, "sha256"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened, or needs no sync
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes | memoryview | dict) -> Path:
+    """The file holds either what it held before or all of ``content``, even after a power loss.
+
+    Args:
+        path: a ``*`` in its name becomes the digest of the bytes.
+        content: bytes as they are; a dict as torch.save writes it.
+    Returns: the path.
+    Raises: OSError, with nothing left behind, if the disk is full or read-only."""
+    part = path.with_name(f".{path.stem.rstrip('*')}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    file = HashedFile(part)
+    try:
+        try:
+            if isinstance(content, dict):
+                torch.save(content, file)
+            else:
+                file.write(content)
+            os.fsync(file.descriptor)  # the bytes first, then the name
+        except RuntimeError as error:
+            raise file.error or error from None
+        finally:
+            os.close(file.descriptor)
+        path = path.with_name(path.name.replace("*", short(file.sha256)))
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the reason matters, not what cleaning up met
+            os.unlink(part)
+        raise
+    sync_folder(path.parent)
+    return path
 
 
 def to_bytes(content: dict) -> memoryview:
-    """What torch.save writes. In memory first: on a full disk torch.save hides the reason."""
+    """What torch.save writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
 
 
-def digest(data: bytes | memoryview) -> str:
-    """32 hexadecimal digits of SHA-256."""
-    return hashlib.sha256(data).hexdigest()[:32]
+def update_of(state: str | Path) -> int:
+    """The update after which a state was saved, from its name."""
+    return int(Path(state).stem.rsplit("_", 2)[1])
 
 
 def list_states(folder: str | Path, name: str) -> list[Path]:
     """A run's states, newest first: by update, since clocks can go back."""
-    pattern = re.compile(re.escape(name) + r"_resume_(\d+)_[0-9a-f]{32}\.pth")
-    found = [(int(m[1]), p) for p in Path(folder).glob("*.pth") if (m := pattern.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    pattern = re.compile(re.escape(name) + r"_resume_\d{8,}_[0-9a-f]{32}\.pth")
+    found = [path for path in Path(folder).glob("*.pth") if pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (update_of(path), path.name), reverse=True)
 
 
-def remove_partial_files(folder: str | Path, name: str) -> None:
-    """Delete what a killed save of this run left half-written."""
-    for part in Path(folder).glob(f".{name}_resume_*.part"):
+def remove_partial_files(folder: str | Path, name: str) -> list[Path]:
+    """Delete, and return, what a killed process of this run left half-written."""
+    pattern = re.compile(rf"\.{re.escape(name)}(_resume_\d+_|_metrics|)\.\d+-[0-9a-f]{{8}}\.part")
+    parts = [path for path in Path(folder).glob(".*.part") if pattern.fullmatch(path.name)]
+    for part in parts:
         part.unlink(missing_ok=True)
+    return parts
 
 
-def save_state(folder: str | Path, name: str, update: int, state: dict) -> Path:
-    """Write a state, then remove those older than the previous one. Raises: OSError."""
+def tensors_in(content: object) -> Iterator[Tensor]:
+    """All tensors of nested dicts and lists."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(part)
+
+
+def save_state(
+    folder: str | Path, name: str, update: int, state: dict, keep: int = KEPT_STATES
+) -> Path:
+    """Write a state, then remove all but it and the newest before it.
+
+    A state of a later update is of a branch that the run went back from; it goes too.
+
+    A failed write is tried once more, under a new name: after a failed sync, another sync of the
+    same file may succeed although the bytes are lost. On a full disk one old state makes room.
+
+    Raises: OSError that tells the space needed; the newest state before is intact."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partial_files(folder, name)
-    data = to_bytes(state | {"format": FORMAT})
-    path = folder / f"{name}_resume_{update:08d}_{digest(data)}.pth"
-    write_atomically(path, data)
-    for old in list_states(folder, name)[KEPT_STATES:]:
-        old.unlink()
+    path, content = folder / f"{name}_resume_{update:08d}_*.pth", state | {"format": FORMAT}
+    before = list_states(folder, name)
+    try:
+        path = write_atomically(path, content)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            for old in before[1:]:
+                old.unlink()
+        try:
+            path = write_atomically(path, content)
+        except OSError as again:
+            needed = sum(tensor.nbytes for tensor in tensors_in(content)) / 1e6
+            free = shutil.disk_usage(folder).free / 1e6
+            newest = next(iter(list_states(folder, name)), None)
+            raise OSError(
+                f"{again.strerror} while saving update {update:,} in {folder}: {needed:,.1f} MB "
+                f"needed, {free:,.1f} MB free; the newest state there is {newest and newest.name}"
+            ) from again
+    kept = [old for old in before if update_of(old) < update][: keep - 1]
+    for old in before:
+        if old != path and old not in kept:
+            old.unlink(missing_ok=True)
     return path
 
 
 def load_tensors(source: io.BytesIO | Path, path: Path) -> dict:
-    """What torch.save wrote, on the CPU, without running code. Raises: CheckpointError."""
+    """What torch.save wrote, on the CPU, without running code. Raises: CheckpointError.
+
+    Only its zip files, and nothing packed in them: a few bytes could unpack to any size."""
     try:
+        with zipfile.ZipFile(source) as entries:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist()):
+                raise CheckpointError(f"{path} cannot be loaded: torch.save does not compress.")
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
         return torch.load(source, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to import {wanted[1]}, and tensors need no code" if wanted else "damaged"
-    except (RuntimeError, EOFError) as error:
+    except zipfile.BadZipFile:
+        reason = "it is not what torch.save writes, or cut short"
+    except Exception as error:  # a hostile file can raise anything in there
         reason = (str(error).splitlines() or ["damaged"])[0]
     raise CheckpointError(f"{path} cannot be loaded: {reason:.160}.")
 
@@ -108,28 +218,65 @@ def read_state(path: Path) -> dict:
     if path.stem.rsplit("_", 1)[1] != digest(data):
         raise CheckpointError(f"{path} is damaged: its {len(data):,} bytes are not those written.")
     state = load_tensors(io.BytesIO(data), path)
-    if state.get("format") != FORMAT:
-        found = state.get("format")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
         raise CheckpointError(f"{path} has format {found}; this trainer reads format {FORMAT}.")
     return state
 
 
-def newest_state(folder: str | Path, name: str) -> tuple[dict | None, list[str]]:
+def newest_state(
+    folder: str | Path, name: str, update: int | None = None
+) -> tuple[dict | None, list[str]]:
     """The newest good state, or None if there are none, and a line on each damaged one passed over.
 
+    Args: update: the state of this update instead, and no other.
     Raises: CheckpointError if there are states and none is good: never a silent fresh start."""
     states, complaints = list_states(folder, name), []
-    for path in states:
+    wanted = [path for path in states if update in (None, update_of(path))]
+    for path in wanted:
         try:
             return read_state(path), complaints
         except CheckpointError as error:
             complaints.append(str(error))
+    if update is not None:
+        kept = ", ".join(f"{update_of(path):,}" for path in states) or "none"
+        raise CheckpointError(
+            f"--resume_step {update}: no good state of that update in {folder}; there are: {kept}. "
+            + " ".join(complaints)
+        )
     if states:
         raise CheckpointError(
             f"no state of {name} can be used: {' '.join(complaints)} "
             f"Restore one, or start afresh with --from_resume 0 --overwrite 1."
         )
     return None, complaints
+
+
+def check_fits(found: object, expected: object, where: str) -> None:
+    """A part of a state has the names, shapes and types of this run's own part.
+
+    Nothing is copied before: a crafted shape could make a fused kernel write past its memory.
+
+    Raises: CheckpointError naming the first difference."""
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_quantized:
+            raise CheckpointError(f"the state does not fit: {where} is no plain tensor.")
+        given, own = (f"{tuple(t.shape)} {t.dtype}" for t in (found, expected))
+        if given != own:
+            raise CheckpointError(f"the state does not fit: {where} is {given}, expected {own}.")
+    elif type(found) is not type(expected):
+        given, own = type(found).__name__, type(expected).__name__
+        raise CheckpointError(f"the state does not fit: {where} is a {given}, expected {own}.")
+    elif isinstance(expected, dict):
+        missing = [str(key) for key in expected if key not in found][:5]
+        unexpected = [str(key) for key in found if key not in expected][:5]
+        if missing or unexpected:
+            raise CheckpointError(
+                f"the state does not fit: {where} lacks {', '.join(missing) or 'nothing'}, and has "
+                f"{', '.join(unexpected) or 'nothing'} that this model has not."
+            )
+        for key in expected:
+            check_fits(found[key], expected[key], f"{where}.{key}")
 
 
 def rng_state() -> dict:
@@ -139,8 +286,11 @@ def rng_state() -> dict:
 
 
 def restore_rng(state: dict) -> None:
-    """Undo everything drawn since ``rng_state``."""
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    """Undo everything drawn since ``rng_state``. Raises: CheckpointError if it is none."""
+    try:
+        random.setstate(state["python"])
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the state's random generators cannot be used: {error}") from None

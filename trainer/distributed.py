@@ -3,19 +3,31 @@
 The only file that imports torch.distributed.
 """
 
+import contextlib
+import itertools
 import os
+import socket
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from trainer.errors import RankError, exit_status_of
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a dead rank is noticed after this
-PATIENT_TIMEOUT = timedelta(hours=24)  # one rank may tokenize a large corpus meanwhile
+PATIENCE = 24 * 3600.0  # seconds; a rank may tokenize a large corpus meanwhile
+POLL = 0.02  # seconds between two looks whether that rank is done
+ROLL_CALL = 15.0  # seconds in which ranks that are alive answer; torchrun kills them after 30
+
+_timeout = 600.0  # seconds
+_store: dist.Store | None = None  # what torchrun keeps for its ranks; it outlives any of them
+_works = itertools.count()  # numbers the calls of first_on_each_machine, alike on all ranks
 
 
 def rank() -> int:
@@ -33,10 +45,17 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def init_distributed_mode(device: str = "cuda") -> int:
+def num_restarts() -> int:
+    """How often torchrun has started this group again (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def init_distributed_mode(device: str = "cuda", timeout_seconds: float = 600) -> int:
     """Join the group that torchrun started, if it did: NCCL for CUDA, gloo for the rest.
 
+    Args: timeout_seconds: a rank that does not come to an exchange for so long counts as lost.
     Returns: this process's number on its machine, 0 without torchrun."""
+    global _store, _timeout
     if "RANK" not in os.environ:
         return 0
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -44,7 +63,12 @@ def init_distributed_mode(device: str = "cuda") -> int:
     if on_cuda:
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    _timeout, timeout = timeout_seconds, timedelta(seconds=timeout_seconds)
+    _store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    _store.set(f"host/{rank}", socket.gethostname())
+    dist.init_process_group(
+        backend, store=_store, rank=rank, world_size=world_size, timeout=timeout
+    )
     return local_rank
 
 
@@ -54,38 +78,69 @@ def close() -> None:
         dist.destroy_process_group()
 
 
-def total(number: float) -> float:
-    """The sum over all ranks of one number each. Travels on the CPU: no device is waited for."""
-    if world_size() == 1:
-        return number
-    box = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(box)
-    return box.item()
+@contextlib.contextmanager
+def exchange() -> Iterator[None]:
+    """Every exchange happens inside, so that its failure names the ranks that are missing.
+
+    Raises: RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "out of memory" in reason:
+            raise
+        raise RankError(f"{_roll_call()} ({reason:.120})") from error
 
 
-def sum_tensor(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, on every rank, without waiting for the device."""
+def _roll_call() -> str:
+    """Say that this rank is alive, wait until the others did, and tell who did not."""
+    try:
+        _store.set(f"alive/{rank()}", "")
+        silent, since = list(range(world_size())), time.monotonic()
+        while len(silent) > 1 or time.monotonic() - since < 1:
+            if time.monotonic() - since > ROLL_CALL:
+                break
+            time.sleep(POLL)
+            silent = [r for r in silent if not _store.check([f"alive/{r}"])]
+        names = [f"rank {r} on {_store.get(f'host/{r}').decode()}" for r in silent]
+    except RuntimeError:
+        return "the machine of rank 0 is gone"
+    if not names:
+        return "the ranks lost their connection"
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} dead or stuck: no answer"
+
+
+def totals(*numbers: float) -> list[float]:
+    """The sum over all ranks of each number. Travels on the CPU: no device is waited for."""
+    box = torch.tensor(numbers, dtype=torch.float64)
     if world_size() > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
+        with exchange():
+            dist.all_reduce(box)
+    return box.tolist()
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over all ranks, in one exchange.
+def sum_gradients(parameters: Iterable[nn.Parameter], sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace each gradient by its sum over all ranks, in one exchange with ``sums``.
 
     One flat buffer rather than DistributedDataParallel: that one lays out its buckets anew after
-    the first update, so from three ranks on a resumed run would add in another order."""
+    the first update, so from three ranks on a resumed run would add in another order.
+
+    Returns: ``sums`` (N,) over all ranks, and (world_size,) not zero where a rank's own part was
+    not finite."""
     if world_size() == 1:
-        return
+        return sums, torch.zeros(1, device=sums.device)
     parameters = [p for p in parameters if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    for parameter, summed in zip(
-        parameters, flat.split([p.numel() for p in parameters]), strict=True
-    ):
-        parameter.grad = summed.view_as(parameter)
+    culprits = torch.zeros(world_size(), device=sums.device)
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), sums, culprits])
+    flat[rank() - world_size()] = ~torch.isfinite(flat).all()
+    with exchange():
+        dist.all_reduce(flat)
+    sizes = [*(p.numel() for p in parameters), len(sums), world_size()]
+    *summed, sums, culprits = flat.split(sizes)
+    for parameter, gradient in zip(parameters, summed, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return sums, culprits
 
 
 def gather(value: T) -> list[T]:
@@ -93,7 +148,8 @@ def gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with exchange():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -101,32 +157,47 @@ def broadcast(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        with exchange():
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
 def first_on_each_machine(work: Callable[[], T], *, alone: bool = False) -> T:
     """``work()`` on one process of each machine (``alone``: on rank 0 only) while the others wait.
 
+    They wait patiently: it may take longer than an exchange may.
+
     Returns: rank 0's result, on every rank. If the work raises anywhere, every rank stops: those
     that worked raise it, the others exit with its ``exit_status``."""
     if world_size() == 1:
         return work()
-    works = is_main_process() if alone else os.environ["LOCAL_RANK"] == "0"
-    result, failure = None, None
-    if works:
+    number, machine = next(_works), int(os.environ["GROUP_RANK"])
+    machines = 1 if alone else int(os.environ["GROUP_WORLD_SIZE"])
+    result = None
+    if os.environ["LOCAL_RANK"] == "0" and machine < machines:
+        status = ""
         try:
             result = work()
-        except Exception as error:
-            failure = error
-    patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
-    outcomes: list = [None] * world_size()
-    status = None if failure is None else getattr(failure, "exit_status", 1)
-    dist.all_gather_object(outcomes, status, group=patient)
-    dist.destroy_process_group(patient)
-    if failure is not None:
-        raise failure
-    for outcome in outcomes:
-        if outcome is not None:
-            sys.exit(outcome)
+        except BaseException as error:  # a signal, too, must not leave the others waiting
+            status = str(exit_status_of(error))
+            raise
+        finally:
+            _store.set(f"work/{number}/{machine}", status)
+    for status in _answers([f"work/{number}/{i}" for i in range(machines)], alone):
+        if status:
+            sys.exit(int(status))
     return broadcast(result)
+
+
+def _answers(keys: list[str], alone: bool) -> list[bytes]:
+    """Wait for these keys in the store, in small steps so that signals are heard in between."""
+    patience = 6 * _timeout if alone else PATIENCE
+    since = time.monotonic()
+    try:
+        while not _store.check(keys):
+            if time.monotonic() - since > patience:
+                raise RankError(f"the first rank has been at work for {patience:,.0f} s: stuck")
+            time.sleep(POLL)
+        return [_store.get(key) for key in keys]
+    except RuntimeError as error:
+        raise RankError("the machine of rank 0 is gone") from error

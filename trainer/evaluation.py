@@ -1,8 +1,9 @@
 """How good the model is: loss on documents it never saw, and how it continues fixed prompts."""
 
+import itertools
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,21 +13,37 @@ from trainer import distributed
 from trainer.metrics import Metrics
 from trainer.run import Run
 
+T = TypeVar("T")
 PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time", "水结成冰的温度是")
 
 
 def evaluate(
     run: Run, batches: Iterable[Any], num_text_bytes: int, tokenizer: PreTrainedTokenizerBase,
-    metrics: Metrics
-) -> None:
-    """Report the loss on held-out batches, if any, and how fixed prompts are continued."""
+    metrics: Metrics, stopping: Callable[[], bool] = lambda: False
+) -> bool:
+    """Report the loss on held-out batches, if any, and how fixed prompts are continued.
+
+    Args: stopping: asked before each batch and prompt; once true on any rank, nothing is reported.
+    Returns: whether it came to the end, on every rank alike."""
     scores = {}
     if num_text_bytes:
         with run.autocast:
-            scores = held_out_loss(run.model, batches, num_text_bytes)
+            scores = held_out_loss(run.model, unless(stopping, batches), num_text_bytes)
+    prompts = unless(stopping, PROMPTS)
+    texts = {}
+    if distributed.is_main_process():
+        texts = continuations(run.model, tokenizer, prompts)
+    if distributed.totals(stopping())[0]:
+        return False
     run.latest |= scores
-    texts = continuations(run.model, tokenizer) if distributed.is_main_process() else {}
+    run.evaluated_step = run.step
     metrics.evaluation(scores, texts)
+    return True
+
+
+def unless(stopping: Callable[[], bool], items: Iterable[T]) -> Iterator[T]:
+    """The items until ``stopping()``."""
+    return itertools.takewhile(lambda _: not stopping(), items)
 
 
 def held_out_loss(
@@ -50,7 +67,8 @@ def held_out_loss(
             nats += out.loss * batch.num_labels
             num_labels += batch.num_labels
     model.train(was_training)
-    total_nats, total_labels = distributed.total(nats.item()), distributed.total(num_labels)
+    total_nats, total_labels = distributed.totals(nats.item(), num_labels)
+    total_labels = max(total_labels, 1)  # none if it was stopped at once
     return {
         "heldout_loss": total_nats / total_labels,
         "heldout_bits_per_byte": total_nats / math.log(2) / num_text_bytes,

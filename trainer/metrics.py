@@ -1,5 +1,6 @@
 """What a run says of itself: a console line, the same numbers as JSONL, and to the tracker."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
-from trainer.checkpoint import write_atomically
+from trainer.checkpoint import checkpoint_name, write_atomically
 from trainer.run import Run
 from trainer.tracker import NoTracker
 from trainer.trainer_utils import Logger, get_model_params, is_main_process
@@ -46,17 +47,23 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def read_records(path: Path, last_step: int) -> list[dict]:
-    """The file's records up to ``last_step``; a line cut short by a kill ends them."""
-    records: list[dict] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if record["step"] <= last_step:
-            records.append(record)
-    return records
+def metrics_path(args: argparse.Namespace, config: MiniMindConfig) -> Path:
+    """``out/pretrain_768_metrics.jsonl``."""
+    return Path(args.save_dir) / f"{checkpoint_name(args.save_weight, config)}_metrics.jsonl"
+
+
+def complete_files(run: Run) -> None:
+    """What a kill after the last state may have kept from being written: metrics and weights."""
+    restore_file(metrics_path(run.args, run.config), run.records)
+    run.export()
+
+
+def restore_file(path: Path, records: list[dict]) -> None:
+    """Make the metrics file hold these records and no others; untouched if it does already."""
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+    if not path.exists() or path.read_bytes() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
 
 
 def describe(run: Run, corpus: dict, num_held_out: int) -> None:
@@ -76,6 +83,11 @@ def describe(run: Run, corpus: dict, num_held_out: int) -> None:
         f"{num_held_out:,} documents held out; dropped {corpus['num_empty']:,} empty ones, "
         f"found {corpus['num_control_tokens']:,} control tokens in the text"
     )
+    if corpus.get("num_bad"):
+        Logger(
+            f"warning: passed over {corpus['num_bad']:,} bad records; the first: "
+            f"{corpus['bad_examples'][0]}"
+        )
     updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
     Logger(
         f"run: {run.args.epochs} x {run.rows_per_epoch:,} rows of {length} tokens in "
@@ -88,22 +100,19 @@ class Metrics:
     """Writes on the main process only. After a resume the file goes on where the state was saved.
 
     Args:
-        path: the JSONL file, one record an interval and one an evaluation.
-        run: what is measured; records of updates that it will repeat are dropped."""
+        path: the JSONL file, one record an interval and one an evaluation. The run's state holds
+            the same records, so that neither a kill nor a lost disk leaves a gap or a double.
+        run: what is measured."""
 
     def __init__(self, path: Path, run: Run) -> None:
         self.path, self.run = path, run
         self.tracker = NoTracker()
-        self.records = []
         _, active = get_model_params(run.model, run.config)
         self.flops_per_token = flops_per_token(run.config, active, run.args.max_seq_len)
         peak = peak_flops(run.device)
         self.peak_flops = peak and peak * distributed.world_size()
         if is_main_process():
-            self.records = read_records(path, run.step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records)
-            write_atomically(path, text.encode())
+            restore_file(path, run.records)
         self.bar = tqdm(
             total=run.total_rows,
             initial=run.rows_seen,
@@ -112,6 +121,7 @@ class Metrics:
             dynamic_ncols=True,
             disable=None if is_main_process() else True,  # None: shown on a terminal only
         )
+        self.last_save = time.monotonic()
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -132,8 +142,24 @@ class Metrics:
         yield
         self.seconds_paused += time.monotonic() - since
 
-    def interval(self, losses: dict[str, float], lr: float, grad_norm: float) -> None:
-        """Report the interval that ends now."""
+    def saved(self, seconds: float) -> None:
+        """A save stopped training for so long."""
+        now = time.monotonic()
+        share = seconds / max(now - self.last_save, 1e-9)
+        advice = "; a larger --save_interval costs less" if share > 0.02 else ""
+        self.last_save, self.seconds_to_save = now, seconds
+        Logger(f"saved update {self.run.step:,} in {seconds:.2f} s: {share:.1%} of the time "
+               f"since the last save{advice}")
+
+    def stopped(self, received: str | None) -> str:
+        """The last line of a run that a signal stopped."""
+        who = f"{received} received" if received else "another rank received a signal"
+        return f"stopping: {who}, saved update {self.run.step:,} in {self.seconds_to_save:.1f} s"
+
+    def interval(self, lr: float) -> None:
+        """Report the interval that ends now; waits for the device."""
+        grad_norm = self.run.settle()
+        losses = self.run.close_interval()
         run, seconds = self.run, time.monotonic() - self.since
         speed = self.num_tokens / max(seconds - self.seconds_paused, 1e-9)
         minutes_left = (run.total_rows - run.rows_seen) * seconds / max(self.num_rows, 1) / 60
@@ -144,7 +170,11 @@ class Metrics:
             "rows": run.rows_seen,
             "tokens": run.tokens_seen,
         }
-        record |= {**losses, "lr": lr, "grad_norm": grad_norm}
+        record |= {**losses, "lr": lr}
+        if grad_norm is not None and math.isfinite(grad_norm):
+            record["grad_norm"] = grad_norm
+        if run.bad_updates:
+            record["bad_updates"] = run.bad_updates
         record |= {"tokens_per_second": round(speed), "eta_minutes": round(minutes_left, 2)}
         shown = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
         mfu = ""
@@ -154,7 +184,8 @@ class Metrics:
         self.write(record)
         Logger(
             f"epoch {epoch}/{run.args.epochs}  step {run.step:>5}{shown}  lr {lr:.2e}  "
-            f"grad_norm {grad_norm:.3f}  {speed:,.0f} tokens/s{mfu}  {minutes_left:.1f} min left"
+            f"grad_norm {record.get('grad_norm', math.nan):.3f}  {speed:,.0f} tokens/s{mfu}  "
+            f"{minutes_left:.1f} min left"
         )
         self._start_interval()
 
@@ -172,6 +203,7 @@ class Metrics:
     def write(self, record: dict) -> None:
         """Append one record to the file and send its numbers to the tracker."""
         if is_main_process():
+            self.run.records.append(record)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.tracker.log(record, step=record["step"])

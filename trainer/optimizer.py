@@ -1,14 +1,14 @@
 """AdamW as it is used for language models."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 
 
 def build_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms alone; one fused kernel where there is one.
+    """AdamW that decays matrices and leaves norms alone, in one fused kernel.
 
     Source: betas and decay of GPT-3 (Brown et al. 2020), appendix B."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -17,8 +17,29 @@ def build_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = matrices[0].device.type in ("cuda", "cpu", "mps")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+
+
+def step_if_finite(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, sums: Tensor, grad_norm: Tensor
+) -> None:
+    """Apply the gradients, unless one of these tensors is not finite: then nothing changes.
+
+    The fused kernel decides it on the device, by the flag that GradScaler made for it, so that
+    nobody waits. A scaler sets the flag itself, from the same gradients."""
+    optimizer.found_inf = (~torch.isfinite(sums.sum() + grad_norm)).to(torch.float32)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def expected_state(optimizer: torch.optim.AdamW) -> dict[int, dict[str, Tensor]]:
+    """What the optimizer's saved state looks like, by names, shapes and types."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        number: {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for number, parameter in enumerate(parameters)
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

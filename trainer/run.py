@@ -1,23 +1,41 @@
 """The run: all that an update reads or changes, how it is saved, and how it goes on."""
 
 import argparse
+import math
+import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import distributed
-from trainer.checkpoint import CheckpointError, checkpoint_name, list_states, restore_rng
-from trainer.optimizer import load_optimizer
-from trainer.settings import check_same_settings
+from trainer.checkpoint import check_fits, restore_rng
+from trainer.errors import BadUpdateError, CheckpointError
+from trainer.optimizer import expected_state, load_optimizer
+from trainer.settings import check_same_settings, skipped_updates
 from trainer.tracker import NoTracker
-from trainer.trainer_utils import is_main_process, lm_checkpoint
-from trainer.weights import save_weights, weights_path
+from trainer.trainer_utils import Logger, lm_checkpoint, setup_seed
+from trainer.weights import describes, save_weights, weights_path
 
-COUNTERS = ("rows_seen", "step", "tokens_seen", "interval_labels", "latest")
+COUNTERS = (
+    *("rows_seen", "step", "tokens_seen", "evaluated_step", "bad_updates", "bad_in_a_row"),
+    *("interval_labels", "interval_nats", "interval_aux"),
+)
+
+
+class Update(NamedTuple):
+    """An update whose outcome nobody has looked at yet: looking waits for the device."""
+
+    step: int
+    first_row: int  # of the epoch
+    num_rows: int
+    num_labels: int
+    outcome: Tensor  # (3 + world_size,) see train_step
 
 
 @dataclass
@@ -27,18 +45,27 @@ class Run:
     args: argparse.Namespace
     config: MiniMindConfig
     settings: dict  # those that decide the result; a resumed run must have the same
+    surroundings: dict  # those that decide its last bits
     model: MiniMindForCausalLM
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: AbstractContextManager
     device: torch.device
     rows_per_epoch: int
+    documents_of: Callable[[Iterable[int]], list[int]]  # rows of this epoch -> their documents
     rows_seen: int = 0  # the clock
     step: int = 0  # updates done
     tokens_seen: int = 0  # tokens learnt from: labels that carried loss
+    evaluated_step: int = 0  # after which the last evaluation was made
+    bad_updates: int = 0  # not applied, since loss or gradient was not finite
+    bad_in_a_row: int = 0
     interval_labels: int = 0  # since the last log line
-    interval_sums: Tensor = field(default_factory=lambda: torch.zeros(2))  # nats; aux loss * labels
+    interval_nats: float = 0.0
+    interval_aux: float = 0.0  # aux loss * labels
+    pending: list[Update] = field(default_factory=list)
+    records: list[dict] = field(default_factory=list)  # what the metrics file holds; on rank 0
     latest: dict = field(default_factory=dict)  # newest loss and held-out loss
+    rewinds: list[list] = field(default_factory=list)  # [--resume_step, --skip_steps] each
 
     @property
     def total_rows(self) -> int:
@@ -57,78 +84,134 @@ class Run:
 
     def due(self, interval: int) -> bool:
         """Whether what happens every ``interval`` updates, and at the end, happens now."""
-        return self.step % interval == 0 or self.is_done
+        return self.step > 0 and (self.step % interval == 0 or self.is_done)
 
-    def advance(self, num_rows: int, num_labels: int, sums: Tensor) -> None:
-        """One update is done."""
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether this update's evaluation is still to be made; a signal may have put it off."""
+        return self.due(self.args.eval_interval) and self.evaluated_step < self.step
+
+    def skips_next(self) -> bool:
+        """Whether --skip_steps, now or before a rewind, leaves out the next update."""
+        return any(self.step + 1 in skipped_updates(skipped) for _, skipped in self.rewinds)
+
+    def advance(self, num_rows: int, num_labels: int = 0, outcome: Tensor | None = None) -> None:
+        """One update is done, or passed over if it has no outcome."""
+        first_row = self.rows_seen % self.rows_per_epoch
         self.rows_seen += num_rows
         self.step += 1
-        self.tokens_seen += num_labels
-        self.interval_labels += num_labels
-        self.interval_sums += sums
+        if outcome is not None:
+            self.pending.append(Update(self.step, first_row, num_rows, num_labels, outcome))
+
+    def settle(self) -> float | None:
+        """Look at the outcomes since the last call; waits for the device.
+
+        Returns: the norm of the newest gradient, None if there was no update.
+        Raises: BadUpdateError once more than --max_bad_updates in a row were not finite."""
+        outcomes = torch.stack([u.outcome for u in self.pending]).tolist() if self.pending else []
+        grad_norm = None
+        for update, (nats, aux, grad_norm, *culprits) in zip(self.pending, outcomes, strict=True):
+            if math.isfinite(nats + aux + grad_norm):
+                self.bad_in_a_row = 0
+                self.tokens_seen += update.num_labels
+                self.interval_labels += update.num_labels
+                self.interval_nats += nats
+                self.interval_aux += aux
+            else:
+                self._count_bad(update, [rank for rank, bad in enumerate(culprits) if bad])
+        self.pending.clear()
+        return grad_norm
+
+    def _count_bad(self, update: Update, ranks: list[int]) -> None:
+        self.bad_updates += 1
+        self.bad_in_a_row += 1
+        ranks = ranks or ([0] if distributed.world_size() == 1 else [])
+        documents = sorted({d for rank in ranks for d in self.documents_of(rows_of(
+            rank, update, self.args.batch_size, distributed.world_size()
+        ))})
+        shown = ", ".join(map(str, documents[:8])) + (", …" if len(documents) > 8 else "")
+        where = f"rank {', '.join(map(str, ranks))}, documents {shown}" if ranks else (
+            "only in the sum over all ranks"
+        )
+        found = f"update {update.step:,}: loss or gradient is not finite ({where})"
+        if self.bad_in_a_row > self.args.max_bad_updates:
+            first = update.step - self.bad_in_a_row + 1
+            raise BadUpdateError(
+                f"{found}, as in each of the last {self.bad_in_a_row:,} updates. None was applied: "
+                f"the weights are those of update {first - 1:,}. Go on with --from_resume 1 "
+                f"--skip_steps {first}:{update.step + 1}, or begin with a lower --learning_rate."
+            )
+        Logger(f"warning: {found}; not applied")
 
     def close_interval(self) -> dict[str, float]:
-        """Mean losses since the last call; waits for the device."""
-        nats, aux = (self.interval_sums / max(self.interval_labels, 1)).tolist()
-        self.interval_sums.zero_()
-        self.interval_labels = 0
-        losses = {"loss": nats, "aux_loss": aux} if self.config.use_moe else {"loss": nats}
+        """Mean losses since the last call, none if nothing was learnt; ``settle`` first."""
+        losses = {}
+        if self.interval_labels:
+            losses["loss"] = self.interval_nats / self.interval_labels
+            if self.config.use_moe:
+                losses["aux_loss"] = self.interval_aux / self.interval_labels
+        self.interval_labels, self.interval_nats, self.interval_aux = 0, 0.0, 0.0
         self.latest |= losses
         return losses
 
-    def save(self, tracker: NoTracker) -> None:
+    def save(self, tracker: NoTracker) -> tuple[Path, float]:
         """Write the state, then the weights: who has a run's weights can also resume it.
 
-        Every rank calls it. Raises: OSError if a disk fails; what was saved before is intact."""
-        args = self.args
-        lm_checkpoint(
+        Every rank calls it. Returns: the state's path, and the seconds it took.
+        Raises: OSError if a disk fails; what was saved before is intact."""
+        self.settle()
+        args, since = self.args, time.monotonic()
+        path = lm_checkpoint(
             self.config, weight=args.save_weight, model=self.model, optimizer=self.optimizer,
             epoch=min(self.rows_seen // self.rows_per_epoch, args.epochs - 1), step=self.step,
-            wandb=tracker, save_dir=args.checkpoint_dir, scaler=self.scaler, settings=self.settings,
-            counters={name: getattr(self, name) for name in COUNTERS},
-            interval_sums=self.interval_sums.cpu()
+            wandb=tracker, save_dir=args.checkpoint_dir, keep=args.keep_states, scaler=self.scaler,
+            settings=self.settings, surroundings=self.surroundings,
+            counters={name: getattr(self, name) for name in COUNTERS}, latest=self.latest,
+            records=self.records, rewinds=self.rewinds
         )
-        if is_main_process():
-            path = weights_path(args.save_dir, args.save_weight, self.config)
-            done = {"step": self.step, "tokens": self.tokens_seen, **self.latest}
-            save_weights(path, self.model, done | {"settings": self.settings})
+        distributed.first_on_each_machine(self.export, alone=True)
+        return path, time.monotonic() - since
+
+    def export(self) -> None:
+        """Write the weights and their description, unless they are those of this update."""
+        path = weights_path(self.args.save_dir, self.args.save_weight, self.config)
+        done = {"step": self.step, "tokens": self.tokens_seen, **self.latest}
+        summary = done | {"settings": self.settings}
+        if not describes(path, summary):
+            save_weights(path, self.model, summary)
 
     def restore(self, state: dict) -> None:
-        """Become the run that saved ``state``. Raises: CheckpointError if settings differ."""
+        """Become the run that saved ``state``; nothing is copied before all of it is checked.
+
+        Raises: SettingsError if settings differ, CheckpointError if a part does not fit."""
         check_same_settings(state["settings"], self.settings)
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        check_fits(state["model"], self.model.state_dict(), "model")
+        check_fits(state["optimizer"]["state"], expected_state(self.optimizer), "optimizer")
+        check_fits(state["scaler"], self.scaler.state_dict(), "scaler")
+        check_fits(state["counters"], counters, "counters")
+        seen, total = state["counters"]["rows_seen"], self.total_rows
+        if not 0 <= seen <= total:
+            raise CheckpointError(f"the state does not fit: it saw {seen:,} of {total:,} rows.")
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        for name in COUNTERS:
-            setattr(self, name, state["counters"][name])
-        self.interval_sums = state["interval_sums"].to(self.device)
+        for name in (*COUNTERS, "latest", "records", "rewinds"):
+            setattr(self, name, (state["counters"] | state)[name])
         if distributed.rank() < len(state["rng"]):
             restore_rng(state["rng"][distributed.rank()])
+        else:  # a rank that was not there draws numbers of its own
+            setup_seed(hash((self.args.seed, self.step, distributed.rank())) % 2**32)
+        changed = [
+            f"{name} {old} (now {self.surroundings.get(name)})"
+            for name, old in state["surroundings"].items()
+            if self.surroundings.get(name) != old
+        ]
+        if changed:
+            Logger(f"note: saved with {', '.join(changed)}: the same run but for rounding")
 
 
-def metrics_path(args: argparse.Namespace, config: MiniMindConfig) -> Path:
-    """``out/pretrain_768_metrics.jsonl``."""
-    return Path(args.save_dir) / f"{checkpoint_name(args.save_weight, config)}_metrics.jsonl"
-
-
-def files_of_run(args: argparse.Namespace, config: MiniMindConfig) -> list[Path]:
-    """What an earlier run of this name left: states, newest first, and weights."""
-    weights = weights_path(args.save_dir, args.save_weight, config)
-    states = list_states(args.checkpoint_dir, checkpoint_name(args.save_weight, config))
-    return [*states, *(p for p in (weights, weights.with_suffix(".json")) if p.exists())]
-
-
-def refuse_to_overwrite(args: argparse.Namespace, config: MiniMindConfig) -> None:
-    """Raises: CheckpointError if a new run's first save would replace another run's files."""
-    taken = files_of_run(args, config)
-    if taken and not args.overwrite:
-        raise CheckpointError(
-            f"{taken[0]} belongs to another run. --from_resume 1 goes on with it, "
-            f"--save_weight NAME starts one beside it, --overwrite 1 deletes it."
-        )
-
-
-def delete_run(args: argparse.Namespace, config: MiniMindConfig) -> None:
-    """--overwrite 1: forget the earlier run of this name."""
-    for path in files_of_run(args, config):
-        path.unlink()
+def rows_of(rank: int, update: Update, batch_size: int, world_size: int) -> list[int]:
+    """The rows that a rank had in an update: batches are dealt in turn."""
+    rows = range(update.first_row, update.first_row + update.num_rows)
+    return [row for i, row in enumerate(rows) if i // batch_size % world_size == rank]

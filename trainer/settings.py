@@ -2,19 +2,16 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import torch
 
-from trainer.checkpoint import CheckpointError
-
-
-class SettingsError(ValueError):
-    """Flags that cannot be used; the message says what was found and what was expected."""
-
-    exit_status = 2
+from trainer.errors import Interrupted, SettingsError, exit_status_of
+from trainer.signals import say
 
 
 class HelpFormatter(
@@ -41,6 +38,8 @@ AT_LEAST_ONE = (
     "save_interval",
     "eval_interval",
     "eval_tokens",
+    "timeout",
+    "keep_states",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -68,7 +67,17 @@ def check_flags(args: argparse.Namespace) -> None:
     expect(0 <= share < 1, f"--heldout_fraction is {share}, expected 0 or more, below 1")
     length = args.max_seq_len
     expect(2 <= length <= 32768, f"--max_seq_len is {length}, expected 2 to 32768")
-    expect("/" not in args.save_weight, "--save_weight is a path, expected a name; see --save_dir")
+    skip = args.max_bad_updates
+    expect(skip >= 0, f"--max_bad_updates is {skip}, expected 0 or more")
+    name = args.save_weight
+    named = re.fullmatch(r"\w[\w.+-]*", name)  # in a pattern for files, each stands for itself
+    expect(named, f"--save_weight is {name!r}, expected a name of letters, digits and ._+-")
+    rewinds = args.resume_step is None or args.from_resume
+    expect(rewinds, "--resume_step is given, but --from_resume is 0; expected 1")
+    try:
+        skipped_updates(args.skip_steps)
+    except ValueError:
+        problems.append(f"--skip_steps is {args.skip_steps!r}, expected FIRST:END, as 1207:1210")
     problems += device_problems(args.device)
     if problems:
         raise SettingsError("; ".join(problems) + ".")
@@ -96,13 +105,6 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-DECIDING = (
-    *("epochs", "learning_rate", "grad_clip", "dropout", "seed", "dtype", "from_weight"),
-    *("max_seq_len", "packing", "heldout_fraction", "hidden_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "intermediate_size", "use_moe"),
-)
-
-
 def default_dtype(device: str) -> str:
     """bfloat16, but float32 on a CPU that would have to emulate it, up to 20 times slower."""
     if not device.startswith("cpu"):
@@ -111,13 +113,82 @@ def default_dtype(device: str) -> str:
     return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
 
 
+# Each flag is in one of these lists. Those that must match decide what is learnt.
+MUST_MATCH = (
+    *("epochs", "learning_rate", "grad_clip", "dropout", "seed", "dtype", "from_weight"),
+    *("max_seq_len", "packing", "heldout_fraction", "hidden_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "intermediate_size", "use_moe"),
+)
+# How an update's rows are split, and what computes them: the same but for rounding. Their product
+# with the number of ranks must match; accumulation_steps follows it.
+SPLIT = ("batch_size", "accumulation_steps", "device", "use_compile")
+MAY_CHANGE = (
+    *("preset", "data_path", "tokenizer_path", "bad_records"),  # what they lead to must match
+    *("save_dir", "save_weight", "checkpoint_dir", "cache_dir", "checkpoint_mirror"),
+    *("log_interval", "save_interval", "eval_interval", "eval_tokens", "use_wandb"),
+    *("wandb_project", "num_workers", "timeout", "keep_states", "max_bad_updates"),
+    *("from_resume", "resume_step", "skip_steps", "overwrite", *SPLIT),
+)
+
+
 def deciding_settings(args: argparse.Namespace, num_ranks: int, digests: dict[str, str]) -> dict:
     """Whatever changes the result of a run if it changes; saved, and compared on resume."""
-    return {name: getattr(args, name) for name in DECIDING} | {
+    return {name: getattr(args, name) for name in MUST_MATCH} | {
         "rows per update": args.batch_size * args.accumulation_steps * num_ranks,
         "content of data_path": digests["data"][:16],
         "content of tokenizer_path": digests["tokenizer"][:16],
     }
+
+
+def check_same_settings(saved: dict, given: dict) -> None:
+    """Raises: SettingsError with a table of the settings that the saved run had otherwise."""
+    rows = [
+        (key, str(saved.get(key)), str(given.get(key)))
+        for key in sorted(saved.keys() | given.keys())
+        if saved.get(key) != given.get(key)
+    ]
+    if rows:
+        table = [("setting", "saved", "given"), *rows]
+        widths = [max(len(row[column]) for row in table) for column in range(3)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+        raise SettingsError(
+            "--from_resume 1: these settings differ from the saved run's. Give the saved ones, or "
+            "start another run with --save_weight NAME.\n  " + "\n  ".join(lines)
+        )
+
+
+def surroundings(args: argparse.Namespace, num_ranks: int) -> dict:
+    """What a result depends on in its last bits only; saved, and told apart on resume."""
+    return {name: str(getattr(args, name)) for name in SPLIT} | {
+        "ranks": str(num_ranks), "torch": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def keep_rows_per_update(args: argparse.Namespace, state: dict, num_ranks: int) -> None:
+    """Let accumulation follow the number of ranks and the batch size, whose product with it was
+    saved: the updates stay those of the run.
+
+    Raises: SettingsError naming the numbers of ranks that would do."""
+    rows, batch = state["settings"]["rows per update"], args.batch_size
+    if str(args.accumulation_steps) != state["surroundings"]["accumulation_steps"]:
+        return  # asked for: whether it fits shows in the settings
+    if rows % (batch * num_ranks):
+        fitting = [n for n in range(1, rows // batch + 1) if rows % (batch * n) == 0]
+        others = f"{', '.join(map(str, fitting))} ranks would do, or" if fitting else "give"
+        raise SettingsError(
+            f"--from_resume 1: an update of {rows} rows does not divide into batches of {batch} on "
+            f"{num_ranks} ranks: {others} another --batch_size."
+        )
+    args.accumulation_steps = rows // (batch * num_ranks)
+
+
+def skipped_updates(given: str) -> range:
+    """``1207:1210`` -> updates 1207, 1208 and 1209. Raises: ValueError if it is no such pair."""
+    first, end = map(int, (given or "0:0").split(":"))
+    if not 0 <= first <= end:
+        raise ValueError(given)
+    return range(first, end)
 
 
 def run_program(program: Callable[[], None]) -> int:
@@ -126,28 +197,24 @@ def run_program(program: Callable[[], None]) -> int:
         program()
     except KeyboardInterrupt:
         message, status = "stopped. --from_resume 1 goes on from the last saved state.", 130
-    except OSError as error:
-        message, status = f"{error}. What was saved before is intact.", 6
-    except ValueError as error:
-        if not hasattr(error, "exit_status"):
+    except Exception as error:
+        status = exit_status_of(error)
+        if status == 1:
             raise
-        message, status = str(error), error.exit_status
+        message = str(error)
+        if status == 6:
+            message = f"{error}. What was saved before is intact."
+        if status == 7:
+            message = (
+                f"out of memory: {message.splitlines()[0] if message else 'main memory'} Half the "
+                f"--batch_size and twice the --accumulation_steps make the same updates."
+            )
+        if isinstance(error, Interrupted):
+            if os.environ.get("RANK", "0") == "0":
+                say(print, message)
+            return status
     else:
         return 0
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, not once a rank
-        print(f"error: {message}", file=sys.stderr)
+        say(partial(print, file=sys.stderr), f"error: {message}")
     return status
-
-
-def check_same_settings(saved: dict, given: dict) -> None:
-    """Raises: CheckpointError naming each setting that the saved run had otherwise."""
-    changed = [
-        f"{key} (saved {saved.get(key)}, given {given.get(key)})"
-        for key in sorted(saved.keys() | given.keys())
-        if saved.get(key) != given.get(key)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"--from_resume 1: these settings differ from the saved run's: {', '.join(changed)}. "
-            f"Give the saved ones, or start another run with --save_weight NAME."
-        )

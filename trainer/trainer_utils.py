@@ -16,9 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import distributed
-from trainer.checkpoint import checkpoint_name, newest_state, rng_state, save_state
+from trainer.checkpoint import (
+    KEPT_STATES, checkpoint_name, newest_state, rng_state, save_state
+)
 from trainer.distributed import init_distributed_mode, is_main_process
-from trainer.settings import SettingsError
+from trainer.errors import SettingsError
+from trainer.signals import say
 from trainer.weights import load_weights, weights_path
 
 __all__ = [
@@ -38,7 +41,7 @@ __all__ = [
 def Logger(content: str) -> None:
     """Print a line, on the main process only, above the progress bar if there is one."""
     if is_main_process():
-        tqdm.write(content)
+        say(tqdm.write, content)
 
 
 def get_lr(current: float, total: float, lr: float) -> float:
@@ -123,8 +126,9 @@ class SkipBatchSampler(Sampler[list[int]]):
 def lm_checkpoint(
     lm_config: MiniMindConfig, weight: str = "pretrain", model: MiniMindForCausalLM | None = None,
     optimizer: torch.optim.Optimizer | None = None, epoch: int = 0, step: int = 0,
-    wandb: object | None = None, save_dir: str | Path = "checkpoints", **state: object
-) -> dict | None:
+    wandb: object | None = None, save_dir: str | Path = "checkpoints", *, update: int | None = None,
+    keep: int = KEPT_STATES, **state: object
+) -> dict | Path | None:
     """With a model: save all that the next update needs. Without: the newest good state or None.
 
     Every rank calls it, between updates; rank 0 reads and writes, so that one disk decides.
@@ -132,13 +136,16 @@ def lm_checkpoint(
     Args:
         epoch, step: the epoch being trained, and the updates done in all.
         wandb: the tracker; its ``id`` is kept, so that the same run goes on.
+        update: load the state saved after this update instead of the newest.
+        keep: how many states stay.
         state: more to keep; an object with a ``state_dict`` gives that.
+    Returns: the state that was read, or the path of the one that was written.
     Raises: OSError if saving fails, with the earlier states intact; CheckpointError if there are
     states and none is good."""
     name = checkpoint_name(weight, lm_config)
     if model is None:
         found, complaints = distributed.first_on_each_machine(
-            partial(newest_state, save_dir, name), alone=True
+            partial(newest_state, save_dir, name, update), alone=True
         )
         for complaint in complaints:
             Logger(f"warning: {complaint} Using the state before it.")
@@ -147,6 +154,6 @@ def lm_checkpoint(
     plain = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
     plain |= {"epoch": epoch, "step": step, "wandb_id": getattr(wandb, "id", None)}
     plain["rng"] = distributed.gather(rng_state())
-    if is_main_process():
-        save_state(save_dir, name, step, plain)
-    return None
+    return distributed.first_on_each_machine(
+        partial(save_state, save_dir, name, step, plain, keep), alone=True
+    )

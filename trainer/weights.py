@@ -1,5 +1,6 @@
 """Weights as others read them: MiniMind's ``.pth``, half precision, with a ``.json`` beside it."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import (
-    CheckpointError, checkpoint_name, load_tensors, to_bytes, write_atomically
+    CheckpointError, checkpoint_name, load_tensors, write_atomically
 )
 
 
@@ -24,10 +25,18 @@ def save_weights(path: Path, model: MiniMindForCausalLM, summary: dict) -> None:
     half = {key: value.half().cpu() for key, value in state.items()}
     # MiniMind's files name the tied matrix twice; one storage, so the file holds it once.
     half["lm_head.weight"] = half["model.embed_tokens.weight"]
+    write_atomically(path, half)
     described = {"config": model.config.to_diff_dict(), "run": summary}
     text = json.dumps(described, indent=1, ensure_ascii=False)
-    write_atomically(path.with_suffix(".json"), text.encode())
-    write_atomically(path, to_bytes(half))
+    write_atomically(path.with_suffix(".json"), text.encode())  # last: it vouches for the weights
+
+
+def describes(path: Path, summary: dict) -> bool:
+    """Whether the weights at ``path`` were written with this summary."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return path.exists() and described["run"] == summary
+    return False
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

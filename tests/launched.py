@@ -1,0 +1,238 @@
+"""The real program in processes of its own, started fast, with faults that strike where they are told.
+
+A server process that has imported everything forks each of them, so that a start takes a tenth of
+a second rather than five. What a fault does is real: a signal, an errno, a value in a tensor.
+"""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+import train_pretrain
+from trainer import checkpoint, distributed
+
+OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink")  # of trainer/checkpoint.py
+
+
+class Operations:
+    """Stands for ``os`` in trainer/checkpoint.py: ``before`` and ``after`` see each operation."""
+
+    def __init__(self, before: Callable, after: Callable = lambda *args: None) -> None:
+        for name in OPERATIONS:
+            setattr(self, name, self._watched(name, getattr(os, name), before, after))
+
+    @staticmethod
+    def _watched(name: str, real: Callable, before: Callable, after: Callable) -> Callable:
+        def call(*args: object, **options: object) -> object:
+            before(name, *args)
+            result = real(*args, **options)
+            after(name, result, *args)
+            return result
+
+        return call
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(os, name)
+
+
+def at_operation(number: int, strike: Callable[[str], None]) -> None:
+    """``strike`` before the so-manieth operation on files, from 0."""
+    count = iter(range(10**9))
+
+    def before(name: str, *args: object) -> None:
+        if next(count) == number:
+            strike(name)
+
+    checkpoint.os = Operations(before)
+
+
+def kill_at(number: int) -> None:
+    """SIGKILL before an operation on files."""
+    at_operation(number, lambda name: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def fail_at(number: int, code: str) -> None:
+    """An operation on files fails, with this errno."""
+
+    def strike(name: str) -> None:
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    at_operation(number, strike)
+
+
+def in_update(step: int, strike: Callable[[object], None], rank: int = 0) -> None:
+    """``strike(run)`` at the beginning of an update, on one rank."""
+    train_step = train_pretrain.train_step
+
+    def struck(run: object, window: list, num_labels: int) -> torch.Tensor:
+        if run.step + 1 == step and distributed.rank() == rank:
+            strike(run)
+        return train_step(run, window, num_labels)
+
+    train_pretrain.train_step = struck
+
+
+def die_in_update(step: int, how: str, rank: int = 0) -> None:
+    """A rank ends, or stops moving, in an update."""
+
+    def strike(run: object) -> None:
+        if how in ("SIGKILL", "SIGSTOP", "SIGTERM"):
+            os.kill(os.getpid(), getattr(signal, how))
+        elif how == "exit":
+            os._exit(3)
+        elif how == "sleep":
+            time.sleep(3600)
+        else:
+            raise RuntimeError("a mistake in the program")
+
+    in_update(step, strike, rank)
+
+
+def die_in_save(how: str, rank: int = 1) -> None:
+    """A rank stops moving, or dies, while the first rank saves."""
+    save = train_pretrain.Run.save
+
+    def struck(run: object, tracker: object) -> object:
+        if distributed.rank() == rank:
+            os.kill(os.getpid(), getattr(signal, how))
+        return save(run, tracker)
+
+    train_pretrain.Run.save = struck
+
+
+def poison(steps: list[int], value: str, where: str, rank: int = 0) -> None:
+    """NaN or infinity in the loss or in one element of a gradient, in the last batch of updates."""
+    bad = float(value)
+    train_step = train_pretrain.train_step
+
+    def poisoned(run: object, window: list, num_labels: int) -> torch.Tensor:
+        if run.step + 1 not in steps or distributed.rank() != rank or not window:
+            return train_step(run, window, num_labels)
+        forward, left = run.model.forward, [len(window)]
+
+        def bad_forward(*args: object, **options: object) -> object:
+            out = forward(*args, **options)
+            left[0] -= 1
+            if left[0] == 0 and where == "loss":
+                out.loss = out.loss * bad
+            elif left[0] == 0:
+                weight = run.model.model.norm.weight
+                hook = weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), bad))
+                out.loss.register_hook(lambda grad: None)
+                removed.append(hook)
+            return out
+
+        removed: list = []
+        run.model.forward = bad_forward
+        try:
+            return train_step(run, window, num_labels)
+        finally:
+            del run.model.forward
+            for hook in removed:
+                hook.remove()
+
+    train_pretrain.train_step = poisoned
+
+
+def log_rows(path: str) -> None:
+    """Append to ``<path>.<rank>`` a line an update: its number, and each row's content."""
+    train_step = train_pretrain.train_step
+
+    def logged(run: object, window: list, num_labels: int) -> torch.Tensor:
+        with open(f"{path}.{distributed.rank()}", "a", encoding="utf-8") as file:
+            rows = [hash(tuple(row.tolist())) for batch in window for row in batch.input_ids]
+            print(run.step + 1, run.args.batch_size, *rows, file=file)
+        return train_step(run, window, num_labels)
+
+    train_pretrain.train_step = logged
+
+
+def slow(seconds: float) -> None:
+    """Each update takes so much longer."""
+    train_step = train_pretrain.train_step
+
+    def slowed(*args: object) -> torch.Tensor:
+        time.sleep(seconds)
+        return train_step(*args)
+
+    train_pretrain.train_step = slowed
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (kill_at, fail_at, die_in_update, die_in_save, poison, log_rows, slow)
+}
+
+
+def entry(argv: list[str], environment: dict[str, str], log: str, faults: list[tuple]) -> None:
+    """What a started process runs."""
+    os.environ |= environment
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(handled, signal.SIG_DFL)  # as a shell starts it, not as pytest does
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, options in faults:
+        FAULTS[name](**options)
+    sys.exit(train_pretrain.main(argv))
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(
+    argv: list[str], log: Path, num_ranks: int = 1, faults: list[tuple] = (),
+    environment: dict[str, str] | None = None
+) -> list[BaseProcess]:
+    """Start the program, on ranks as torchrun would; what they print goes to ``log``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.launched"])
+    shared = {"PYTHONHASHSEED": "0"} | (environment or {})
+    if num_ranks > 1:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        shared |= {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    processes = []
+    for rank in range(num_ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
+        processes.append(context.Process(
+            target=entry, args=(argv, shared | own, str(log), list(faults))
+        ))
+        processes[-1].start()
+    return processes
+
+
+def wait(processes: list[BaseProcess], timeout: float = 120) -> list[int]:
+    """Their exit statuses; a signal counts as its negative number."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [process for process in processes if process.is_alive()]
+    end(late)
+    assert not late, f"{len(late)} processes did not end within {timeout} s"
+    return [process.exitcode for process in processes]
+
+
+def end(processes: list[BaseProcess]) -> None:
+    """SIGKILL for those that are left."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.join()

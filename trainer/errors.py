@@ -1,0 +1,50 @@
+"""What can end a run, and the exit status that tells a supervisor which it was.
+
+    0  complete                          6  disk or other input and output
+    1  a mistake in this program         7  out of memory
+    2  flags, or a folder in use         8  another rank is dead or stuck
+    3  data                             75  stopped by a signal, saved; the same command goes on
+    4  weights or states               130  a second Ctrl-C: stopped at once
+    5  loss or gradient not finite
+"""
+
+import torch
+
+
+class SettingsError(ValueError):
+    """Flags that cannot be used; the message says what was found and what was expected."""
+
+    exit_status = 2
+
+
+class CheckpointError(ValueError):
+    """Weights or a state cannot be used, or must not be overwritten; nothing was changed."""
+
+    exit_status = 4
+
+
+class BadUpdateError(ValueError):
+    """Too many updates in a row had a loss or gradient that is not finite; none was applied."""
+
+    exit_status = 5
+
+
+class RankError(ValueError):
+    """Another rank died or hangs; this one cannot go on without it."""
+
+    exit_status = 8
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it did so in order."""
+
+    exit_status = 75
+
+
+def exit_status_of(error: BaseException) -> int:
+    """The status that this error ends the program with."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return 7
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return getattr(error, "exit_status", 6 if isinstance(error, OSError) else 1)
