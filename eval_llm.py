@@ -58,6 +58,7 @@ def build_parser() -> Parser:
     add("--data_path", nargs="+", help="JSONL to measure the loss on instead")
     add("--max_seq_len", type=int, default=512, help="with --data_path: tokens in a row")
     add("--batch_size", type=int, default=16, help="with --data_path: rows at once")
+    add("--bad_records", choices=["stop", "skip"], default="stop", help="at a line that is no text")
     add("--cache_dir", default=DEFAULT_CACHE_DIR, help="with --data_path: for tokenized data")
 
     add = parser.add_argument_group("sampling").add_argument
@@ -140,7 +141,8 @@ def measure(
 ) -> None:
     """Print the model's loss on all documents of --data_path."""
     data = PretrainDataset(
-        args.data_path, tokenizer, args.max_seq_len, cache_dir=args.cache_dir
+        args.data_path, tokenizer, args.max_seq_len, cache_dir=args.cache_dir,
+        bad_records=args.bad_records
     ).for_evaluation()
     rows = range(len(data))
     batches = [rows[i : i + args.batch_size] for i in range(0, len(data), args.batch_size)]

@@ -89,10 +89,12 @@ class PretrainDataset(Dataset):
     def __init__(
         self, data_path: str | list[str] | TokenCache, tokenizer: PreTrainedTokenizerBase,
         max_length: int = 512, *, packing: bool = True, seed: int = 42,
-        heldout_fraction: float = 0.0, cache_dir: str = DEFAULT_CACHE_DIR
+        heldout_fraction: float = 0.0, cache_dir: str = DEFAULT_CACHE_DIR, bad_records: str = "stop"
     ) -> None:
         given = isinstance(data_path, TokenCache)
-        self.cache = data_path if given else build_token_cache(data_path, tokenizer, cache_dir)
+        self.cache = data_path if given else build_token_cache(
+            data_path, tokenizer, cache_dir, bad_records=bad_records
+        )
         self.bos, self.eos, self.pad = special_ids(tokenizer)
         self.row_length, self.stride = max_length, max_length
         self.packing, self.seed = packing, seed

@@ -84,8 +84,8 @@ def parse(line: bytes) -> object:
         raise ValueError(f"{found} is not UTF-8") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            found = f"more behind the first value, at column {error.colno}"
-            raise ValueError(f"{found}; missing newline?") from None
+            found = f"more behind the first value at column {error.colno}"
+            raise ValueError(f"{found} (missing newline?)") from None
         found = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise ValueError(f"not valid JSON: {found}") from None
     except (ValueError, RecursionError) as error:  # also a number or a nesting beyond Python's
@@ -110,9 +110,9 @@ def find_text(line: bytes) -> str:
 
 
 def check_start(path: Path, line: bytes) -> None:
-    """Raises: DataError if a file's first record tells that none of its lines can be meant as one.
+    """Raises: DataError if a file's first record shows that the whole file is in another form.
 
-    Leaving out bad records is no way out then: what happened to be left would be no corpus."""
+    To skip bad records is no way out then: the lines that happen to parse are no corpus."""
     for start, what in NOT_TEXT.items():
         if line.startswith(start):
             raise DataError(f"{path} is {what}.")

@@ -1,4 +1,4 @@
-"""The real program in processes of its own, started fast, with faults that strike where they are told.
+"""The real program in processes of its own, started fast, with faults that strike as told.
 
 A server process that has imported everything forks each of them, so that a start takes a tenth of
 a second rather than five. What a fault does is real: a signal, an errno, a value in a tensor.
@@ -6,20 +6,21 @@ a second rather than five. What a fault does is real: a signal, an errno, a valu
 
 import contextlib
 import errno
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 import train_pretrain
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, evaluation
 
 OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink")  # of trainer/checkpoint.py
 
@@ -151,7 +152,7 @@ def log_rows(path: str) -> None:
     def logged(run: object, window: list, num_labels: int) -> torch.Tensor:
         with open(f"{path}.{distributed.rank()}", "a", encoding="utf-8") as file:
             rows = [hash(tuple(row.tolist())) for batch in window for row in batch.input_ids]
-            print(run.step + 1, run.args.batch_size, *rows, file=file)
+            print(run.step + 1, *rows, file=file)
         return train_step(run, window, num_labels)
 
     train_pretrain.train_step = logged
@@ -168,9 +169,52 @@ def slow(seconds: float) -> None:
     train_pretrain.train_step = slowed
 
 
+def slow_evaluation(marker: str, seconds: float) -> None:
+    """Each held-out batch takes so much longer; the first makes a file to see."""
+    unless = evaluation.unless
+
+    def slowed(stopping: Callable, items: Iterable) -> Iterator:
+        for item in unless(stopping, items):
+            Path(marker).touch()
+            time.sleep(seconds)
+            yield item
+
+    evaluation.unless = slowed
+
+
+def slow_save(marker: str, seconds: float) -> None:
+    """Each operation on files during a save takes so much longer; the first makes a file to see."""
+    save = train_pretrain.Run.save
+
+    def before(*args: object) -> None:
+        Path(marker).touch()
+        time.sleep(seconds)
+
+    def slowed(*args: object) -> object:
+        checkpoint.os = Operations(before)
+        return save(*args)
+
+    train_pretrain.Run.save = slowed
+
+
+def stuck_loader(row: int) -> None:
+    """A loader process never comes back from a row."""
+    getitems = train_pretrain.PretrainDataset.__getitems__
+
+    def stuck(data: object, rows: list[int]) -> object:
+        if row in rows:
+            time.sleep(3600)
+        return getitems(data, rows)
+
+    train_pretrain.PretrainDataset.__getitems__ = stuck
+
+
 FAULTS = {
     fault.__name__: fault
-    for fault in (kill_at, fail_at, die_in_update, die_in_save, poison, log_rows, slow)
+    for fault in (
+        kill_at, fail_at, die_in_update, die_in_save, poison, log_rows, slow, slow_evaluation,
+        slow_save, stuck_loader
+    )
 }
 
 
@@ -236,3 +280,10 @@ def end(processes: list[BaseProcess]) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.join()
+
+
+if __name__ == "__main__":  # under torchrun: faults strike before its first restart only
+    if not distributed.num_restarts():
+        for fault, options in json.loads(os.environ["FAULTS"]):
+            FAULTS[fault](**options)
+    sys.exit(train_pretrain.main(sys.argv[1:]))

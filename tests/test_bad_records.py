@@ -32,7 +32,7 @@ BAD = {
     "trailing comma": (b'{"text": "once",}', "not valid JSON: "),
     "single quotes": (b"{'text': 'once'}", "not valid JSON: "),
     "no JSON": (b"once upon a time", "not valid JSON: Expecting value at column 1"),
-    "two objects": (b'{"text": "a"} {"text": "b"}', "more behind the first value, at column 15"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "more behind the first value at column 15"),
     "old line ends": (b'{"text": "a"}\r{"text": "b"}', "more behind the first value"),
     "invalid UTF-8": (b'{"text": "\xff"}', "byte 0xff at column 11 is not UTF-8"),
     "overlong UTF-8": (b'{"text": "\xc0\xaf"}', "byte 0xc0 at column 11 is not UTF-8"),
@@ -54,7 +54,7 @@ BAD = {
     "string": (b'"once"', "found a JSON string"),
     "integer": (b"1", "found a JSON number"),
     "5,000 digits": (b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "cannot be read: Exceeds"),
-    "deep": (b'{"text": "a", "b": ' + b"[" * 100_000, "cannot be read: maximum recursion"),
+    "deep": (b'{"text": "a", "b": ' + b"[" * 100_000, "cannot be read: "),
     "deep text": (b'{"text": ' + b"[" * 900 + b"]" * 900 + b"}", ""),  # Python may read this much
     "too long": (b'{"text": "' + b"a" * LIMIT + b'"}', "a line longer than 131,072 bytes"),
     "NUL": (b'{"text": "\x00"}', "not valid JSON: Invalid control character"),

@@ -320,7 +320,7 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     folder = build(tmp_path, corpus).folder
     os.truncate(folder / "tokens.bin", 10)
     with pytest.raises(DataError, match=str(folder)):
-        build(tmp_path, corpus)
+        TokenCache.open(folder)
 
 
 BUILD = """
@@ -390,35 +390,6 @@ def test_memory_does_not_grow_with_the_corpus(
 
 # ---------------------------------------------------------------------------------- bad input
 
-BAD_LINES = {
-    "no JSON": b"once upon a time",
-    "cut short": b'{"text": "once',
-    "array": b'["once"]',
-    "no text": b'{"story": "once"}',
-    "null": b'{"text": null}',
-    "number": b'{"text": 1}',
-    "not UTF-8": b'{"text": "\xff"}',
-    "half a surrogate pair": rb'{"text": "\ud83d"}',
-    "deep": b'{"text": "once", "more": ' + b"[" * 100_000,
-    "huge number": b'{"text": "once", "id": ' + b"1" * 5000 + b"}",
-    "two objects": b'{"text": "once"} {"text": "twice"}',
-}
-
-
-@pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES)
-@pytest.mark.parametrize("number", [1, 3, 5])
-def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: bytes, number: int) -> None:
-    lines = [b'{"text": "fine"}'] * 5
-    lines[number - 1] = bad
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    with pytest.raises(DataError) as caught:
-        build(tmp_path, tmp_path / "a.jsonl")
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'a.jsonl'} line {number}: ")
-    assert len(message.splitlines()) == 1 and len(message) < 300 + len(str(tmp_path))
-    assert not list((tmp_path / "cache").iterdir())
-
-
 def test_what_other_programs_write_is_accepted(tmp_path: Path) -> None:
     lines = ['\ufeff{"text": "one"}', "\r", "  ", '{"id": 7, "text": "t\u2028wo"}\r', "", "\t"]
     lines += [r'{"text": "\ud83d\ude42"}']  # and no end of line at the end of the file
@@ -432,10 +403,9 @@ def test_a_missing_file_leads_to_the_download_and_the_demo(tmp_path: Path) -> No
         build(tmp_path, tmp_path / "none.jsonl")
 
 
-@pytest.mark.parametrize("texts", [[], ["", " \n"]], ids=["no line", "no text"])
-def test_a_corpus_without_text_is_an_error(tmp_path: Path, texts: list[str]) -> None:
+def test_a_corpus_without_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl: no document"):
-        build(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts))
+        build(tmp_path, write_jsonl(tmp_path / "a.jsonl", ["", " \n"]))
 
 
 def test_no_word_of_a_message_comes_twice(tmp_path: Path) -> None:

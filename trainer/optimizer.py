@@ -43,10 +43,12 @@ def expected_state(optimizer: torch.optim.AdamW) -> dict[int, dict[str, Tensor]]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore moments and step counts; rates, decay and kernels stay those of this run.
+    """Restore moments and step counts; decay and kernels stay those of this run.
 
     Optimizer.load_state_dict alone would also take over the file's ``fused``."""
     own = optimizer.state_dict()["param_groups"]
+    for group, group_saved in zip(own, saved["param_groups"], strict=True):
+        group["lr"] = float(group_saved["lr"])  # of the last update, until the next sets its own
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
