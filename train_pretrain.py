@@ -303,7 +303,8 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         model=model, optimizer=build_optimizer(model, args.learning_rate),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32), device=device,
-        rows_per_epoch=len(data), documents_of=data.documents_of
+        rows_per_epoch=len(data), documents_of=data.documents_of,
+        rewinds=[[None, args.skip_steps]] if args.skip_steps else []
     )
     setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
     describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)

@@ -36,7 +36,8 @@ def toy_model(use_moe: bool = False, **sizes: object) -> MiniMindForCausalLM:
 
 def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) -> Run:
     """A run whose optimizer moves each weight by minus its gradient."""
-    defaults = {"epochs": 1, "num_workers": 0, "device": "cpu", "timeout": 9, "grad_clip": float("inf")}
+    defaults = {"epochs": 1, "num_workers": 0, "device": "cpu", "timeout": 9}
+    defaults |= {"grad_clip": float("inf")}
     return Run(
         args=argparse.Namespace(**defaults | flags),
         config=model.config,

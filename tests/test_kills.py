@@ -158,8 +158,8 @@ def global_batches(folder: Path, num_ranks: int) -> dict[int, list[int]]:
             parts.setdefault(step, {})[rank] = rows  # an update repeated after a kill counts once
     batches = {}
     for step, by_rank in parts.items():  # batches of one row, dealt to ranks in turn
-        turns = max(map(len, by_rank.values()))
-        batches[step] = [rows[i] for i in range(turns) for rows in by_rank.values() if i < len(rows)]
+        turns = range(max(map(len, by_rank.values())))
+        batches[step] = [rows[i] for i in turns for rows in by_rank.values() if i < len(rows)]
     return batches
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import hashlib
+import logging
 import os
 import random
 import shutil
@@ -87,7 +88,8 @@ def test_the_newest_two_states_are_kept_there_whole(
 ) -> None:
     one = mirrored(place.format(tmp_path / "some" / "where"))
     assert one.states() == []
-    saved = [save(tmp_path, update, 2 * module.PIECE + 7) for update in (9, 10, 100)]
+    updates, size = (10, 99_999_999, 100_000_000), 2 * module.PIECE + 7
+    saved = [save(tmp_path, update, size) for update in updates]
     copied(one, *saved)
     assert one.states() == [saved[2].name, saved[1].name]
     fetched = [one.fetch(state, tmp_path / "new" / "machine") for state in one.states()]
@@ -198,14 +200,16 @@ def test_what_arrives_with_a_flipped_bit_is_not_taken_for_the_state(
         return write(file, data)
 
     monkeypatch.setattr(LocalFileOpener, "write", flip)
-    one = mirrored()
-    one.offer(path := save(tmp_path, 1200))
+    one, path = mirrored(), save(tmp_path, 1200)
+    generators = random.getstate(), torch.get_rng_state()  # a resumed run repeats what they draw
+    one.offer(path)
     wait_until(lambda: lines)
     assert names(tmp_path / "there") == set() and flipped
     one.finish(10)
     assert names(tmp_path / "there") == {path.name} and is_whole(tmp_path / "there" / path.name)
     assert "state of update 1,200 was not copied" in lines[0] and "1,000 bytes" in lines[0]
     assert "works again" in lines[1] and len(lines) == 2
+    assert random.getstate() == generators[0] and torch.equal(torch.get_rng_state(), generators[1])
 
 
 def test_a_mirror_that_is_gone_warns_once_and_never_stops_the_run(
@@ -217,7 +221,6 @@ def test_a_mirror_that_is_gone_warns_once_and_never_stops_the_run(
     attempts = []
     connected = module.connected
     monkeypatch.setattr(module, "connected", lambda url: attempts.append(url) or connected(url))
-    generators = random.getstate(), torch.get_rng_state()
     started = time.monotonic()
     one.offer(path := save(tmp_path, 1))
     assert time.monotonic() - started < 0.5
@@ -227,7 +230,6 @@ def test_a_mirror_that_is_gone_warns_once_and_never_stops_the_run(
     assert 0.4 < time.monotonic() - started < 1.5
     assert len(lines) == 2 and all(line.startswith("warning: mirror: ") for line in lines)
     assert "NotADirectoryError" in lines[0] and str(path) in lines[1]
-    assert random.getstate() == generators[0] and torch.equal(torch.get_rng_state(), generators[1])
     with pytest.raises(MirrorError, match=r"--checkpoint_mirror .* NotADirectoryError") as caught:
         one.states()
     assert caught.value.exit_status == 6
@@ -348,7 +350,7 @@ def test_addresses_that_cannot_be_used_are_refused() -> None:
     for url in ("/mnt/x", "relative/x", "file:///mnt/x", "memory://x", "file:///odd:name@x/y"):
         assert mirror_problems(url) == []
     assert "gopher://host/x is no address" in mirror_problems("gopher://host/x")[0]
-    assert "no address" in mirror_problems("simplecache::memory://x")[0]
+    assert "no address" in mirror_problems("simplecache::/mnt/x")[0]
     fsspec.register_implementation("lacking", "no_such_package.core.FileSystem", clobber=True)
     assert mirror_problems("lacking://x")[0].endswith("pip install no_such_package")
 
@@ -523,17 +525,21 @@ def test_a_server_that_stops_answering_counts_as_gone_after_a_while(
     assert "TimeoutError" in lines[0] and len(lines) == 2
 
 
-def test_a_refused_connection_is_one_line(
-    tmp_path: Path, mirrored: Callable, lines: list[str], at_home: int,
-    capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("refused", [True, False])  # else it is accepted and cut at once
+def test_a_server_that_is_not_there_is_one_line(
+    tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], at_home: int, refused: bool
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    one = mirrored(address(port, tmp_path / "there"))
-    one.offer(save(tmp_path, 1))
-    wait_until(lambda: lines)
-    one.finish(0)
-    assert f"Unable to connect to port {port}" in lines[0] and capfd.readouterr() == ("", "")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own, which no run has
+    with contextlib.closing(Proxy(at_home, 0)) as proxy:
+        if refused:
+            proxy.close()
+        one = mirrored(address(proxy.port, tmp_path / "there"))
+        one.offer(save(tmp_path, 1))
+        wait_until(lambda: lines)
+        one.finish(0)
+    assert "update 1 was not copied to sftp://" in lines[0] and len(lines) == 2
+    assert capsys.readouterr() == ("", "")
 
 
 HANGING = """

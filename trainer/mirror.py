@@ -152,7 +152,7 @@ class Mirror:
         self._taken: Path | None = None  # by the thread
         self._copied: Path | None = None
         self._ended = False
-        os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # more of them draw from Python's generator
+        os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # botocore's retries draw from `random`
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
 
     def states(self) -> list[str]:
@@ -267,11 +267,11 @@ class Mirror:
     def _prune(self, fs: AbstractFileSystem, folder: str, newest: str) -> None:
         """Of this run's states, leave ``newest`` and those before it, but no abandoned one:
         a state of more updates is from before the run was taken back to an earlier one."""
-        there = self._states_in(fs, folder) - {newest}
-        kept = there - self._own
-        before = [state for state in there - kept if update_of(state) < update_of(newest)]
-        kept.update(sorted(before, key=update_of, reverse=True)[: self.keep - 1])
-        for state in there if self._clearing else there - kept:
+        others = self._states_in(fs, folder) - {newest}
+        own = others & self._own
+        before = [state for state in own if update_of(state) < update_of(newest)]
+        kept = sorted(before, key=update_of, reverse=True)[: self.keep - 1]
+        for state in others if self._clearing else own.difference(kept):
             fs.rm_file(f"{folder}/{state}")
         self._clearing = False
 

@@ -1,0 +1,280 @@
+"""Ranks that die or hang, runs that meet in one folder, machines that go."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import launched
+from tests.helpers import ROOT
+from tests.running import (
+    assert_same, contents, descendants, final_state, flags, records, run, untimed
+)
+from tests.test_signals import reached, until
+from trainer.checkpoint import list_states
+from trainer.run_folder import read_run_state
+
+TIMEOUT = 8  # seconds, --timeout in these tests
+SETTINGS = {"accumulation_steps": 2, "dropout": 0.1, "save_interval": 3, "timeout": TIMEOUT}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks to which nothing happened."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = flags(folder, **SETTINGS)
+    assert launched.wait(launched.start(words, folder / "log", 2)) == [0, 0]
+    return folder
+
+
+def assert_equal_runs(cut: Path, whole: Path) -> None:
+    assert_same(final_state(cut), final_state(whole))
+    assert untimed(cut) == untimed(whole)
+
+
+def goes_on(cut: Path, whole: Path) -> None:
+    words = flags(cut, **SETTINGS, from_resume=1)
+    statuses = launched.wait(launched.start(words, cut / "log2", 2))
+    assert statuses == [0, 0], (cut / "log2").read_text()
+    assert_equal_runs(cut, whole)
+
+
+@pytest.mark.parametrize(("how", "step"), [
+    ("SIGKILL", 1), ("SIGKILL", 8), ("raise", 8), ("exit", 8), ("SIGSTOP", 1), ("sleep", 8)
+])
+def test_a_rank_that_dies_or_hangs_ends_the_job_in_time_and_is_named(
+    whole: Path, tmp_path: Path, how: str, step: int
+) -> None:
+    log = tmp_path / "log"
+    fault = [("die_in_update", {"step": step, "how": how, "rank": 1})]
+    processes = launched.start(flags(tmp_path, **SETTINGS), log, 2, fault)
+    try:
+        processes[0].join(timeout=60)
+        since = time.monotonic()
+        assert processes[0].exitcode == 8, log.read_text()
+    finally:
+        launched.end(processes)
+    text = log.read_text()
+    error = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and "rank 1 on " in error[0] and "dead or stuck" in error[0], text
+    said = read_run_state(tmp_path / "checkpoints")
+    assert (said["status"], said["code"]) == ("failed", 8) and "rank 1" in said["reason"]
+    assert time.monotonic() - since < TIMEOUT + 35
+    goes_on(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("how", "rank"), [("SIGSTOP", 1), ("SIGKILL", 1), ("SIGKILL", 0)])
+def test_a_rank_that_goes_during_a_save_is_named_and_costs_one_interval(
+    whole: Path, tmp_path: Path, how: str, rank: int
+) -> None:
+    log = tmp_path / "log"
+    processes = launched.start(
+        flags(tmp_path, **SETTINGS), log, 2, [("die_in_save", {"how": how, "rank": rank})]
+    )
+    survivor = processes[1 - rank]
+    try:
+        survivor.join(timeout=TIMEOUT + 35)
+        assert survivor.exitcode == 8, log.read_text()
+    finally:
+        launched.end(processes)
+    assert "dead or stuck" in log.read_text() or "machine of rank 0 is gone" in log.read_text(), (
+        log.read_text()[-3000:]
+    )
+    goes_on(tmp_path, whole)
+
+
+def test_a_slow_save_of_the_first_rank_is_waited_for(tmp_path: Path) -> None:
+    """Longer than an exchange between ranks may take."""
+    slow = [("slow_save", {"marker": str(tmp_path / "saving"), "seconds": 0.03})]
+    words = flags(tmp_path, **SETTINGS | {"timeout": 2, "epochs": 1, "save_interval": 100})
+    since = time.monotonic()
+    statuses = launched.wait(launched.start(words, tmp_path / "log", 2, slow))
+    assert statuses == [0, 0], (tmp_path / "log").read_text()
+    assert time.monotonic() - since > 4, "the save was not slow enough to prove anything"
+
+
+def torchrun(words: list[str], *options: str, ranks: int = 2) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    return [*start, *options, "-m", "tests.launched", *words]
+
+
+def test_torchrun_starts_the_ranks_again_and_they_go_on_exactly(
+    whole: Path, tmp_path: Path
+) -> None:
+    """Without --from_resume: who restarts a group gives no other flags."""
+    fault = [("die_in_update", {"step": 8, "how": "SIGKILL", "rank": 1})]
+    done = subprocess.run(
+        torchrun(flags(tmp_path, **SETTINGS), "--standalone", "--max-restarts", "3"),
+        cwd=ROOT, capture_output=True, text=True, timeout=180,
+        env=os.environ | {"FAULTS": json.dumps(fault)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resuming after update 6" in done.stdout
+    assert "exitcode: -9" in done.stderr or "Signal 9" in done.stderr  # torchrun names it, too
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    words = flags(tmp_path, epochs=1, dropout=0.1)
+    alone = flags(tmp_path / "alone", epochs=1, dropout=0.1)
+    assert launched.wait(launched.start(alone, tmp_path / "log0")) == [0]
+    first = launched.start(words, tmp_path / "log1", faults=[("slow", {"seconds": 0.3})])
+    until(reached(tmp_path, 1))
+    since = time.monotonic()
+    second = launched.start([*words, "--from_resume", "1"], tmp_path / "log2")
+    assert launched.wait(second) == [2]
+    assert time.monotonic() - since < 4  # a second of them it waits for the lock
+    error = (tmp_path / "log2").read_text()
+    assert f"--checkpoint_dir {tmp_path / 'checkpoints'} is in use by pretrain_32, pid" in error
+    assert f"pid {first[0].pid} on " in error and " since 2" in error
+    assert launched.wait(first) == [0]
+    assert_equal_runs(tmp_path, tmp_path / "alone")
+
+
+def test_two_folders_of_states_cannot_share_the_weights_of_one_name(tmp_path: Path) -> None:
+    words = flags(tmp_path, epochs=1)
+    first = launched.start(words, tmp_path / "log1", faults=[("slow", {"seconds": 0.3})])
+    until(reached(tmp_path, 1))
+    other = ["--checkpoint_dir", str(tmp_path / "other")]
+    assert launched.wait(launched.start([*words, *other], tmp_path / "log2")) == [2]
+    assert f"--save_dir {tmp_path / 'out'} is in use" in (tmp_path / "log2").read_text()
+    other += ["--save_weight", "beside"]
+    assert launched.wait(launched.start([*words, *other], tmp_path / "log3")) == [0]
+    assert launched.wait(first) == [0]
+
+
+def test_a_lock_never_outlives_a_kill_even_with_loader_processes_alive(tmp_path: Path) -> None:
+    words = flags(tmp_path, num_workers=2, epochs=1, from_resume=1)
+    first = launched.start(words, tmp_path / "log1", faults=[("slow", {"seconds": 0.5})])
+    until(reached(tmp_path, 1))
+    workers = descendants(first[0].pid)
+    assert len(workers) >= 2
+    launched.end(first)
+    assert any(Path(f"/proc/{pid}").exists() for pid in workers), "no worker outlived the kill"
+    since = time.monotonic()
+    assert launched.wait(launched.start(words, tmp_path / "log2")) == [0]
+    assert time.monotonic() - since < 15
+
+
+def test_a_run_that_ignores_the_lock_is_noticed_at_the_next_save(tmp_path: Path) -> None:
+    """Some network disks grant each their lock; a state that nobody here wrote tells."""
+    words = flags(tmp_path, epochs=1, save_interval=4)
+    first = launched.start(words, tmp_path / "log", faults=[("slow", {"seconds": 0.3})])
+    until(reached(tmp_path, 1))
+    name = f"pretrain_32_resume_00000003_{'0' * 32}.pth"
+    (tmp_path / "checkpoints" / name).write_bytes(b"of another machine")
+    assert launched.wait(first) == [4]
+    assert f"{name} is of another run that writes here, too" in (tmp_path / "log").read_text()
+    assert (tmp_path / "checkpoints" / name).exists()
+
+
+@pytest.mark.parametrize("how", ["killed", "stuck"])
+def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
+    tmp_path: Path, how: str
+) -> None:
+    changes = {"num_workers": 2, "timeout": 3 if how == "stuck" else 60, "epochs": 200}
+    faults = [("stuck_loader", {"row": 30})] if how == "stuck" else []
+    processes = launched.start(flags(tmp_path, **changes), tmp_path / "log", faults=faults)
+    if how == "killed":
+        until(reached(tmp_path, 3))
+        while processes[0].is_alive():  # an epoch's processes are replaced by the next's
+            for worker in descendants(processes[0].pid):
+                try:
+                    os.kill(worker, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.05)
+    assert launched.wait(processes, timeout=60) == [3]
+    error = [s for s in (tmp_path / "log").read_text().splitlines() if s.startswith("error:")]
+    assert len(error) == 1 and "DataLoader" in error[0] and "--num_workers" in error[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+class TestTwoHosts:
+    """torchrun on two machines: each a network namespace with a disk of its own."""
+
+    @pytest.fixture
+    def hosts(self) -> Iterator[list[str]]:
+        """Names of two namespaces joined by a pair of virtual network cards."""
+        names = [f"host{os.getpid()}{letter}" for letter in "ab"]
+        cards = [f"v{os.getpid() % 10**6}{letter}" for letter in "ab"]
+        made = run(["ip", "netns", "add", names[0]])
+        if made.returncode:
+            pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
+        try:
+            run(["ip", "netns", "add", names[1]])
+            run(["ip", "link", "add", cards[0], "type", "veth", "peer", "name", cards[1]])
+            for i, (name, card) in enumerate(zip(names, cards, strict=True)):
+                run(["ip", "link", "set", card, "netns", name])
+                inside = ["ip", "-n", name]
+                run([*inside, "link", "set", card, "name", "eth0"])
+                run([*inside, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "eth0"])
+                run([*inside, "link", "set", "eth0", "up"])
+                run([*inside, "link", "set", "lo", "up"])
+            ping = ["ip", "netns", "exec", names[0], "bash", "-c", "</dev/tcp/10.77.0.2/9"]
+            assert "refused" in run(ping).stderr, "the hosts do not reach each other"
+            yield names
+        finally:
+            for name in names:
+                run(["ip", "netns", "del", name])
+
+    def start(self, hosts: list[str], folder: Path, faults: dict[int, list]) -> list:
+        """torchrun on each host, as the README says it; each has folders of its own."""
+        processes = []
+        for node, host in enumerate(hosts):
+            own = folder / f"node{node}"
+            words = flags(own, **SETTINGS, from_resume=1)
+            options = ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "10.77.0.1",
+                       "--master_port", "29500"]
+            environment = os.environ | {
+                "FAULTS": json.dumps(faults.get(node, [])), "GLOO_SOCKET_IFNAME": "eth0"
+            }
+            with (own / "log").open("ab") as log:
+                processes.append(subprocess.Popen(
+                    ["ip", "netns", "exec", host, *torchrun(words, *options, ranks=1)],
+                    cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+                ))
+        return processes
+
+    def wait(self, processes: list) -> list[int]:
+        try:
+            return [process.wait(timeout=120) for process in processes]
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+    def test_a_lost_host_and_a_new_start_of_both_change_no_bit(
+        self, whole: Path, tmp_path: Path, hosts: list[str]
+    ) -> None:
+        for node in (0, 1):
+            flags(tmp_path / f"node{node}")  # each has the corpus
+        slow = [("slow", {"seconds": 0.1})]
+        processes = self.start(hosts, tmp_path, {0: slow, 1: slow})
+        until(reached(tmp_path / "node0", 7))
+        for pid in [*descendants(processes[1].pid), processes[1].pid]:  # the machine is gone
+            os.kill(pid, signal.SIGKILL)
+        assert all(self.wait(processes))
+        log = (tmp_path / "node0" / "log").read_text()
+        assert "rank 1 on " in log and "dead or stuck" in log, log
+        assert read_run_state(tmp_path / "node0" / "checkpoints")["status"] == "failed"
+
+        processes = self.start(hosts, tmp_path, {})
+        assert self.wait(processes) == [0, 0], (tmp_path / "node0" / "log").read_text()
+        assert_equal_runs(tmp_path / "node0", whole)
+        assert records(tmp_path / "node1") == []
+        assert list_states(tmp_path / "node1" / "checkpoints", "pretrain_32") == []
+
+
+def test_a_finished_run_on_two_ranks_changes_no_file(whole: Path) -> None:
+    before = contents(whole)
+    words = flags(whole, **SETTINGS, from_resume=1)
+    assert launched.wait(launched.start(words, whole.parent / "log", 2)) == [0, 0]
+    assert contents(whole) == before

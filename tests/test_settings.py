@@ -1,0 +1,160 @@
+"""What must match on resume, and what may change: every flag is in one of the two lists."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train_pretrain
+from tests import launched
+from tests.running import assert_same, final_state, flags, write_corpus
+from trainer.checkpoint import list_states, read_state, save_state
+from trainer.settings import MAY_CHANGE, MUST_MATCH, SPLIT
+
+# Another value of each flag that must match, none of which the others' values depend on.
+OTHER = {
+    "epochs": 3, "learning_rate": 2e-3, "grad_clip": 0.5, "dropout": 0.2, "seed": 7,
+    "dtype": "bfloat16", "from_weight": "base", "max_seq_len": 16, "packing": 0,
+    "heldout_fraction": 0.2, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "intermediate_size": 64, "use_moe": 1,
+}
+NAMED = {"hidden_size", "use_moe"}  # they are part of the files' names: another run's files
+
+
+def test_each_flag_is_in_exactly_one_list() -> None:
+    known = {a.dest for a in train_pretrain.build_parser()._actions} - {"help"}
+    listed = [*MUST_MATCH, *MAY_CHANGE]
+    assert sorted(listed) == sorted(known)
+    assert set(SPLIT) <= set(MAY_CHANGE)
+    assert OTHER.keys() == set(MUST_MATCH)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run killed half-way."""
+    folder = tmp_path_factory.mktemp("half")
+    words = flags(folder, dropout=0.1)
+    death = [("die_in_update", {"step": 13, "how": "SIGKILL"})]
+    assert launched.wait(launched.start(words, folder / "log", faults=death)) == [-9]
+    return folder
+
+
+def again(half: Path, folder: Path, **changes: object) -> tuple[int, str]:
+    """Go on in a copy, with changes. Returns the exit status and what it printed."""
+    copy = folder / "copy"
+    shutil.copytree(half, copy, dirs_exist_ok=True)
+    log = folder / "log"
+    words = flags(copy, **{"dropout": 0.1, "from_resume": 1} | changes)
+    return launched.wait(launched.start(words, log))[0], log.read_text()
+
+
+@pytest.mark.parametrize("name", sorted(set(MUST_MATCH) - NAMED))
+def test_a_setting_that_decides_what_is_learnt_must_match(
+    half: Path, tmp_path: Path, name: str
+) -> None:
+    before = {p.name: p.read_bytes() for p in (half / "checkpoints").glob("*.pth")}
+    status, log = again(half, tmp_path, **{name: OTHER[name]})
+    assert status == 2, log
+    rows = [line.split() for line in log.splitlines() if line.split()[:1] == [name]]
+    saved = vars(train_pretrain.parse_flags(flags(half, dropout=0.1)))[name]
+    assert rows == [[name, str(saved), str(OTHER[name])]]
+    after = {p.name: p.read_bytes() for p in (tmp_path / "copy/checkpoints").glob("*.pth")}
+    assert after == before
+
+
+@pytest.mark.parametrize("changes", [
+    {"log_interval": 3, "save_interval": 2, "eval_interval": 4, "eval_tokens": 99},
+    {"num_workers": 2, "timeout": 77, "keep_states": 5, "max_bad_updates": 1},
+    {"preset": "demo", "bad_records": "skip", "wandb_project": "other", "overwrite": 0},
+])
+def test_settings_that_may_change_change_nothing_that_is_learnt(
+    half: Path, tmp_path: Path, changes: dict
+) -> None:
+    (tmp_path / "reference").mkdir()
+    assert again(half, tmp_path / "reference")[0] == 0
+    status, log = again(half, tmp_path, **changes)
+    assert status == 0, log
+    assert "but for rounding" not in log
+    found = final_state(tmp_path / "copy")
+    expected = final_state(tmp_path / "reference" / "copy")
+    for part in ("model", "optimizer", "rng"):
+        assert_same(found[part], expected[part], part)
+
+
+def test_another_split_of_the_update_keeps_its_rows_and_says_that_rounding_changes(
+    half: Path, tmp_path: Path
+) -> None:
+    status, log = again(half, tmp_path, batch_size=4)
+    assert status == 0, log
+    assert "note: saved with batch_size 2 (now 4): the same run but for rounding" in log
+    assert "updates of 8 rows" in log
+
+
+def test_another_product_is_refused(half: Path, tmp_path: Path) -> None:
+    status, log = again(half, tmp_path, accumulation_steps=2)
+    assert status == 2 and "rows per update  8      4" in log
+
+
+@pytest.mark.parametrize("change", ["append", "edit", "reorder", "tokenizer"])
+def test_changed_data_or_tokenizer_is_refused(half: Path, tmp_path: Path, change: str) -> None:
+    shutil.copytree(half, tmp_path / "copy")
+    corpus, changes = tmp_path / "copy" / "corpus.jsonl", {}
+    lines = corpus.read_text().splitlines()
+    if change == "append":
+        lines.append('{"text": "one more"}')
+    elif change == "edit":
+        lines[40] = lines[40].replace("word", "werd", 1)
+    elif change == "reorder":
+        lines[3], lines[4] = lines[4], lines[3]
+    corpus.write_text("\n".join(lines) + "\n")
+    if change == "tokenizer":
+        shutil.copytree("model", tmp_path / "tokenizer", ignore=shutil.ignore_patterns("*.py*"))
+        rules = tmp_path / "tokenizer" / "tokenizer.json"
+        content = json.loads(rules.read_text(encoding="utf-8"))
+        first, second = content["model"]["merges"][-2:]
+        content["model"]["merges"][-2:] = [second, first]
+        rules.write_text(json.dumps(content), encoding="utf-8")
+        changes = {"tokenizer_path": tmp_path / "tokenizer"}
+    log = tmp_path / "log"
+    words = flags(tmp_path / "copy", dropout=0.1, from_resume=1, **changes)
+    assert launched.wait(launched.start(words, log)) == [2], log.read_text()
+    path = "tokenizer_path" if change == "tokenizer" else "data_path"
+    assert f"content of {path}" in log.read_text()
+
+
+def test_the_same_data_under_another_name_is_the_same(half: Path, tmp_path: Path) -> None:
+    moved = write_corpus(tmp_path / "moved.jsonl")
+    status, log = again(half, tmp_path, data_path=moved, cache_dir=tmp_path / "elsewhere")
+    assert status == 0, log
+
+
+def test_another_version_of_torch_is_told(half: Path, tmp_path: Path) -> None:
+    """A state of another machine: everything is as it was but what decides the last bits."""
+    folder = tmp_path / "copy" / "checkpoints"
+    shutil.copytree(half, tmp_path / "copy")
+    state = read_state(list_states(folder, "pretrain_32")[0])
+    state["surroundings"] |= {"torch": "2.11.0", "threads": "16"}
+    save_state(folder, "pretrain_32", state["step"], state)
+    status, log = launched.wait(launched.start(
+        flags(tmp_path / "copy", dropout=0.1, from_resume=1), tmp_path / "log"
+    ))[0], (tmp_path / "log").read_text()
+    assert status == 0, log
+    assert "note: saved with torch 2.11.0 (now " in log and "threads 16 (now 1)" in log
+
+
+def test_going_back_needs_resume_and_a_range_needs_two_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for changes, expected in (
+        ({"resume_step": 5}, ["--resume_step is given, but --from_resume is 0"]),
+        ({"skip_steps": "9"}, ["--skip_steps is '9', expected FIRST:END"]),
+        ({"skip_steps": "9:3"}, ["--skip_steps is '9:3'"]),
+        ({"save_weight": "a/b"}, ["--save_weight is 'a/b', expected a name"]),
+        ({"save_weight": "*"}, ["--save_weight is '*', expected a name"]),
+        ({"max_bad_updates": -1}, ["--max_bad_updates is -1"]),
+        ({"timeout": 0, "keep_states": 0}, ["--timeout is 0", "--keep_states is 0"]),
+    ):
+        assert train_pretrain.main(flags(tmp_path, **changes)) == 2
+        error = capsys.readouterr().err
+        assert all(part in error for part in expected), error
