@@ -320,8 +320,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         once(partial(complete_files, run))
         Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
         return distributed.close()
-    if is_main_process():
-        folder.begin(data.cache.meta["num_bad"])
+    once(partial(folder.begin, data.cache.meta["num_bad"]))
     if args.use_compile:
         model.compile(dynamic=False)
 
@@ -345,11 +344,9 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
 
     def save_now() -> None:
         with metrics.paused():
-            if is_main_process():
-                folder.check_alone()
+            once(folder.check_alone)
             path, seconds = run.save(metrics.tracker)
-            if is_main_process():
-                folder.saved(path)
+            once(partial(folder.saved, path))
             metrics.saved(seconds)
 
     stop.training = True

@@ -183,12 +183,13 @@ def slow_evaluation(marker: str, seconds: float) -> None:
 
 
 def slow_save(marker: str, seconds: float) -> None:
-    """Each operation on files during a save takes so much longer; the first makes a file to see."""
+    """Each sync of a file during a save takes so much longer; the first makes a file to see."""
     save = train_pretrain.Run.save
 
-    def before(*args: object) -> None:
-        Path(marker).touch()
-        time.sleep(seconds)
+    def before(name: str, *args: object) -> None:
+        if name == "fsync":
+            Path(marker).touch()
+            time.sleep(seconds)
 
     def slowed(*args: object) -> object:
         checkpoint.os = Operations(before)

@@ -91,7 +91,7 @@ def test_a_rank_that_goes_during_a_save_is_named_and_costs_one_interval(
 
 def test_a_slow_save_of_the_first_rank_is_waited_for(tmp_path: Path) -> None:
     """Longer than an exchange between ranks may take."""
-    slow = [("slow_save", {"marker": str(tmp_path / "saving"), "seconds": 0.03})]
+    slow = [("slow_save", {"marker": str(tmp_path / "saving"), "seconds": 1.0})]
     words = flags(tmp_path, **SETTINGS | {"timeout": 2, "epochs": 1, "save_interval": 100})
     since = time.monotonic()
     statuses = launched.wait(launched.start(words, tmp_path / "log", 2, slow))
@@ -157,9 +157,10 @@ def test_a_lock_never_outlives_a_kill_even_with_loader_processes_alive(tmp_path:
     assert len(workers) >= 2
     launched.end(first)
     assert any(Path(f"/proc/{pid}").exists() for pid in workers), "no worker outlived the kill"
-    since = time.monotonic()
-    assert launched.wait(launched.start(words, tmp_path / "log2")) == [0]
+    since, second = time.monotonic(), launched.start(words, tmp_path / "log2")
+    until(lambda: read_run_state(tmp_path / "checkpoints")["pid"] == second[0].pid)
     assert time.monotonic() - since < 15
+    assert launched.wait(second) == [0]
 
 
 def test_a_run_that_ignores_the_lock_is_noticed_at_the_next_save(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_signal_in_the_last_evaluation_loses_nothing(whole: Path, tmp_path: Pa
 
 def test_a_signal_in_a_save_lets_it_finish(whole: Path, tmp_path: Path) -> None:
     log, marker = tmp_path / "log", tmp_path / "saving"
-    slow = [("slow_save", {"marker": str(marker), "seconds": 0.01})]
+    slow = [("slow_save", {"marker": str(marker), "seconds": 0.3})]
     words = flags(tmp_path, **SETTINGS | {"save_interval": 5})
     processes = launched.start(words, log, faults=slow)
     until(marker.exists)

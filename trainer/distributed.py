@@ -89,10 +89,10 @@ def exchange() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         if "out of memory" in reason:
             raise
-        raise RankError(f"{_roll_call()} ({reason:.120})") from error
+        raise _roll_call(reason) from error
 
 
-def _roll_call() -> str:
+def _roll_call(reason: str) -> RankError:
     """Say that this rank is alive, wait until the others did, and tell who did not."""
     try:
         _store.set(f"alive/{rank()}", "")
@@ -104,10 +104,13 @@ def _roll_call() -> str:
             silent = [r for r in silent if not _store.check([f"alive/{r}"])]
         names = [f"rank {r} on {_store.get(f'host/{r}').decode()}" for r in silent]
     except RuntimeError:
-        return "the machine of rank 0 is gone"
-    if not names:
-        return "the ranks lost their connection"
-    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} dead or stuck: no answer"
+        return RankError("the machine of rank 0 is gone")
+    first = next((r for r in range(world_size()) if r not in silent), 0)
+    missing = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} dead or stuck: no answer"
+    return RankError(
+        f"{missing if names else 'the ranks lost their connection'} ({reason:.120}). The same "
+        f"command with --from_resume 1 goes on from the last saved state.", speaks=rank() == first
+    )
 
 
 def totals(*numbers: float) -> list[float]:

@@ -30,9 +30,15 @@ class BadUpdateError(ValueError):
 
 
 class RankError(ValueError):
-    """Another rank died or hangs; this one cannot go on without it."""
+    """Another rank died or hangs; this one cannot go on without it.
+
+    Args: speaks: whether this rank is the one to say so."""
 
     exit_status = 8
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks
 
 
 class Interrupted(Exception):

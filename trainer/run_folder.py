@@ -117,7 +117,7 @@ class RunFolder:
         taken: list = self.files()
         if self.mirror is not None:
             with contextlib.suppress(MirrorError):  # gone: saving there will warn
-                taken += [f"{self.args.checkpoint_mirror}/{name}" for name in self.mirror.states()]
+                taken += [f"{self.mirror.shown}/{name}" for name in self.mirror.states()]
         if taken and not self.args.overwrite:
             raise CheckpointError(
                 f"{taken[0]} belongs to another run. --from_resume 1 goes on with it, "

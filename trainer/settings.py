@@ -6,11 +6,13 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from trainer.errors import Interrupted, SettingsError, exit_status_of
+from trainer.mirror import mirror_problems
 from trainer.signals import say
 
 
@@ -78,6 +80,11 @@ def check_flags(args: argparse.Namespace) -> None:
         skipped_updates(args.skip_steps)
     except ValueError:
         problems.append(f"--skip_steps is {args.skip_steps!r}, expected FIRST:END, as 1207:1210")
+    if args.checkpoint_mirror:
+        problems += mirror_problems(args.checkpoint_mirror)
+        there = Path(args.checkpoint_mirror.removeprefix("file://")).resolve()
+        elsewhere = there != Path(args.checkpoint_dir).resolve()
+        expect(elsewhere, "--checkpoint_mirror is --checkpoint_dir, expected another disk")
     problems += device_problems(args.device)
     if problems:
         raise SettingsError("; ".join(problems) + ".")
@@ -196,12 +203,16 @@ def run_program(program: Callable[[], None]) -> int:
     try:
         program()
     except KeyboardInterrupt:
-        message, status = "stopped. --from_resume 1 goes on from the last saved state.", 130
+        say(print, "stopped. --from_resume 1 goes on from the last saved state.")
+        return 130
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            say(print, str(stop))
+        return stop.exit_status
     except Exception as error:
-        status = exit_status_of(error)
+        status, message = exit_status_of(error), str(error)
         if status == 1:
             raise
-        message = str(error)
         if status == 6:
             message = f"{error}. What was saved before is intact."
         if status == 7:
@@ -209,12 +220,7 @@ def run_program(program: Callable[[], None]) -> int:
                 f"out of memory: {message.splitlines()[0] if message else 'main memory'} Half the "
                 f"--batch_size and twice the --accumulation_steps make the same updates."
             )
-        if isinstance(error, Interrupted):
-            if os.environ.get("RANK", "0") == "0":
-                say(print, message)
-            return status
-    else:
-        return 0
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, not once a rank
-        say(partial(print, file=sys.stderr), f"error: {message}")
-    return status
+        if getattr(error, "speaks", os.environ.get("LOCAL_RANK", "0") == "0"):  # not each rank
+            say(partial(print, file=sys.stderr), f"error: {message}")
+        return status
+    return 0
