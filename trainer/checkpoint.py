@@ -83,6 +83,14 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """The folder, and those above it, if they are missing; no power loss takes them again."""
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_folder(made.parent)
+
+
 def write_atomically(path: Path, content: bytes | memoryview | dict) -> Path:
     """The file holds either what it held before or all of ``content``, even after a power loss.
 
@@ -151,6 +159,15 @@ def tensors_in(content: object) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
+def make_room(states: list[Path]) -> None:
+    """Remove all states but the newest good one: what a fallback is needs its bytes looked at."""
+    with contextlib.suppress(OSError):  # the save that lacks room says so
+        good = next((path for path in states if digest_of_file(path) in path.name), None)
+        for path in states:
+            if good not in (None, path):
+                path.unlink(missing_ok=True)
+
+
 def save_state(
     folder: str | Path, name: str, update: int, state: dict, keep: int = KEPT_STATES
 ) -> Path:
@@ -163,15 +180,14 @@ def save_state(
 
     Raises: OSError that tells the space needed; the newest state before is intact."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path, content = folder / f"{name}_resume_{update:08d}_*.pth", state | {"format": FORMAT}
     before = list_states(folder, name)
     try:
         path = write_atomically(path, content)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            for old in before[1:]:
-                old.unlink()
+            make_room(before)
         try:
             path = write_atomically(path, content)
         except OSError as again:
@@ -183,9 +199,11 @@ def save_state(
                 f"needed, {free:,.1f} MB free; the newest state there is {newest and newest.name}"
             ) from again
     kept = [old for old in before if update_of(old) < update][: keep - 1]
-    for old in before:
-        if old != path and old not in kept:
-            old.unlink(missing_ok=True)
+    removed = [old for old in before if old != path and old not in kept]
+    for old in removed:
+        old.unlink(missing_ok=True)
+    if removed:  # else a power loss could bring back a branch that the run went back from
+        sync_folder(folder)
     return path
 
 

@@ -25,6 +25,7 @@ from trainer.errors import CheckpointError, Interrupted
 
 PIECE = 2**22  # bytes in memory while a state is copied
 PAUSES = (1, 5, 30, 60)  # seconds between attempts; the last one again and again
+FAILING_PATIENCE = 20  # seconds for the last copy, on a machine that costs money meanwhile
 PATIENCE = 60  # seconds without an answer, after which an sftp server counts as gone
 PART = re.compile(r"\.(.+\.pth)\.[0-9a-f]{16}\.part")
 SECRET = re.compile("KEY|SECRET|TOKEN|PASS", re.I)  # in names of variables and options
@@ -190,10 +191,14 @@ class Mirror:
                                     f"update {update_of(skipped.name):,} is left out")
 
     def finish(self, seconds: float) -> None:
-        """Wait, at most so long, until the newest state is there. After that nothing is copied."""
-        deadline = time.monotonic() + seconds
+        """Wait, at most so long, until the newest state is there; less for a mirror that fails.
+        After that nothing is copied."""
+        since = time.monotonic()
         with self._changed:
-            while self._copied != self._offered and (left := deadline - time.monotonic()) > 0:
+            while self._copied != self._offered:
+                most = min(seconds, FAILING_PATIENCE) if self._told - {"slow"} else seconds
+                if (left := since + most - time.monotonic()) <= 0:
+                    break
                 self._changed.notify_all()  # no long pauses now
                 self._changed.wait(min(left, 1))  # in slices, for the sake of signals
             if (path := self._offered) != self._copied:
