@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import train_pretrain
-from trainer import checkpoint, distributed, evaluation
+from trainer import checkpoint, distributed, evaluation, mirror
 
 OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink")  # of trainer/checkpoint.py
 
@@ -89,6 +89,8 @@ def die_in_update(step: int, how: str, rank: int = 0) -> None:
     def strike(run: object) -> None:
         if how in ("SIGKILL", "SIGSTOP", "SIGTERM"):
             os.kill(os.getpid(), getattr(signal, how))
+        elif how == "out of memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         elif how == "exit":
             os._exit(3)
         elif how == "sleep":
@@ -210,11 +212,16 @@ def stuck_loader(row: int) -> None:
     train_pretrain.PretrainDataset.__getitems__ = stuck
 
 
+def impatient() -> None:
+    """A mirror that fails is given up soon."""
+    mirror.FAILING_PATIENCE, mirror.PAUSES = 1, (0.1, 0.1)
+
+
 FAULTS = {
     fault.__name__: fault
     for fault in (
         kill_at, fail_at, die_in_update, die_in_save, poison, log_rows, slow, slow_evaluation,
-        slow_save, stuck_loader
+        slow_save, stuck_loader, impatient
     )
 }
 

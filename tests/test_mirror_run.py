@@ -90,7 +90,7 @@ def test_a_mirror_that_is_gone_neither_stops_nor_slows_training(
 ) -> None:
     (tmp_path / "file").touch()
     words = flags(tmp_path, **SETTINGS, checkpoint_mirror=tmp_path / "file" / "mirror")
-    processes = launched.start(words, tmp_path / "log")
+    processes = launched.start(words, tmp_path / "log", faults=[("impatient", {})])
     assert launched.wait(processes) == [0]
     log = (tmp_path / "log").read_text()
     assert log.count("was not copied to") == 1 and "it is only at" in log
@@ -102,7 +102,8 @@ def test_nothing_here_and_a_mirror_that_cannot_be_read_is_no_fresh_start(tmp_pat
     (tmp_path / "file").touch()
     mirror = tmp_path / "file" / "mirror"
     since = time.monotonic()
-    status, log = trained(tmp_path, checkpoint_mirror=mirror, from_resume=1)
+    faults = [("impatient", {})]
+    status, log = trained(tmp_path, faults=faults, checkpoint_mirror=mirror, from_resume=1)
     assert status == 6 and f"--checkpoint_mirror {mirror} cannot be read" in log, log
     assert time.monotonic() - since < 30
     assert not list_states(tmp_path / "checkpoints", "pretrain_32")
