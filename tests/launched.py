@@ -130,9 +130,8 @@ def poison(steps: list[int], value: str, where: str, rank: int = 0) -> None:
                 out.loss = out.loss * bad
             elif left[0] == 0:
                 weight = run.model.model.norm.weight
-                hook = weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), bad))
-                out.loss.register_hook(lambda grad: None)
-                removed.append(hook)
+                at = torch.tensor([3], device=weight.device)
+                removed.append(weight.register_hook(lambda grad: grad.index_fill(0, at, bad)))
             return out
 
         removed: list = []

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.running import records, train, train_and_kill
-from tests.test_resume import assert_same, final_state, untimed
+from tests import launched
+from tests.running import (
+    assert_same, final_state, flags, records, train, train_and_kill, untimed
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +45,7 @@ def test_compiled_loses_what_eager_loses(tmp_path: Path, use_moe: int) -> None:
         settings = CUDA | {"use_compile": use_compile, "use_moe": use_moe}
         train(tmp_path / str(use_compile), **settings)
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), abs=1e-3)
-    assert not any("_orig_mod" in key for key in final_state(tmp_path / "1", 64)["model"])
+    assert not any("_orig_mod" in key for key in final_state(tmp_path / "1", "pretrain_64")["model"])
 
 
 def test_a_killed_and_resumed_run_loses_what_the_uninterrupted_one_loses(tmp_path: Path) -> None:
@@ -52,8 +54,20 @@ def test_a_killed_and_resumed_run_loses_what_the_uninterrupted_one_loses(tmp_pat
     train_and_kill(tmp_path / "cut", 7, **settings)
     train(tmp_path / "cut", **settings, from_resume=1)
     assert_same(
-        final_state(tmp_path / "cut", 64)["counters"]["rows_seen"],
-        final_state(tmp_path / "whole", 64)["counters"]["rows_seen"],
+        final_state(tmp_path / "cut", "pretrain_64")["counters"]["rows_seen"],
+        final_state(tmp_path / "whole", "pretrain_64")["counters"]["rows_seen"],
     )
     assert len(untimed(tmp_path / "cut")) == len(untimed(tmp_path / "whole"))
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_bad_update_is_left_out_on_the_device(tmp_path: Path, dtype: str, where: str) -> None:
+    bad = ("poison", {"steps": [3], "value": "nan", "where": where})
+    words = flags(tmp_path, **CUDA | {"dtype": dtype, "epochs": 1})
+    log = tmp_path / "log"
+    assert launched.wait(launched.start(words, log, faults=[bad])) == [0], log.read_text()
+    assert "update 3: loss or gradient is not finite (rank 0" in log.read_text()
+    state = final_state(tmp_path, "pretrain_64")
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())

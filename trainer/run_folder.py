@@ -66,7 +66,7 @@ class RunFolder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock(flag, folder / lock)
-                probe = write_atomically(folder / f".{self.name}.probe", b"")
+                probe = write_atomically(folder / f"{self.name}.probe", b"")
                 probe.unlink()
             except OSError as error:
                 raise OSError(f"cannot write to {flag} {folder}: {error.strerror}") from None
