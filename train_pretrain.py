@@ -320,7 +320,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         once(partial(complete_files, run))
         Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
         return distributed.close()
-    once(partial(folder.begin, data.cache.meta["num_bad"]))
+    once(partial(folder.begin, run.step, data.cache.meta["num_bad"]))
     if args.use_compile:
         model.compile(dynamic=False)
 
@@ -340,7 +340,8 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
 
     def evaluate_now() -> bool:
         with metrics.paused():
-            return evaluate(run, batches, num_bytes, tokenizer, metrics, stopping)
+            held = from_loader(batches)
+            return evaluate(run, held, num_bytes, tokenizer, metrics, stopping)
 
     def save_now() -> None:
         with metrics.paused():
@@ -350,7 +351,9 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
             metrics.saved(seconds)
 
     stop.training = True
-    if run.evaluation_due and evaluate_now():  # put off by the signal that stopped the last run
+    if run.evaluation_due:  # put off by the signal that stopped the last run
+        if not evaluate_now():
+            raise Interrupted(f"stopping: {stop.received} received, nothing new to save")
         save_now()
     for epoch in range(run.rows_seen // run.rows_per_epoch, args.epochs):
         data.set_epoch(epoch)

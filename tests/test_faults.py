@@ -134,6 +134,17 @@ def test_disk_use_is_bounded_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     }
 
 
+def test_skipped_records_are_told_and_counted_in_the_state_file(tmp_path: Path) -> None:
+    words = flags(tmp_path)
+    with (tmp_path / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"text": null}\n{"txet": "x"}\n')
+    assert launched.wait(launched.start(words, tmp_path / "log")) == [3]
+    assert "corpus.jsonl line 81 (byte " in (tmp_path / "log").read_text()
+    output = train(tmp_path, epochs=1, bad_records="skip")
+    assert "warning: passed over 2 bad records; the first: " in output
+    assert read_run_state(tmp_path / "checkpoints")["bad_records"] == 2
+
+
 def test_more_states_are_kept_when_asked(tmp_path: Path) -> None:
     train(tmp_path, epochs=1, save_interval=2, keep_states=4)
     assert len(list_states(tmp_path / "checkpoints", "pretrain_32")) == 4

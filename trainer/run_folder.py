@@ -22,7 +22,9 @@ from trainer import distributed
 from trainer.checkpoint import (
     checkpoint_name, digest_of_file, list_states, remove_partial_files, update_of, write_atomically
 )
-from trainer.errors import CheckpointError, RankError, SettingsError, exit_status_of
+from trainer.errors import (
+    CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
+)
 from trainer.mirror import Mirror, MirrorError, fetch_newest
 from trainer.signals import say
 from trainer.trainer_utils import Logger, lm_checkpoint
@@ -49,7 +51,7 @@ class RunFolder:
         self.locks: list[int] = []
         self.known: set[Path] = set()  # states of this run
         self.mirror: Mirror | None = None
-        if args.checkpoint_mirror:
+        if args.checkpoint_mirror and distributed.is_main_process():
             warn = partial(say, print)
             self.mirror = Mirror(args.checkpoint_mirror, self.name, warn, args.keep_states)
         self.content = {
@@ -163,12 +165,12 @@ class RunFolder:
             if update_of(path) > update:
                 path.rename(path.with_suffix(".abandoned"))
 
-    def begin(self, num_bad_records: int) -> None:
-        """Training begins."""
+    def begin(self, step: int, num_bad_records: int) -> None:
+        """Training begins, after so many updates."""
         self.known = set(list_states(self.folder, self.name))
         if self.mirror is not None:
             self.mirror.owns(path.name for path in self.known)
-        self.write(bad_records=num_bad_records)
+        self.write(step=step, bad_records=num_bad_records)
 
     def check_alone(self) -> None:
         """Raises: CheckpointError if another run saved here: on some network disks locks fail."""
@@ -189,7 +191,8 @@ class RunFolder:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         code = 0 if error is None else exit_status_of(error)
         if self.mirror is not None and code in (0, 75):
-            self.mirror.finish(MIRROR_PATIENCE if code == 0 else 10)
+            with contextlib.suppress(Interrupted):  # by a signal while it waits
+                self.mirror.finish(MIRROR_PATIENCE if code == 0 else 10)
         last = read_run_state(self.folder)
         if last.get("pid") == os.getpid() and last.get("status") == "running":
             status = {0: "complete", 75: "interrupted"}.get(code, "failed")
