@@ -353,7 +353,8 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     stop.training = True
     if run.evaluation_due:  # put off by the signal that stopped the last run
         if not evaluate_now():
-            raise Interrupted(f"stopping: {stop.received} received, nothing new to save")
+            who = stop.received or "another rank's signal"
+            raise Interrupted(f"stopping: {who} received, nothing new to save")
         save_now()
     for epoch in range(run.rows_seen // run.rows_per_epoch, args.epochs):
         data.set_epoch(epoch)

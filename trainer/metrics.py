@@ -146,7 +146,8 @@ class Metrics:
         """A save stopped training for so long."""
         now = time.monotonic()
         share = seconds / max(now - self.last_save, 1e-9)
-        advice = "; a larger --save_interval costs less" if share > 0.02 else ""
+        costly = share > 0.02 and self.run.step % self.run.args.save_interval == 0
+        advice = "; a larger --save_interval costs less" if costly else ""
         self.last_save, self.seconds_to_save = now, seconds
         Logger(f"saved update {self.run.step:,} in {seconds:.2f} s: {share:.1%} of the time "
                f"since the last save{advice}")
