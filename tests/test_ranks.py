@@ -46,7 +46,10 @@ def goes_on(cut: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize(("how", "step"), [
-    ("SIGKILL", 1), ("SIGKILL", 8), ("raise", 8), ("exit", 8), ("SIGSTOP", 1), ("sleep", 8)
+    ("SIGKILL", 8), ("SIGSTOP", 1),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("SIGKILL", 1), ("raise", 8), ("exit", 8), ("sleep", 8)
+    ))
 ])
 def test_a_rank_that_dies_or_hangs_ends_the_job_in_time_and_is_named(
     whole: Path, tmp_path: Path, how: str, step: int
@@ -69,7 +72,9 @@ def test_a_rank_that_dies_or_hangs_ends_the_job_in_time_and_is_named(
     goes_on(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("how", "rank"), [("SIGSTOP", 1), ("SIGKILL", 1), ("SIGKILL", 0)])
+@pytest.mark.parametrize(("how", "rank"), [
+    ("SIGKILL", 0), *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ("SIGSTOP", "SIGKILL"))
+])
 def test_a_rank_that_goes_during_a_save_is_named_and_costs_one_interval(
     whole: Path, tmp_path: Path, how: str, rank: int
 ) -> None:
@@ -137,6 +142,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path: P
     assert_equal_runs(tmp_path, tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_two_folders_of_states_cannot_share_the_weights_of_one_name(tmp_path: Path) -> None:
     words = flags(tmp_path, epochs=1)
     first = launched.start(words, tmp_path / "log1", faults=[("slow", {"seconds": 0.3})])

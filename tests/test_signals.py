@@ -74,8 +74,12 @@ def stop(processes: list[BaseProcess], number: int, rank: int = 0) -> list[int]:
     return launched.wait(processes, timeout=GRACE)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize(("name", "workers"), [
+    ("SIGTERM", 2), ("SIGINT", 0), ("SIGHUP", 0),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("SIGTERM", 0), ("SIGINT", 2), ("SIGHUP", 2)
+    ))
+])
 def test_a_signal_in_training_saves_the_update_and_stops(
     whole: Path, tmp_path: Path, name: str, workers: int
 ) -> None:
@@ -108,7 +112,7 @@ def test_a_signal_in_an_evaluation_puts_it_off_to_the_next_start(
     whole: Path, tmp_path: Path
 ) -> None:
     log, marker = tmp_path / "log", tmp_path / "evaluating"
-    slow = [("slow_evaluation", {"marker": str(marker), "seconds": 1.0})]
+    slow = [("slow_evaluation", {"marker": str(marker), "seconds": 3.0})]  # 30 in all
     processes = launched.start(flags(tmp_path, **SETTINGS), log, faults=slow)
     until(marker.exists)
     statuses = stop(processes, signal.SIGTERM)
@@ -117,6 +121,7 @@ def test_a_signal_in_an_evaluation_puts_it_off_to_the_next_start(
     assert_goes_on(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_evaluation_loses_nothing(whole: Path, tmp_path: Path) -> None:
     log, marker = tmp_path / "log", tmp_path / "evaluating"
     slow = [("slow_evaluation", {"marker": str(marker), "seconds": 1.0})]
@@ -198,7 +203,9 @@ def test_a_signal_to_the_whole_group_reaches_loader_processes_and_still_saves(
     assert_stopped(tmp_path, tmp_path / "log", "SIGTERM", [process.wait(timeout=GRACE)])
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", [
+    "SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)
+])
 def test_a_signal_to_torchrun_stops_its_ranks_and_the_file_tells_what_torchrun_hides(
     tmp_path: Path, name: str
 ) -> None:
@@ -215,6 +222,7 @@ def test_a_signal_to_torchrun_stops_its_ranks_and_the_file_tells_what_torchrun_h
     until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
 
 
+@pytest.mark.slow
 def test_nohup_keeps_a_run_going(tmp_path: Path) -> None:
     process = started(tmp_path, ["nohup", *command(long_flags(tmp_path))])
     until(reached(tmp_path, 3))
