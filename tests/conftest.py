@@ -1,10 +1,21 @@
 """One thread for every test: how a sum is split over threads decides its last bits."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    """A failed test must not leave a training behind that slows the others down."""
+    yield
+    if "tests.launched" in sys.modules:
+        sys.modules["tests.launched"].end_all()

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ import torch
 import train_pretrain
 from trainer import checkpoint, distributed, evaluation, mirror
 
+STARTED: list = []  # what a failed test may leave behind; conftest.py ends it
 OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink")  # of trainer/checkpoint.py
 
 
@@ -267,6 +269,7 @@ def start(
             target=entry, args=(argv, shared | own, str(log), list(faults))
         ))
         processes[-1].start()
+    STARTED.extend(processes)
     return processes
 
 
@@ -287,6 +290,22 @@ def end(processes: list[BaseProcess]) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.join()
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """SIGKILL for a command that leads a process group, and for all in it."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def end_all() -> None:
+    """End what the last test started and did not end."""
+    end([process for process in STARTED if isinstance(process, BaseProcess) and process.is_alive()])
+    for process in STARTED:
+        if isinstance(process, subprocess.Popen):
+            end_group(process)
+    STARTED.clear()
 
 
 if __name__ == "__main__":  # under torchrun: faults strike before its first restart only

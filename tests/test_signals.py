@@ -185,8 +185,10 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 def started(tmp_path: Path, words: list[str], **options: object) -> subprocess.Popen:
     """The real command line in a process group of its own; its output in a file."""
     with (tmp_path / "log").open("ab") as log:
-        return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                                **options)
+        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                                   **options)
+    launched.STARTED.append(process)
+    return process
 
 
 def long_flags(folder: Path, **changes: object) -> list[str]:
