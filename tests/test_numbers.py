@@ -13,7 +13,9 @@ from tests.gradients import step, toy_data, toy_model, toy_run
 from tests.running import assert_same, final_state, flags, records
 from trainer.checkpoint import list_states, read_state
 from trainer.optimizer import build_optimizer
+from trainer.run import Update, rows_of
 from trainer.run_folder import read_run_state
+from trainer.trainer_utils import SkipBatchSampler
 
 SETTINGS = {"save_interval": 4, "epochs": 1}
 
@@ -100,6 +102,24 @@ def test_counting_in_a_row_goes_on_after_a_resume(tmp_path: Path) -> None:
     assert statuses == [-9]
     statuses, log = trained(tmp_path, faults=[bad], max_bad_updates=3, from_resume=1)
     assert statuses == [5] and "the weights are those of update 2" in log
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (2, 2), (3, 2), (1, 4)])
+def test_the_rows_of_a_rank_are_those_that_its_loader_gave(
+    batch_size: int, world_size: int
+) -> None:
+    """The last window is short, and a batch of it has rows past the end."""
+    rows_per_update, num_rows = 12, 31
+    padded = -(-num_rows // batch_size) * batch_size
+    for rank in range(world_size):
+        dealt = [row for batch in SkipBatchSampler(
+            range(padded), batch_size, rank=rank, world_size=world_size
+        ) for row in batch if row < num_rows]
+        found = [row for first in range(0, num_rows, rows_per_update) for row in rows_of(
+            rank, Update(1, first, min(rows_per_update, num_rows - first), 0, torch.zeros(0)),
+            batch_size, world_size
+        )]
+        assert found == dealt
 
 
 def test_documents_that_are_named_are_those_of_the_rank_s_rows(tmp_path: Path) -> None:
