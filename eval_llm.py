@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from dataset.lm_dataset import PretrainDataset, as_is
 from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.model_minimind import MiniMindForCausalLM
-from trainer.checkpoint import CheckpointError
+from trainer.errors import CheckpointError, shown
 from trainer.evaluation import encode_prompt, held_out_loss
 from trainer.settings import Parser, SettingsError, default_device, device_problems, run_program
 from trainer.trainer_utils import load_tokenizer, setup_seed
@@ -131,7 +131,11 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
             f"vocabulary of {path} has {config.vocab_size:,}. Give the tokenizer of its training."
         )
     config.inference_rope_scaling = args.inference_rope_scaling
-    model = MiniMindForCausalLM(config)
+    try:
+        model = MiniMindForCausalLM(config)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = shown(str(error).split("\n")[0])
+        raise CheckpointError(f"{path} describes no possible model: {reason:.160}") from None
     load_weights(model, path, flag=f"--weight {args.weight}")
     return model.eval().to(args.device)
 

@@ -47,6 +47,12 @@ class Interrupted(Exception):
     exit_status = 75
 
 
+def shown(found: object) -> str:
+    """Text from a file, for one line of a message: nothing in it breaks or colours the line."""
+    text = str(found)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def exit_status_of(error: BaseException) -> int:
     """The status that this error ends the program with."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import distributed
 from trainer.checkpoint import check_fits, restore_rng
-from trainer.errors import BadUpdateError, CheckpointError
+from trainer.errors import BadUpdateError, CheckpointError, shown
 from trainer.optimizer import expected_state, load_optimizer
 from trainer.settings import check_same_settings, skipped_updates
 from trainer.tracker import NoTracker
@@ -26,6 +26,35 @@ COUNTERS = (
     *("rows_seen", "step", "tokens_seen", "evaluated_step", "bad_updates", "bad_in_a_row"),
     *("interval_labels", "interval_nats", "interval_aux"),
 )
+
+# What every state holds, of whatever model; looked at before there is a run to compare with.
+LAYOUT = {
+    "format": int, "epoch": int, "step": int, "wandb_id": str | None,
+    "model": dict, "optimizer": {"state": dict, "param_groups": [dict]}, "scaler": dict,
+    "settings": {str: int | float | str | None}, "surroundings": {str: str},
+    "counters": {str: int | float}, "latest": {str: float}, "records": [dict],
+    "rewinds": [[int | str | None]],
+    "rng": [{"python": tuple, "torch": Tensor, "cuda": Tensor | None}],
+}
+
+
+def check_layout(state: dict) -> None:
+    """Raises: CheckpointError naming the first part of a state that is none of its parts."""
+    check_fits(state, LAYOUT, "state")
+    for number, record in enumerate(state["records"]):
+        where, texts = f"records[{number}]", record.get("continuations", {})
+        check_fits(record | {"continuations": ""}, {str: int | float | str}, where)
+        check_fits(texts, {str: str}, f"{where}.continuations")
+        check_fits(record.get("step"), 0, f"{where}.step")
+    for number, rewind in enumerate(state["rewinds"]):
+        try:
+            _, skipped = rewind
+            skipped_updates(skipped)
+        except (ValueError, AttributeError):
+            raise CheckpointError(
+                f"the state does not fit: rewinds[{number}] is no pair of --resume_step and "
+                f"--skip_steps."
+            ) from None
 
 
 class Update(NamedTuple):
@@ -188,27 +217,60 @@ class Run:
         counters = {name: getattr(self, name) for name in COUNTERS}
         check_fits(state["model"], self.model.state_dict(), "model")
         check_fits(state["optimizer"]["state"], expected_state(self.optimizer), "optimizer")
+        rates = [group.get("lr") for group in state["optimizer"]["param_groups"]]
+        own_rates = dict.fromkeys(range(len(self.optimizer.param_groups)), 0.0)
+        check_fits(dict(enumerate(rates)), own_rates, "optimizer.lr")
         check_fits(state["scaler"], self.scaler.state_dict(), "scaler")
         check_fits(state["counters"], counters, "counters")
-        seen, total = state["counters"]["rows_seen"], self.total_rows
-        if not 0 <= seen <= total:
-            raise CheckpointError(f"the state does not fit: it saw {seen:,} of {total:,} rows.")
+        self._check_counters(state["step"], **state["counters"])
+        self._check_scaler(**state["scaler"])
+        if not state["rng"]:
+            raise CheckpointError("the state does not fit: it has no random generators.")
+        if distributed.rank() < len(state["rng"]):
+            restore_rng(state["rng"][distributed.rank()])
+        else:  # a rank that was not there draws numbers of its own
+            setup_seed(hash((self.args.seed, state["step"], distributed.rank())) % 2**32)
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for name in (*COUNTERS, "latest", "records", "rewinds"):
             setattr(self, name, (state["counters"] | state)[name])
-        if distributed.rank() < len(state["rng"]):
-            restore_rng(state["rng"][distributed.rank()])
-        else:  # a rank that was not there draws numbers of its own
-            setup_seed(hash((self.args.seed, self.step, distributed.rank())) % 2**32)
         changed = [
-            f"{name} {old} (now {self.surroundings.get(name)})"
+            f"{name} {shown(old)} (now {self.surroundings.get(name)})"
             for name, old in state["surroundings"].items()
             if self.surroundings.get(name) != old
         ]
         if changed:
             Logger(f"note: saved with {', '.join(changed)}: the same run but for rounding")
+
+    def _check_counters(
+        self, saved_step: int, *, rows_seen: int, step: int, **others: float
+    ) -> None:
+        """Raises: CheckpointError unless a run could have counted so: rows make updates."""
+        epochs, rows = divmod(rows_seen, self.rows_per_epoch)
+        updates = epochs * math.ceil(self.rows_per_epoch / self.global_batch)
+        updates += rows / self.global_batch
+        if not 0 <= rows_seen <= self.total_rows or not saved_step == step == updates:
+            raise CheckpointError(
+                f"the state does not fit: it saw {rows_seen:,} of {self.total_rows:,} rows in "
+                f"{step:,} updates of {self.global_batch:,}, and was saved after {saved_step:,}."
+            )
+        for name, count in others.items():
+            if not 0 <= count < math.inf or (name == "evaluated_step" and count > step):
+                raise CheckpointError(f"the state does not fit: counters.{name} is {count:,}.")
+
+    def _check_scaler(
+        self, *, scale: float = 1.0, _growth_tracker: int = 0, **fixed: float
+    ) -> None:
+        """Raises: CheckpointError unless the run's own scaler could have come so far."""
+        own = self.scaler.state_dict()
+        good_updates_at_most = own.get("growth_interval", 0)
+        if not (
+            0 < scale < math.inf and 0 <= _growth_tracker <= good_updates_at_most
+            and all(own[name] == value for name, value in fixed.items())
+        ):
+            found = {"scale": scale, "_growth_tracker": _growth_tracker, **fixed}
+            raise CheckpointError(f"the state does not fit: scaler is {found}, expected as {own}.")
 
 
 def rows_of(rank: int, update: Update, batch_size: int, world_size: int) -> list[int]:

@@ -26,6 +26,7 @@ from trainer.errors import (
     CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
 )
 from trainer.mirror import Mirror, MirrorError, fetch_newest
+from trainer.run import check_layout
 from trainer.signals import say
 from trainer.trainer_utils import Logger, lm_checkpoint
 from trainer.weights import weights_path
@@ -226,7 +227,15 @@ def find_state(
 
     Raises: CheckpointError, MirrorError if there may be one that cannot be used."""
     once = partial(distributed.first_on_each_machine, alone=True)
-    load = partial(lm_checkpoint, config, weight=args.save_weight, save_dir=args.checkpoint_dir)
+
+    def load(update: int | None = None) -> dict | None:
+        found = lm_checkpoint(
+            config, weight=args.save_weight, save_dir=args.checkpoint_dir, update=update
+        )
+        if found is not None:
+            check_layout(found)
+        return found
+
     once(partial(folder.fetch, None))
     state = load()
     rewind = [args.resume_step, args.skip_steps]

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from trainer.errors import Interrupted, SettingsError, exit_status_of
+from trainer.errors import Interrupted, SettingsError, exit_status_of, shown
 from trainer.mirror import mirror_problems
 from trainer.signals import say
 
@@ -150,7 +150,7 @@ def deciding_settings(args: argparse.Namespace, num_ranks: int, digests: dict[st
 def check_same_settings(saved: dict, given: dict) -> None:
     """Raises: SettingsError with a table of the settings that the saved run had otherwise."""
     rows = [
-        (key, str(saved.get(key)), str(given.get(key)))
+        (key, f"{shown(saved.get(key)):.60}", f"{shown(given.get(key)):.60}")
         for key in sorted(saved.keys() | given.keys())
         if saved.get(key) != given.get(key)
     ]
@@ -177,11 +177,12 @@ def keep_rows_per_update(args: argparse.Namespace, state: dict, num_ranks: int) 
     saved: the updates stay those of the run.
 
     Raises: SettingsError naming the numbers of ranks that would do."""
-    rows, batch = state["settings"]["rows per update"], args.batch_size
-    if str(args.accumulation_steps) != state["surroundings"]["accumulation_steps"]:
-        return  # asked for: whether it fits shows in the settings
+    rows, batch = state["settings"].get("rows per update"), args.batch_size
+    asked = str(args.accumulation_steps) != state["surroundings"].get("accumulation_steps")
+    if asked or not isinstance(rows, int) or rows < 1:
+        return  # whether it fits shows in the settings
     if rows % (batch * num_ranks):
-        fitting = [n for n in range(1, rows // batch + 1) if rows % (batch * n) == 0]
+        fitting = [n for n in range(1, min(rows // batch, 9999) + 1) if rows % (batch * n) == 0]
         others = f"{', '.join(map(str, fitting))} ranks would do, or" if fitting else "give"
         raise SettingsError(
             f"--from_resume 1: an update of {rows} rows does not divide into batches of {batch} on "

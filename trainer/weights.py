@@ -10,6 +10,13 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import (
     CheckpointError, checkpoint_name, load_tensors, write_atomically
 )
+from trainer.errors import shown
+
+
+SHOWN_BY_SHAPES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "use_moe", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
 
 
 def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> Path:
@@ -44,8 +51,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Train it first, or name another weight.")
     state = load_tensors(path, path)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds no plain state dict; expected names and tensors.")
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        for name, tensor in state.items()
+    ):
+        raise CheckpointError(
+            f"{path} holds no plain state dict; expected names and tensors of real numbers."
+        )
     if "model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     return state
@@ -65,9 +77,9 @@ def load_weights(model: MiniMindForCausalLM, path: Path, flag: str) -> None:
         *(f"{key} is not in this model" for key in unexpected),
     ]
     if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise CheckpointError(
-            f"{flag}: {path} is of another model: {'; '.join(differences[:3])}{more}. "
+            f"{flag}: {path} is of another model: {'; '.join(differences[:5])}{more}. "
             f"{described_sizes(path, given)}"
         )
     model.load_state_dict(given)
@@ -94,9 +106,17 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
     described = path.with_suffix(".json")
     if described.is_file():
         try:
-            return MiniMindConfig(**json.loads(described.read_text(encoding="utf-8"))["config"])
-        except (ValueError, KeyError, TypeError) as error:
+            config = MiniMindConfig(**json.loads(described.read_text(encoding="utf-8"))["config"])
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{described} does not describe a model: {error}") from None
+        sizes = config_from_shapes(state, path) if state else config
+        for name in SHOWN_BY_SHAPES:  # before a model of that size is built
+            if getattr(config, name) != getattr(sizes, name):
+                raise CheckpointError(
+                    f"{described} says {name} {shown(getattr(config, name)):.40}, but the weights "
+                    f"beside it have {getattr(sizes, name)}."
+                )
+        return config
     return config_from_shapes(state, path)
 
 
@@ -121,3 +141,5 @@ def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}: these are no MiniMind weights.") from None
+    except (ValueError, TypeError, ZeroDivisionError) as error:  # shapes that make no model
+        raise CheckpointError(f"{path} holds no MiniMind weights: {error}.") from None
