@@ -14,12 +14,13 @@ from torch import Tensor
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import distributed
-from trainer.checkpoint import check_fits, restore_rng
+from trainer.checkpoint import restore_rng
 from trainer.errors import BadUpdateError, CheckpointError, shown
 from trainer.optimizer import expected_state, load_optimizer
 from trainer.settings import check_same_settings, skipped_updates
 from trainer.tracker import NoTracker
 from trainer.trainer_utils import Logger, lm_checkpoint, setup_seed
+from trainer.untrusted import check_fits
 from trainer.weights import describes, save_weights, weights_path
 
 COUNTERS = (

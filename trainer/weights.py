@@ -7,11 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.checkpoint import (
-    CheckpointError, checkpoint_name, load_tensors, write_atomically
-)
-from trainer.errors import shown
-
+from trainer.checkpoint import checkpoint_name, write_atomically
+from trainer.errors import CheckpointError, shown
+from trainer.untrusted import load_tensors
 
 SHOWN_BY_SHAPES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "use_moe", "head_dim"),
