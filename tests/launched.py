@@ -230,6 +230,7 @@ FAULTS = {
 def entry(argv: list[str], environment: dict[str, str], log: str, faults: list[tuple]) -> None:
     """What a started process runs."""
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as a shell's Linux
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
