@@ -3,12 +3,13 @@
 Each state here has the digest of its bytes in its name, so that it comes past that check.
 """
 
+import codecs
 import contextlib
 import copy
 import io
 import itertools
 import json
-
+import lzma
 import multiprocessing
 import os
 import pickle
@@ -34,6 +35,7 @@ from torch import Tensor
 
 import eval_llm
 import train_pretrain
+from tests.helpers import ROOT
 from tests.launched import start, wait
 from tests.running import assert_same, contents, final_state, flags, train
 from trainer import trainer_utils
@@ -232,7 +234,7 @@ CALLS = {  # what is to be imported, and a call of it that makes a folder
     "eval": lambda marker: Call(eval, f"__import__('os').mkdir({marker!r})"),
     "exec": lambda marker: Call(exec, f"import os; os.mkdir({marker!r})"),
     "commands.call": lambda marker: Call(subprocess.call, ["mkdir", marker]),  # its old name
-    "shutil.copytree": lambda marker: Call(shutil.copytree, "docs", marker),
+    "shutil.copytree": lambda marker: Call(shutil.copytree, str(ROOT / "docs"), marker),
     "pickle.loads": lambda marker: Call(pickle.loads, pickle.dumps(Call(os.mkdir, marker))),
 }
 
@@ -276,8 +278,14 @@ def in_tar(harm: object) -> bytes:
     return buffer.getvalue()
 
 
-def packed(content: object) -> bytes:
-    return archive(entries_of(to_bytes(content)), zipfile.ZIP_DEFLATED)
+def packed(content: object, method: int) -> bytes:
+    return archive(entries_of(to_bytes(content)), method)
+
+
+def under_two_names(harm: object) -> bytes:
+    """torch's reader does not tell capitals from small letters."""
+    harmless = entries_of(to_bytes({"format": 2}))
+    return archive(harmless | {"DATA.PKL": pickle.dumps(harm, protocol=2)})
 
 
 def script(harm: object) -> bytes:
@@ -298,8 +306,12 @@ FORMS = {
     "before_zip_and_an_archive": lambda harm: before_zip(harm) + to_bytes({"format": 2}),
     "behind_an_archive": lambda harm: to_bytes({"format": 2}) + pickle.dumps(harm),
     "in_a_tar_file": in_tar,
-    "in_a_packed_archive": lambda harm: packed({"x": harm, "y": torch.zeros(10**5)}),
+    "in_a_deflated_archive": lambda harm: packed({"x": harm}, zipfile.ZIP_DEFLATED),
+    "in_an_lzma_archive": lambda harm: packed({"x": harm}, zipfile.ZIP_LZMA),
+    "in_a_7z_file": lambda harm: b"7z\xbc\xaf\x27\x1c\0\4" + bytes(24) + pickle.dumps(harm),
+    "packed_as_a_whole": lambda harm: lzma.compress(pickle.dumps({"x": harm})),
     "in_torchscript": script,
+    "under_two_names": under_two_names,
 }
 
 
@@ -331,11 +343,8 @@ def test_only_what_tensors_need_is_imported(folder: Path) -> None:
     calls = {
         "bytearray": Call(bytearray, 5),
         "torch.FloatTensor": Call(torch.FloatTensor, 5),
-        "torch._utils._rebuild_sparse_tensor": Call(
-            torch._utils._rebuild_sparse_tensor, torch.sparse_coo,
-            (torch.tensor([[10**9]]), torch.ones(1), torch.Size([5]))
-        ),
-        "_codecs.encode": Call(__import__("_codecs").encode, "x", "idna"),
+        "torch._utils._rebuild_sparse_tensor": outside(torch.sparse_coo),
+        "_codecs.encode": Call(codecs.encode, "x", "idna"),
         "torch.device": torch.device("cuda"),
     }
     for wanted, call in calls.items():
@@ -349,19 +358,18 @@ def test_only_what_tensors_need_is_imported(folder: Path) -> None:
 # ------------------------------------------------------------------------------------ memory
 
 
-def open_files(paths: list[str], log: str) -> None:
-    """Of each file a line: what came of opening it, MiB that it took. In a process of its own."""
+def open_file(warm_up: str, path: str, log: str) -> None:
+    """Write down what came of opening a file, and the MiB it took. For a process of its own."""
     resource.setrlimit(resource.RLIMIT_AS, (4096 * MIB, 4096 * MIB))
-    with open(log, "w", encoding="utf-8") as file:
-        for path in [paths[0], *paths]:  # the first one once more: to warm up
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            try:
-                read_state(Path(path))
-                outcome = "opened"
-            except CheckpointError as error:
-                outcome = f"refused: {error}"
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            print(json.dumps((outcome, grown / 1024)), file=file, flush=True)
+    read_state(Path(warm_up))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        read_state(Path(path))
+        outcome = "opened"
+    except CheckpointError as error:
+        outcome = f"refused: {error}"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    Path(log).write_text(json.dumps((outcome, grown / 1024)), encoding="utf-8")
 
 
 def in_a_process(target: Callable, *arguments: object, timeout: float = 60) -> int:
@@ -414,22 +422,24 @@ def conversion() -> bytes:
     return to_bytes({"format": 2, "x": Call(convert, single, torch.float64, "cpu", False)})
 
 
-BOMBS = (bomb, bomb_with_two_directories, one_entry_by_many_names, conversion)
+BOMBS = {
+    bomb: "does not compress", bomb_with_two_directories: "not what torch.save writes",
+    one_entry_by_many_names: "overlap", conversion: "asks to import"
+}
 
 
-def test_a_small_file_cannot_take_much_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", BOMBS)
+def test_a_small_file_cannot_take_much_memory(
+    tmp_path: Path, make: Callable[[], bytes]
+) -> None:
     (tmp_path / "checkpoints").mkdir()
-    honest = archive(large(2, MIB, 2))
-    paths = [put_state(tmp_path, data) for data in (honest, *(make() for make in BOMBS))]
-    sizes = [path.stat().st_size / MIB for path in paths]
-    assert max(sizes) < 3
-    assert in_a_process(open_files, [str(path) for path in paths], str(tmp_path / "log")) == 0
-    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
-    _, (outcome, _), *found = map(json.loads, lines)
-    assert outcome == "opened"
-    for make, path, (outcome, grown) in zip(BOMBS, paths[1:], found, strict=True):
-        assert outcome.startswith(f"refused: {path}"), (make.__name__, outcome)
-        assert grown < 32, (make.__name__, grown)
+    honest, path = put_state(tmp_path, archive(large(2, MIB, 2))), put_state(tmp_path, make())
+    assert path.stat().st_size < 2 * MIB
+    log = tmp_path / "log"
+    assert in_a_process(open_file, str(honest), str(path), str(log)) == 0
+    outcome, grown = json.loads(log.read_text(encoding="utf-8"))
+    assert outcome.startswith(f"refused: {path}") and grown < 32, (outcome, grown)
+    assert BOMBS[make] in outcome
 
 
 # ------------------------------------------------------------------------------ crafted states
@@ -687,7 +697,10 @@ VALUES = {
     "name_with_a_line_break": (put(1, "settings", "a\nerror: b"), "names"),
     "name_with_colours": (put(torch.zeros(1), "model", "\x1b[31m"), "names"),
     "name_without_end": (put(torch.zeros(1), "model", LONG), "names"),
-    "part_of_no_type": (put(b"x" * 9, "more"), "cannot be loaded"),
+    "part_of_bytes": (put(b"x" * 9, "more"), "cannot be loaded"),
+    "part_that_is_a_type": (
+        put(lambda: OrderedDict, "optimizer", "param_groups", 0, "odd"), "holds a type"
+    ),
     **{
         f"no_{part}": (without(part), f"lacks {part}")
         for part in (
@@ -706,6 +719,12 @@ def test_a_state_with_crafted_values_is_refused_in_one_line(
     path = put_state(folder, changed(trained, change))
     error = refused_resume(folder)
     assert re.search(expected, error) and len(error) < 600 + 3 * len(str(path)), error
+
+
+def test_a_state_that_torch_warns_of_is_refused(folder: Path, trained: Path) -> None:
+    """In a process of its own: in this one a warning is an error already."""
+    put_state(folder, to_bytes(midway(trained), pickle_protocol=3))
+    assert "protocol 3" in refused_resume(folder, apart=True)
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], "x", None, {}, {"format": 2}])
@@ -866,7 +885,7 @@ WEIGHTS = {
     "missing": (without(MATRIX), f"{MATRIX} is missing|lacks '{MATRIX}'"),
     "number_as_name": (put(torch.zeros(1), 7), "names"),
     "nothing_as_name": (put(torch.zeros(1), None), "names"),
-    "layer_without_number": (put(torch.zeros(1), ".layers."), r"layers"),
+    "layer_without_number": (put(torch.zeros(1), ".layers."), "layers"),
     "name_with_a_line_break": (put(torch.zeros(1), "a\nerror: b"), "names"),
     "name_with_colours": (put(torch.zeros(1), "\x1b[31m"), "names"),
     "name_without_end": (put(torch.zeros(1), LONG), "names"),
