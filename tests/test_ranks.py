@@ -95,6 +95,7 @@ def test_a_rank_that_goes_during_a_save_is_named_and_costs_one_interval(
     goes_on(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_slow_save_of_the_first_rank_is_waited_for(tmp_path: Path) -> None:
     """Longer than an exchange between ranks may take."""
     slow = [("slow_save", {"marker": str(tmp_path / "saving"), "seconds": 1.0})]
@@ -186,7 +187,7 @@ def test_a_run_that_ignores_the_lock_is_noticed_at_the_next_save(tmp_path: Path)
     assert (tmp_path / "checkpoints" / name).exists()
 
 
-@pytest.mark.parametrize("how", ["killed", "stuck"])
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.slow), "stuck"])
 def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
     tmp_path: Path, how: str
 ) -> None:

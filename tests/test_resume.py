@@ -8,7 +8,7 @@ from tests.running import (
     assert_same, contents, final_state, records, train, train_and_kill, untimed
 )
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     tmp_path: Path, num_ranks: int
 ) -> None:

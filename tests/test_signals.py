@@ -147,7 +147,7 @@ def test_a_signal_in_a_save_lets_it_finish(whole: Path, tmp_path: Path) -> None:
     assert_goes_on(tmp_path, whole)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_during_tokenization_leaves_nothing_half_made(
     tmp_path: Path, num_ranks: int
 ) -> None:
