@@ -1,5 +1,6 @@
 """Ranks that die or hang, runs that meet in one folder, machines that go."""
 
+import contextlib
 import json
 import os
 import signal
@@ -136,7 +137,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path: P
     since = time.monotonic()
     second = launched.start([*words, "--from_resume", "1"], tmp_path / "log2")
     assert launched.wait(second) == [2]
-    assert time.monotonic() - since < 4  # a second of them it waits for the lock
+    assert time.monotonic() - since < 15  # it waits a second for the lock; the rest is the machine
     error = (tmp_path / "log2").read_text()
     assert f"--checkpoint_dir {tmp_path / 'checkpoints'} is in use by pretrain_32, pid" in error
     assert f"pid {first[0].pid} on " in error and " since 2" in error
@@ -172,7 +173,8 @@ def test_a_lock_never_outlives_a_kill_even_with_loader_processes_alive(tmp_path:
         assert time.monotonic() - since < 15
     finally:
         for pid in workers:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_run_that_ignores_the_lock_is_noticed_at_the_next_save(tmp_path: Path) -> None:
