@@ -1,5 +1,6 @@
 """One thread for every test: how a sum is split over threads decides its last bits."""
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Before any test starts the server of processes: without it each run would import torch anew.
+multiprocessing.set_forkserver_preload(["tests.launched"])
 
 
 @pytest.fixture(autouse=True)

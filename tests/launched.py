@@ -1,7 +1,7 @@
 """The real program in processes of its own, started fast, with faults that strike as told.
 
-A server process that has imported everything forks each of them, so that a start takes a tenth of
-a second rather than five. What a fault does is real: a signal, an errno, a value in a tensor.
+A server process that has imported everything (see conftest.py) forks each of them, so that a start
+takes a tenth of a second rather than five. What a fault does is real: a signal, an errno, a value in a tensor.
 """
 
 import contextlib
@@ -172,6 +172,22 @@ def slow(seconds: float) -> None:
     train_pretrain.train_step = slowed
 
 
+def hold(step: int, marker: str) -> None:
+    """An update waits for a file to appear."""
+
+    def wait_for_it(run: object) -> None:
+        while not Path(marker).exists():
+            time.sleep(0.02)
+
+    in_update(step, wait_for_it)
+
+
+def late(rank: int, seconds: float) -> None:
+    """One rank starts so much after the others."""
+    if distributed.rank() == rank:
+        time.sleep(seconds)
+
+
 def slow_evaluation(marker: str, seconds: float) -> None:
     """Each held-out batch takes so much longer; the first makes a file to see."""
     unless = evaluation.unless
@@ -221,8 +237,8 @@ def impatient() -> None:
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        kill_at, fail_at, die_in_update, die_in_save, poison, log_rows, slow, slow_evaluation,
-        slow_save, stuck_loader, impatient
+        kill_at, fail_at, die_in_update, die_in_save, poison, log_rows, slow, hold, late,
+        slow_evaluation, slow_save, stuck_loader, impatient
     )
 }
 
@@ -257,12 +273,12 @@ def start(
 ) -> list[BaseProcess]:
     """Start the program, on ranks as torchrun would; what they print goes to ``log``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.launched"])
-    shared = {"PYTHONHASHSEED": "0"} | (environment or {})
+    shared = {"PYTHONHASHSEED": "0"}
     if num_ranks > 1:
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
         shared |= {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    shared |= environment or {}
     processes = []
     for rank in range(num_ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}

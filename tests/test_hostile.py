@@ -375,7 +375,6 @@ def open_file(warm_up: str, path: str, log: str) -> None:
 def in_a_process(target: Callable, *arguments: object, timeout: float = 60) -> int:
     """The exit status of a function that may crash its process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.launched"])
     process = context.Process(target=target, args=arguments)
     process.start()
     [status] = wait([process], timeout)

@@ -132,15 +132,16 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path: P
     words = flags(tmp_path, epochs=1, dropout=0.1)
     alone = flags(tmp_path / "alone", epochs=1, dropout=0.1)
     assert launched.wait(launched.start(alone, tmp_path / "log0")) == [0]
-    first = launched.start(words, tmp_path / "log1", faults=[("slow", {"seconds": 0.3})])
-    until(reached(tmp_path, 1))
-    since = time.monotonic()
+    free = tmp_path / "free"
+    fault = [("hold", {"step": 4, "marker": str(free)})]
+    first = launched.start(words, tmp_path / "log1", faults=fault)
+    until(reached(tmp_path, 3))
     second = launched.start([*words, "--from_resume", "1"], tmp_path / "log2")
-    assert launched.wait(second) == [2]
-    assert time.monotonic() - since < 15  # it waits a second for the lock; the rest is the machine
+    assert launched.wait(second, timeout=60) == [2]  # it does not wait for the first to end
     error = (tmp_path / "log2").read_text()
     assert f"--checkpoint_dir {tmp_path / 'checkpoints'} is in use by pretrain_32, pid" in error
     assert f"pid {first[0].pid} on " in error and " since 2" in error
+    free.touch()
     assert launched.wait(first) == [0]
     assert_equal_runs(tmp_path, tmp_path / "alone")
 
@@ -148,13 +149,16 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path: P
 @pytest.mark.slow
 def test_two_folders_of_states_cannot_share_the_weights_of_one_name(tmp_path: Path) -> None:
     words = flags(tmp_path, epochs=1)
-    first = launched.start(words, tmp_path / "log1", faults=[("slow", {"seconds": 0.3})])
-    until(reached(tmp_path, 1))
+    free = tmp_path / "free"
+    fault = [("hold", {"step": 4, "marker": str(free)})]
+    first = launched.start(words, tmp_path / "log1", faults=fault)
+    until(reached(tmp_path, 3))
     other = ["--checkpoint_dir", str(tmp_path / "other")]
     assert launched.wait(launched.start([*words, *other], tmp_path / "log2")) == [2]
     assert f"--save_dir {tmp_path / 'out'} is in use" in (tmp_path / "log2").read_text()
     other += ["--save_weight", "beside"]
     assert launched.wait(launched.start([*words, *other], tmp_path / "log3")) == [0]
+    free.touch()
     assert launched.wait(first) == [0]
 
 
