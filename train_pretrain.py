@@ -274,7 +274,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     folder = RunFolder(args, config)
     once(lambda: scope.enter_context(folder) and None)  # not to be sent to the other ranks
     state = None
-    if args.from_resume or distributed.num_restarts():  # torchrun --max-restarts gives no flag
+    if args.from_resume or distributed.restarted():  # torchrun --max-restarts gives no flag
         state = find_state(args, config, folder)
     if state is None:
         once(folder.refuse_to_overwrite)

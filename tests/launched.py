@@ -1,7 +1,8 @@
 """The real program in processes of its own, started fast, with faults that strike as told.
 
 A server process that has imported everything (see conftest.py) forks each of them, so that a start
-takes a tenth of a second rather than five. What a fault does is real: a signal, an errno, a value in a tensor.
+takes a tenth of a second rather than five. What a fault does is real: a signal, an errno, a value
+in a tensor.
 """
 
 import contextlib
@@ -326,7 +327,7 @@ def end_all() -> None:
 
 
 if __name__ == "__main__":  # under torchrun: faults strike before its first restart only
-    if not distributed.num_restarts():
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         for fault, options in json.loads(os.environ["FAULTS"]):
             FAULTS[fault](**options)
     sys.exit(train_pretrain.main(sys.argv[1:]))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests import launched
 from tests.helpers import ROOT
@@ -126,6 +127,41 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on_exactly(
     assert "resuming after update 6" in done.stdout
     assert "exitcode: -9" in done.stderr or "Signal 9" in done.stderr  # torchrun names it, too
     assert_equal_runs(tmp_path, whole)
+
+
+def test_what_dead_ranks_left_in_torchruns_store_misleads_nobody(
+    whole: Path, tmp_path: Path
+) -> None:
+    """torchrun's store outlives its ranks; its own count of restarts differs between machines."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = flags(tmp_path, **SETTINGS)
+    of_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+    dies = [("die_in_update", {"step": 8, "how": "SIGKILL", "rank": 1})]
+    log = tmp_path / "log"
+    assert -9 in launched.wait(launched.start(words, log, 2, dies, of_torchrun))
+    for rank in (1, 0):  # whoever is first finds what the other left
+        late = [("late", {"rank": rank, "seconds": 1.0})]
+        if rank == 1:
+            late += [("die_in_update", {"step": 11, "how": "SIGKILL", "rank": 1})]
+        statuses = launched.wait(launched.start(words, log, 2, late, of_torchrun))
+    assert statuses == [0, 0], log.read_text()
+    assert log.read_text().count("resuming after update") == 2
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_ranks_that_never_come_are_named(tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3",
+             "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    words = flags(tmp_path, **SETTINGS | {"timeout": 1})
+    assert launched.wait(launched.start(words, tmp_path / "log", environment=alone)) == [8]
+    assert "error: ranks [1, 2] did not come within 1 s" in (tmp_path / "log").read_text()
+    del store  # nobody listens any more
+    assert launched.wait(launched.start(words, tmp_path / "log2", environment=alone)) == [8]
+    error = (tmp_path / "log2").read_text()
+    assert f"error: the ranks do not meet at 127.0.0.1:{alone['MASTER_PORT']}: " in error
+    assert "Traceback" not in error
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -26,6 +27,7 @@ POLL = 0.02  # seconds between two looks whether that rank is done
 ROLL_CALL = 15.0  # seconds in which ranks that are alive answer; torchrun kills them after 30
 
 _timeout = 600.0  # seconds
+_restarted = False
 _store: dist.Store | None = None  # what torchrun keeps for its ranks; it outlives any of them
 _works = itertools.count()  # numbers the calls of first_on_each_machine, alike on all ranks
 
@@ -45,17 +47,18 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def num_restarts() -> int:
-    """How often torchrun has started this group again (``--max-restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def restarted() -> bool:
+    """True if torchrun has started this group before (``--max-restarts``)."""
+    return _restarted
 
 
 def init_distributed_mode(device: str = "cuda", timeout_seconds: float = 600) -> int:
     """Join the group that torchrun started, if it did: NCCL for CUDA, gloo for the rest.
 
     Args: timeout_seconds: a rank that does not come to an exchange for so long counts as lost.
-    Returns: this process's number on its machine, 0 without torchrun."""
-    global _store, _timeout
+    Returns: this process's number on its machine, 0 without torchrun.
+    Raises: RankError if not all of them come."""
+    global _restarted, _store, _timeout
     if "RANK" not in os.environ:
         return 0
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -64,12 +67,48 @@ def init_distributed_mode(device: str = "cuda", timeout_seconds: float = 600) ->
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     _timeout, timeout = timeout_seconds, timedelta(seconds=timeout_seconds)
-    _store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    try:
+        shared, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankError(f"the ranks do not meet at {where}: {str(error).splitlines()[0]}") from None
+    start = _meet(shared, rank, world_size)
+    _store = dist.PrefixStore(f"start/{start}", shared)
     _store.set(f"host/{rank}", socket.gethostname())
-    dist.init_process_group(
-        backend, store=_store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    with exchange():
+        dist.init_process_group(
+            backend, store=_store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    _restarted = totals(start > 1 or counted)[0] > 0
     return local_rank
+
+
+def _meet(store: dist.Store, rank: int, world_size: int) -> int:
+    """Wait until every rank is there, and agree on a number for this start of the group, from 1.
+
+    torchrun keeps the store over restarts: whoever reads there what a dead rank left calls a port
+    where nobody answers, and torchrun's own count of restarts differs between machines (pytorch's
+    issue 135712). So each rank shows a token that no other start has, and rank 0 answers it.
+
+    Raises: RankError."""
+    if rank > 0:
+        token = uuid.uuid4().hex
+        store.set(f"token/{rank}", token)
+        number = int(_await(store, [f"answer/{token}"], _timeout + ROLL_CALL)[0])
+        store.set(f"met/{number}/{rank}", "")
+        return number
+    number, since = store.add("starts", 1), time.monotonic()
+    absent = list(range(1, world_size))
+    while absent:
+        for r in absent:
+            if store.check([f"token/{r}"]):  # of a dead one, perhaps: that answer nobody reads
+                store.set(f"answer/{store.get(f'token/{r}').decode()}", str(number))
+        absent = [r for r in absent if not store.check([f"met/{number}/{r}"])]
+        if time.monotonic() - since > _timeout:
+            raise RankError(f"ranks {absent} did not come within {_timeout:,.0f} s")
+        time.sleep(POLL)
+    return number
 
 
 def close() -> None:
@@ -186,21 +225,23 @@ def first_on_each_machine(work: Callable[[], T], *, alone: bool = False) -> T:
             raise
         finally:
             _store.set(f"work/{number}/{machine}", status)
-    for status in _answers([f"work/{number}/{i}" for i in range(machines)], alone):
+    keys = [f"work/{number}/{i}" for i in range(machines)]
+    for status in _await(_store, keys, 6 * _timeout if alone else PATIENCE):
         if status:
             sys.exit(int(status))
     return broadcast(result)
 
 
-def _answers(keys: list[str], alone: bool) -> list[bytes]:
-    """Wait for these keys in the store, in small steps so that signals are heard in between."""
-    patience = 6 * _timeout if alone else PATIENCE
+def _await(store: dist.Store, keys: list[str], patience: float) -> list[bytes]:
+    """Wait for these keys, in small steps so that signals are heard in between.
+
+    Raises: RankError after so many seconds, or if the store is gone."""
     since = time.monotonic()
     try:
-        while not _store.check(keys):
+        while not store.check(keys):
             if time.monotonic() - since > patience:
-                raise RankError(f"the first rank has been at work for {patience:,.0f} s: stuck")
+                raise RankError(f"nothing from the first rank for {patience:,.0f} s: it is stuck")
             time.sleep(POLL)
-        return [_store.get(key) for key in keys]
+        return [store.get(key) for key in keys]
     except RuntimeError as error:
         raise RankError("the machine of rank 0 is gone") from error
