@@ -3,6 +3,7 @@
 import itertools
 import random
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -199,6 +200,8 @@ def test_from_one_rank_to_two_four_three_and_one_the_updates_stay_the_same(
     assert seen.keys() == expected.keys()
     assert set.union(*seen.values()) == {1, 2, 3, 4}
     log = (folder / "log").read_text()
+    for dead in (1, 3, 2):  # and not a living one that waits for its dead neighbour
+        assert f"error: rank {dead} on {socket.gethostname()} is dead or stuck" in log
     assert "accumulation_steps" not in log and "the same run but for rounding" in log
     losses = [r["loss"] for r in records(folder) if "loss" in r]
     for found, reference in zip(losses, (r["loss"] for r in records(alone) if "loss" in r),

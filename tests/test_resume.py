@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import launched
 from tests.running import (
-    assert_same, contents, final_state, records, train, train_and_kill, untimed
+    assert_same, contents, final_state, flags, records, train, train_and_kill, untimed
 )
+
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
@@ -43,7 +45,9 @@ def test_ranks_see_the_same_data_and_lose_the_same(tmp_path: Path) -> None:
     for num_ranks in (1, 2, 4):
         folder = tmp_path / str(num_ranks)
         settings = {"batch_size": 1, "accumulation_steps": 8 // num_ranks, "eval_interval": 9}
-        train(folder, num_ranks, epochs=1, **settings)
+        words = flags(folder, epochs=1, **settings)
+        statuses = launched.wait(launched.start(words, folder / "log", num_ranks))
+        assert statuses == [0] * num_ranks
         losses[num_ranks] = [
             (r["step"], r.get("loss", r.get("heldout_loss"))) for r in records(folder)
         ]

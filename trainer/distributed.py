@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -128,14 +129,18 @@ def exchange() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         if "out of memory" in reason:
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold the group, which is to be left
         raise _roll_call(reason) from error
 
 
 def _roll_call(reason: str) -> RankError:
     """Say that this rank is alive, wait until the others did, and tell who did not."""
+    own, ranks = rank(), range(world_size())
     try:
-        _store.set(f"alive/{rank()}", "")
-        silent, since = list(range(world_size())), time.monotonic()
+        _store.set(f"alive/{own}", "")
+        if dist.get_backend() == "gloo":  # NCCL might wait here
+            dist.destroy_process_group()  # who waits for this rank notices, and answers, too
+        silent, since = list(ranks), time.monotonic()
         while len(silent) > 1 or time.monotonic() - since < 1:
             if time.monotonic() - since > ROLL_CALL:
                 break
@@ -144,11 +149,11 @@ def _roll_call(reason: str) -> RankError:
         names = [f"rank {r} on {_store.get(f'host/{r}').decode()}" for r in silent]
     except RuntimeError:
         return RankError("the machine of rank 0 is gone")
-    first = next((r for r in range(world_size()) if r not in silent), 0)
+    first = next((r for r in ranks if r not in silent), 0)
     missing = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} dead or stuck: no answer"
     return RankError(
         f"{missing if names else 'the ranks lost their connection'} ({reason:.120}). The same "
-        f"command with --from_resume 1 goes on from the last saved state.", speaks=rank() == first
+        f"command with --from_resume 1 goes on from the last saved state.", speaks=own == first
     )
 
 
