@@ -54,14 +54,19 @@ def ignore_signals(worker: int) -> None:
 def from_loader(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches. Raises: DataError if a loader process died or gives no sign of life."""
     try:
-        yield from batches
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):
+        iterator = iter(batches)
+        if getattr(batches, "num_workers", 0):  # torch's handler raises wherever the program is,
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # in a save, too; the loader looks itself
+        yield from iterator
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        lost = isinstance(error, ConnectionError | EOFError)  # while a batch was being handed over
+        if not lost and not str(error).startswith("DataLoader"):
             raise
         for process in multiprocessing.active_children():
             process.kill()  # stuck ones do not hear a gentler signal, and would be waited for
+        reason = "DataLoader: a worker is gone" if lost else str(error).splitlines()[0].rstrip()
         raise DataError(
-            f"{str(error).splitlines()[0]} Often memory ran out: try a lower --num_workers."
+            f"{reason.removesuffix('.')}. Often memory ran out: try a lower --num_workers."
         ) from None
 
 

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 
 import train_pretrain
@@ -136,6 +138,12 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
         str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
     }
+
+
+def one_in(num: int, cases: Iterable) -> list:
+    """Parameters of a test: so many times fewer of them in the reduced set, all in the full one."""
+    slow = [pytest.mark.slow]
+    return [pytest.param(case, marks=slow if i % num else []) for i, case in enumerate(cases)]
 
 
 def descendants(pid: int) -> list[int]:

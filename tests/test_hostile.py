@@ -37,7 +37,7 @@ import eval_llm
 import train_pretrain
 from tests.helpers import ROOT
 from tests.launched import start, wait
-from tests.running import assert_same, contents, final_state, flags, train
+from tests.running import assert_same, contents, final_state, flags, one_in, train
 from trainer import trainer_utils
 from trainer.checkpoint import digest, list_states, read_state, tensors_in
 from trainer.errors import CheckpointError
@@ -594,7 +594,7 @@ def changed(trained: Path, change: Callable) -> dict:
     return state
 
 
-@pytest.mark.parametrize("case", TENSORS)
+@pytest.mark.parametrize("case", one_in(3, TENSORS))
 def test_a_state_with_crafted_tensors_is_refused_before_one_is_used(
     folder: Path, trained: Path, case: str
 ) -> None:
@@ -710,7 +710,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("case", VALUES)
+@pytest.mark.parametrize("case", one_in(3, VALUES))
 def test_a_state_with_crafted_values_is_refused_in_one_line(
     folder: Path, trained: Path, case: str
 ) -> None:
@@ -738,7 +738,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", one_in(3, SETTINGS))
 def test_crafted_settings_are_refused_as_those_of_another_run(
     folder: Path, trained: Path, name: str
 ) -> None:
@@ -895,7 +895,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("case", WEIGHTS)
+@pytest.mark.parametrize("case", one_in(3, WEIGHTS))
 def test_crafted_weights_are_refused(folder: Path, case: str) -> None:
     change, expected = WEIGHTS[case]
     weights = weights_of(folder)
@@ -912,7 +912,7 @@ DESCRIPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", DESCRIPTIONS)
+@pytest.mark.parametrize("name", one_in(3, DESCRIPTIONS))
 def test_a_description_that_does_not_fit_its_weights_is_refused(folder: Path, name: str) -> None:
     """Before a model of that size is built."""
     path = folder / "out" / f"{NAME}.json"

@@ -511,6 +511,7 @@ def test_a_connection_cut_while_a_state_is_fetched_is_made_again(
         assert proxy.connections == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_answering_counts_as_gone_after_a_while(
     tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
     at_home: int

@@ -250,6 +250,7 @@ def test_a_loader_process_that_dies_or_hangs_ends_the_run_in_one_line(
     assert len(error) == 1 and "DataLoader" in error[0] and "--num_workers" in error[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 class TestTwoHosts:
     """torchrun on two machines: each a network namespace with a disk of its own."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset.token_cache import damaged_file
 from tests import launched
 from tests.helpers import ROOT
 from tests.running import (
@@ -137,7 +138,7 @@ def test_a_signal_in_the_last_evaluation_loses_nothing(whole: Path, tmp_path: Pa
 
 def test_a_signal_in_a_save_lets_it_finish(whole: Path, tmp_path: Path) -> None:
     log, marker = tmp_path / "log", tmp_path / "saving"
-    slow = [("slow_save", {"marker": str(marker), "seconds": 0.3})]
+    slow = [("slow_save", {"marker": str(marker), "seconds": 0.2})]
     words = flags(tmp_path, **SETTINGS | {"save_interval": 5})
     processes = launched.start(words, log, faults=slow)
     until(marker.exists)
@@ -164,7 +165,8 @@ def test_a_signal_during_tokenization_leaves_nothing_half_made(
     assert time.monotonic() - since < GRACE
     assert set(statuses) == {75}, log.read_text()
     assert "stopping: SIGTERM received, there was nothing to save" in log.read_text()
-    assert list((tmp_path / "cache").iterdir()) == []
+    for left in (tmp_path / "cache").iterdir():  # none, or all of it: the signal came too late
+        assert not left.name.startswith(".") and damaged_file(left) is None
     assert read_run_state(tmp_path / "checkpoints")["status"] == "interrupted"
 
 
@@ -235,6 +237,7 @@ def test_nohup_keeps_a_run_going(tmp_path: Path) -> None:
     assert_stopped(tmp_path, tmp_path / "log", "SIGTERM", [process.wait(timeout=GRACE)])
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_saves_although_nothing_can_be_printed(tmp_path: Path) -> None:
     """As when ssh drops: SIGHUP comes, and each write to the terminal fails."""
     pid, terminal = pty.fork()
