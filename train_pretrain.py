@@ -37,6 +37,7 @@ from trainer.settings import (
     run_program, surroundings
 )
 from trainer.signals import StopSignals
+from trainer.step_times import StepTimes
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
     Logger, SkipBatchSampler, get_lr, init_distributed_mode, init_model, is_main_process,
@@ -167,7 +168,7 @@ def batches_of(
         data,
         batch_sampler=sampler, num_workers=args.num_workers, collate_fn=as_is,
         timeout=args.timeout if args.num_workers else 0, worker_init_fn=ignore_signals,
-        pin_memory=args.device.startswith("cuda"),
+        pin_memory=args.device.startswith("cuda") and not data.was_moved,
         generator=torch.Generator(),  # without its own, a loader draws from the global one
     )
 
@@ -199,10 +200,13 @@ def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
         share = batch.num_labels / max(num_labels, 1)  # of the window's mean
         run.scaler.scale((out.loss + out.aux_loss) * share).backward()
         sums = sums + torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
+    run.times.mark("forward_backward")
     sums, culprits = distributed.sum_gradients(run.model.parameters(), sums)
+    run.times.mark("exchange")
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip)
     step_if_finite(run.optimizer, run.scaler, sums, grad_norm)
+    run.times.mark("optimizer")
     return torch.cat([sums, grad_norm[None], culprits])
 
 
@@ -213,6 +217,7 @@ def train_epoch(
     """Train on the rows that are left of this epoch. Raises: Interrupted, saved, after a signal."""
     args = run.args
     for window, num_rows in windows(run, data):
+        run.times.mark("data")
         own_labels = sum(batch.num_labels for batch in window)
         num_labels, num_stops = distributed.totals(own_labels, stop.received is not None)
         lr = set_lr(run.optimizer, get_lr(run.rows_seen, run.total_rows, args.learning_rate))
@@ -288,6 +293,9 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         TokenCache.open(cache), tokenizer, args.max_seq_len, packing=bool(args.packing),
         seed=args.seed, heldout_fraction=args.heldout_fraction
     )
+    on_cuda = device.type == "cuda" and not args.num_workers
+    if on_cuda and data.num_bytes_in_use < torch.cuda.mem_get_info(device)[0] / 4:
+        data.to(device)  # rows are made where they are used: nothing there waits for this host
     held_out = data.held_out(args.eval_tokens)
 
     # 4. Model, optimizer, precision
@@ -303,7 +311,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         model=model, optimizer=build_optimizer(model, args.learning_rate),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32), device=device,
-        rows_per_epoch=len(data), documents_of=data.documents_of,
+        rows_per_epoch=len(data), documents_of=data.documents_of, times=StepTimes(device),
         rewinds=[[None, args.skip_steps]] if args.skip_steps else []
     )
     setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
@@ -339,12 +347,12 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         return stop.received is not None
 
     def evaluate_now() -> bool:
-        with metrics.paused():
+        with metrics.paused("evaluation"):
             held = from_loader(batches)
             return evaluate(run, held, num_bytes, tokenizer, metrics, stopping)
 
     def save_now() -> None:
-        with metrics.paused():
+        with metrics.paused("saving"):
             once(folder.check_alone)
             path, seconds = run.save(metrics.tracker)
             once(partial(folder.saved, path))

@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dataset.records import DataError
-from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids
+from dataset.token_cache import (
+    DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids, unsigned
+)
 
 IGNORE = -100  # a label that carries no loss
 
@@ -80,7 +82,8 @@ def permutation(num: int, seed: int, epoch: int) -> Tensor:
 class PretrainDataset(Dataset):
     """Packed rows of one epoch, or with ``packing=False`` one document each, cut and padded.
 
-    Memory: 17 bytes a document, about 60 while ``set_epoch`` orders them; the tokens stay on disk.
+    Memory: 17 bytes a document, about 60 while ``set_epoch`` orders them; the tokens stay on disk,
+    or after ``to`` on a device, where rows are then made without this processor.
 
     Args:
         data_path: JSONL file, several, a folder, or a cache opened before.
@@ -103,6 +106,7 @@ class PretrainDataset(Dataset):
         self.bos, self.eos, self.pad = special_ids(tokenizer)
         self.row_length, self.stride = max_length, max_length
         self.packing, self.seed = packing, seed
+        self._moved: tuple[Tensor, Tensor] | None = None  # tokens and offsets, by ``to``
         # The hash is uniform, so a share of its range is the same share of documents, whichever
         # others there are: a document stays on its side when the corpus grows.
         limit = round(heldout_fraction * 2**32) - 2**31
@@ -115,6 +119,28 @@ class PretrainDataset(Dataset):
             )
         self.set_epoch(0)
 
+    @property
+    def _corpus(self) -> tuple[Tensor, Tensor]:
+        """Tokens and offsets; not attributes, for loader processes would get a copy of them."""
+        return self._moved or (self.cache.tokens, self.cache.offsets)
+
+    @property
+    def was_moved(self) -> bool:
+        """Whether rows are made on another device than the host."""
+        return self._moved is not None
+
+    @property
+    def num_bytes_in_use(self) -> int:
+        """Memory that ``to`` takes on the device: tokens, and where each document begins."""
+        return self.cache.tokens.nbytes + self.cache.offsets.nbytes + 12 * len(self.documents)
+
+    def to(self, device: torch.device) -> "PretrainDataset":
+        """Keep the corpus on the device from now on, also for what ``held_out`` gives later."""
+        tokens, offsets = self._corpus
+        self._moved = tokens.to(device), offsets.to(device)
+        self._lay_out(self.order)
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Put the documents into this epoch's order."""
         self._lay_out(self.documents[permutation(len(self.documents), self.seed, epoch)])
@@ -125,6 +151,8 @@ class PretrainDataset(Dataset):
         lengths = self.cache.offsets[order + 1] - self.cache.offsets[order] + 2  # BOS and EOS
         self.begins = torch.zeros(len(order) + 1, dtype=torch.int64)
         torch.cumsum(lengths, 0, out=self.begins[1:])
+        device = self._corpus[0].device
+        self._layout = self.order.to(device), self.begins.to(device)
 
     def held_out(self, max_tokens: int) -> "PretrainDataset | None":
         """Those documents kept aside that fit ``max_tokens``, for evaluation; None if none."""
@@ -180,25 +208,40 @@ class PretrainDataset(Dataset):
 
     def __getitems__(self, rows: list[int]) -> Batch:
         """The given rows at once. Rows past the last are padding, so that batches can be full."""
-        row = torch.as_tensor(rows)[:, None]  # (B, 1)
-        t = torch.arange(self.row_length)  # (T,)
-        last = len(self.order) - 1
+        (tokens, offsets), (order, begins) = self._corpus, self._layout
+        row = torch.as_tensor(rows).to(tokens.device, non_blocking=True)[:, None]  # (B, 1)
+        t = torch.arange(self.row_length, device=tokens.device)  # (T,)
+        last = len(order) - 1
         if self.packing:
             position = row * self.stride + t  # in the stream
-            nth = torch.searchsorted(self.begins, position, right=True) - 1
+            nth = torch.searchsorted(begins, position, right=True) - 1
             real = nth <= last
             nth = nth.clamp(max=last)
         else:
             nth = row.clamp(max=last).expand(-1, len(t))
-            position = self.begins[nth] + t
-            real = (row <= last) & (position < self.begins[nth + 1])
-        within = position - self.begins[nth]  # index in ``BOS tokens EOS``
-        is_bos, is_eos = within == 0, position == self.begins[nth + 1] - 1
+            position = begins[nth] + t
+            real = (row <= last) & (position < begins[nth + 1])
+        within = position - begins[nth]  # index in ``BOS tokens EOS``
+        is_bos, is_eos = within == 0, position == begins[nth + 1] - 1
         is_text = real & ~is_bos & ~is_eos
-        source = self.cache.offsets[self.order[nth]] + within - 1
-        ids = self.cache.ids(torch.where(is_text, source, 0))
+        source = offsets[order[nth]] + within - 1
+        ids = unsigned(tokens[torch.where(is_text, source, 0)])
         ids = ids.masked_fill_(is_bos, self.bos).masked_fill_(is_eos, self.eos)
         ids = ids.masked_fill_(~real, self.pad)
         labels = ids.masked_fill(is_bos | ~real, IGNORE)
         starts = (t - within.clamp(max=t)).masked_fill_(~real, -1) if self.packing else None
-        return Batch(ids, labels, starts, int((labels[:, 1:] != IGNORE).sum()))
+        return Batch(ids, labels, starts, self.num_labels(rows))
+
+    def num_labels(self, rows: list[int]) -> int:
+        """Labels of these rows that carry loss: all tokens but rows' first and documents' first.
+
+        Counted from where documents begin, so that nobody waits for a device."""
+        row = torch.as_tensor(rows)
+        if not self.packing:
+            nth = row[row < len(self.order)]
+            lengths = self.begins[nth + 1] - self.begins[nth]
+            return int((lengths.clamp(max=self.row_length) - 1).sum())
+        second = (row * self.stride + 1).clamp(max=self.num_tokens)
+        end = (row * self.stride + self.row_length).clamp(max=self.num_tokens)
+        firsts = torch.searchsorted(self.begins, end) - torch.searchsorted(self.begins, second)
+        return int((end - second - firsts).sum())

@@ -1,5 +1,7 @@
 """Text files, tokenized once: ids on disk, memory-mapped afterwards.
 
+    python -m dataset.token_cache --data_path corpus.jsonl    # ahead, on a machine that costs less
+
 A cache is a folder named after the content of the data and of the tokenizer:
 
     tokens.bin     every document's ids, one after another; two bytes each while the vocabulary fits
@@ -11,6 +13,7 @@ A cache is a folder named after the content of the data and of the tokenizer:
 Main memory stays flat while it is built and while it is read, however large the corpus.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -18,6 +21,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -29,7 +33,7 @@ from typing import Literal, NoReturn
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.records import DataError, find_files, read_documents
 
@@ -77,7 +81,7 @@ class TokenCache:
 
     folder: Path
     meta: dict
-    tokens: Tensor  # (num_tokens,) int16 or int32, to be read as unsigned: see ``ids``
+    tokens: Tensor  # (num_tokens,) int16 or int32, to be read by ``unsigned``
     offsets: Tensor  # (num_documents + 1,) int64
     num_bytes: Tensor  # (num_documents,) int64
     hashes: Tensor  # (num_documents,) int32
@@ -110,9 +114,10 @@ class TokenCache:
         """Loader processes map the files themselves, however they are started."""
         return TokenCache.open, (self.folder,)
 
-    def ids(self, positions: Tensor) -> Tensor:
-        """Token ids, int64, at the given positions of the cache."""
-        return self.tokens[positions].to(torch.int64) & (2 ** (8 * self.tokens.itemsize) - 1)
+
+def unsigned(ids: Tensor) -> Tensor:
+    """Token ids as stored -> int64."""
+    return ids.to(torch.int64) & (2 ** (8 * ids.itemsize) - 1)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -335,3 +340,30 @@ def build_token_cache(
     if cache.meta["num_bad"] and bad_records != "skip":
         refuse(cache.meta["bad_examples"][0])
     return cache
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the cache that training with the same flags finds. Returns: the exit status."""
+    parser = argparse.ArgumentParser(description="Tokenize a corpus ahead of its training.")
+    parser.add_argument("--data_path", nargs="+", required=True, help="JSONL, folders")
+    parser.add_argument("--tokenizer_path", default="model", help="any transformers tokenizer")
+    parser.add_argument("--cache_dir", default=DEFAULT_CACHE_DIR, help="where the cache is kept")
+    parser.add_argument("--bad_records", choices=["stop", "skip"], default="stop")
+    args = parser.parse_args(argv)
+    since = time.monotonic()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
+        cache = build_token_cache(args.data_path, tokenizer, args.cache_dir, args.bad_records)
+    except (DataError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 3
+    counts, seconds = cache.meta, time.monotonic() - since
+    print(
+        f"{cache.folder}: {counts['num_documents']:,} documents, {counts['num_tokens']:,} tokens, "
+        f"{counts['num_bytes']:,} bytes of text, in {seconds:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

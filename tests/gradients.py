@@ -13,6 +13,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from tests.running import texts, write_corpus
 from trainer import distributed
 from trainer.run import Run
+from trainer.step_times import StepTimes
 
 ROWS = 11  # of the epoch: not a multiple of any batch, so that the last window is short
 
@@ -50,6 +51,7 @@ def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) 
         rows_per_epoch=len(data),
         surroundings={},
         documents_of=data.documents_of,
+        times=StepTimes(torch.device("cpu")),
     )
 
 

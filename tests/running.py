@@ -17,6 +17,7 @@ import torch
 import train_pretrain
 from tests.helpers import ROOT, write_jsonl
 from trainer.checkpoint import list_states, read_state
+from trainer.step_times import PARTS
 
 TINY = {
     "hidden_size": 32,
@@ -37,7 +38,7 @@ TINY = {
 }
 
 
-TIMED = ("tokens_per_second", "eta_minutes")  # all else must be equal
+TIMED = ("tokens_per_second", "eta_minutes", "mfu", *(f"share_{part}" for part in PARTS))
 
 
 def texts(num: int = 80) -> list[str]:

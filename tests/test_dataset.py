@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dataset import token_cache
 from dataset.lm_dataset import PretrainDataset, as_is, permutation
 from dataset.records import DataError, read_documents
-from dataset.token_cache import TokenCache, build_token_cache, remove_unfinished
+from dataset.token_cache import TokenCache, build_token_cache, remove_unfinished, unsigned
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
+from tests.running import contents
 from trainer.trainer_utils import SkipBatchSampler
 
 BOS, EOS, PAD, IGNORE = 1, 2, 0, -100
@@ -97,6 +98,21 @@ def test_every_token_comes_once_an_epoch_in_rows_that_know_their_documents(tmp_p
             batch = data.__getitems__(list(range(len(data))))
             assert list(zip(*(part.tolist() for part in batch[:3]), strict=True)) == expected
             assert batch.num_labels == sum(i != IGNORE for row in expected for i in row[1][1:])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_are_made_on_a_device_without_asking_it(tmp_path: Path, packing: bool) -> None:
+    """The meta device knows shapes and nothing else: whoever looks at a value there fails."""
+    data = open_rows(tmp_path, length=16, packing=packing)
+    batches = [[0], [1, 0], list(range(len(data) + 2))]
+    expected = [data.__getitems__(rows) for rows in batches]
+    data.to(torch.device("meta")).set_epoch(0)
+    for rows, on_host in zip(batches, expected, strict=True):
+        batch = data.__getitems__(rows)
+        assert batch.num_labels == int((on_host.labels[:, 1:] != IGNORE).sum())
+        for part, same in zip(batch[:3], on_host[:3], strict=True):
+            if part is not None:
+                assert part.is_meta and part.shape == same.shape and part.dtype == same.dtype
 
 
 def test_a_control_token_in_a_text_is_no_bound_of_a_document(tmp_path: Path) -> None:
@@ -236,7 +252,7 @@ def test_held_out_rows_predict_every_token_but_each_first_once(
 def documents_of(cache: TokenCache) -> list[list[int]]:
     """Every document's ids."""
     bounds = itertools.pairwise(cache.offsets.tolist())
-    return [cache.ids(torch.arange(begin, end)).tolist() for begin, end in bounds]
+    return [unsigned(cache.tokens[begin:end]).tolist() for begin, end in bounds]
 
 
 def test_cached_ids_are_the_texts(tmp_path: Path) -> None:
@@ -362,6 +378,21 @@ def test_builds_of_a_machine_with_a_longer_name_are_left_alone(tmp_path: Path) -
     other.mkdir()
     remove_unfinished(tmp_path)
     assert other.exists()
+
+
+def test_a_cache_made_ahead_is_the_one_that_training_finds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    words = ["--data_path", str(corpus), "--cache_dir", str(tmp_path / "cache")]
+    assert token_cache.main(words) == 0
+    (made,) = (tmp_path / "cache").iterdir()
+    assert f"{made}: {len(TEXTS)} documents" in capsys.readouterr().out
+    before = contents(tmp_path)
+    assert build_token_cache(str(corpus), shipped_tokenizer(), tmp_path / "cache").folder == made
+    assert contents(tmp_path) == before
+    assert token_cache.main([*words, "--data_path", str(tmp_path / "absent.jsonl")]) == 3
+    assert capsys.readouterr().err.startswith(f"error: --data_path {tmp_path / 'absent.jsonl'}")
 
 
 def test_two_processes_may_build_the_same_cache_at_once(tmp_path: Path) -> None:

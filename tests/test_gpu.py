@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import launched
+from tests.test_dataset import open_rows
 from tests.running import (
     assert_same, final_state, flags, records, train, train_and_kill, untimed
 )
@@ -28,6 +29,24 @@ def test_cuda_loses_what_the_cpu_loses(tmp_path: Path, use_moe: int) -> None:
     train(tmp_path / "cpu", hidden_size=64, use_moe=use_moe)
     train(tmp_path / "cuda", **CUDA, use_moe=use_moe)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_made_on_the_device_are_those_of_the_host(tmp_path: Path, packing: bool) -> None:
+    data = open_rows(tmp_path, length=16, packing=packing)
+    rows = list(range(len(data) + 2))
+    on_host = data.__getitems__(rows)
+    data.to(torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")  # from here on nobody may wait for the device
+    try:
+        on_device = data.__getitems__(rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for part, same in zip(on_device[:3], on_host[:3], strict=True):
+        assert (part is None) == (same is None)
+        if part is not None:
+            assert part.is_cuda and torch.equal(part.cpu(), same)
+    assert on_device.num_labels == on_host.num_labels
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

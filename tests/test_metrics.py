@@ -3,14 +3,18 @@
 import json
 import sqlite3
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_pretrain
 from model.model_minimind import MiniMindConfig
 from tests.running import flags, records, run, train, train_and_kill
-from trainer.metrics import flops_per_token, restore_file
+from trainer import metrics
+from trainer.metrics import flops_per_token, peak_flops, restore_file
+from trainer.step_times import StepTimes, bottleneck, shares
 
 
 def test_operations_per_token_are_those_of_a_hand_count() -> None:
@@ -25,6 +29,68 @@ def test_operations_per_token_are_those_of_a_hand_count() -> None:
     found = flops_per_token(config, weights + norms, 512)
     assert found == pytest.approx(3 * (2 * weights + attention), rel=1e-3)
     assert found == pytest.approx(0.402e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "teraflops"), [
+    ("NVIDIA H200", 989), ("NVIDIA H20", 148), ("NVIDIA H100 80GB HBM3", 989),
+    ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+    ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 D", 147),
+    ("NVIDIA GeForce GTX 1080", None),
+])
+def test_a_device_s_peak_is_found_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, teraflops: int | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (teraflops and teraflops * 1e12)
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_mfu_is_operations_done_over_those_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 5e9)
+    train(tmp_path, epochs=1, hidden_size=32, max_seq_len=32)
+    config = MiniMindConfig(32, 2, num_attention_heads=4, num_key_value_heads=2)
+    layers = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * config.intermediate_size + 2 * 32 + 2 * 8)
+    operations = 6 * (6400 * 32 + layers + 32) + 3 * 2 * (2 * 2 * 32 * 32 / 2)
+    for record in records(tmp_path):
+        if "mfu" in record:
+            expected = record["tokens_per_second"] * operations / 5e9
+            assert record["mfu"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert "mfu" in records(tmp_path)[0]
+
+
+def test_a_part_of_a_step_that_is_slow_is_named_once_with_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    getitems = train_pretrain.PretrainDataset.__getitems__
+
+    def slow(data: object, rows: list[int]) -> object:
+        time.sleep(0.05)
+        return getitems(data, rows)
+
+    monkeypatch.setattr(train_pretrain.PretrainDataset, "__getitems__", slow)
+    output = train(tmp_path, epochs=1, accumulation_steps=1)
+    assert output.count("% of the time goes to data: try more --num_workers") == 1
+    found = [record for record in records(tmp_path) if "loss" in record]
+    for record in found:
+        parts = {k: v for k, v in record.items() if k.startswith("share_")}
+        assert sum(parts.values()) == pytest.approx(1, abs=1e-3)
+        assert parts["share_data"] > 0.5 and parts["share_forward_backward"] > 0
+
+
+def test_a_part_within_its_share_is_not_named() -> None:
+    assert bottleneck({"data": 0.04, "forward_backward": 0.9, "optimizer": 0.06}) is None
+    part, advice = bottleneck({"data": 0.04, "exchange": 0.5, "optimizer": 0.3})
+    assert part == "exchange" and "50% " in advice and "--accumulation_steps" in advice
+
+
+def test_times_of_a_step_are_those_between_its_marks() -> None:
+    times = StepTimes(torch.device("cpu"))
+    times.marks = [("", 1.0), ("data", 1.5), ("optimizer", 1.75), ("data", 2.75)]
+    assert times.read() == {"data": 1.5, "optimizer": 0.25}
+    assert times.read() == {}
+    assert shares({"optimizer": 1.0, "data": 3.0}) == {"data": 0.75, "optimizer": 0.25}
 
 
 def test_a_file_that_a_kill_cut_short_is_made_what_the_state_holds(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_pretrain
+from dataset.token_cache import unsigned
 from tests import launched
 from tests.gradients import step, toy_data, toy_model, toy_run
 from tests.running import assert_same, final_state, flags, records
@@ -127,9 +128,8 @@ def test_documents_that_are_named_are_those_of_the_rank_s_rows(tmp_path: Path) -
     data = toy_data(tmp_path)
     for rows in ([0], [3, 4], list(range(len(data)))):
         named = data.documents_of(rows)
-        ids = {i for d in named for i in data.cache.ids(
-            torch.arange(int(data.cache.offsets[d]), int(data.cache.offsets[d + 1]))
-        ).tolist()}
+        bounds = [data.cache.offsets[d : d + 2].tolist() for d in named]
+        ids = {i for begin, end in bounds for i in unsigned(data.cache.tokens[begin:end]).tolist()}
         batch = data.__getitems__(rows)
         text = batch.input_ids[batch.labels != -100].tolist()
         assert set(text) - {data.eos} <= ids

@@ -15,14 +15,27 @@ from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import checkpoint_name, write_atomically
 from trainer.run import Run
+from trainer.step_times import bottleneck, shares
 from trainer.tracker import NoTracker
 from trainer.trainer_utils import Logger, get_model_params, is_main_process
 
-# Dense bfloat16 with float32 accumulation, operations a second; NVIDIA's data sheets.
+# Dense bfloat16 with float32 accumulation, operations a second, by a part of the device's name; the
+# first that fits counts. NVIDIA's data sheets; where they name the sparse figure, half of it.
 PEAK_FLOPS = {
+    "B200": 2250e12,
     "H200": 989e12,
-    "H100 80GB HBM3": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 209e12,
+    "RTX 4090 D": 147e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
@@ -122,6 +135,8 @@ class Metrics:
             disable=None if is_main_process() else True,  # None: shown on a terminal only
         )
         self.last_save = time.monotonic()
+        run.times.restart()
+        self.advised: set[str] = set()  # parts of a step that were named as too slow
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -136,11 +151,12 @@ class Metrics:
         self.bar.update(num_rows)
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
+    def paused(self, part: str) -> Iterator[None]:
+        """What happens inside does not count as training time, but as this part of a step's."""
         since = time.monotonic()
         yield
         self.seconds_paused += time.monotonic() - since
+        self.run.times.mark(part)
 
     def saved(self, seconds: float) -> None:
         """A save stopped training for so long."""
@@ -177,6 +193,8 @@ class Metrics:
         if run.bad_updates:
             record["bad_updates"] = run.bad_updates
         record |= {"tokens_per_second": round(speed), "eta_minutes": round(minutes_left, 2)}
+        parts = shares(run.times.read())
+        record |= {f"share_{part}": round(share, 4) for part, share in parts.items()}
         shown = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
         mfu = ""
         if self.peak_flops:
@@ -187,7 +205,11 @@ class Metrics:
             f"epoch {epoch}/{run.args.epochs}  step {run.step:>5}{shown}  lr {lr:.2e}  "
             f"grad_norm {record.get('grad_norm', math.nan):.3f}  {speed:,.0f} tokens/s{mfu}  "
             f"{minutes_left:.1f} min left"
+            + "".join(f"  {part} {share:.0%}" for part, share in parts.items() if share >= 0.01)
         )
+        if (advice := bottleneck(parts)) and advice[0] not in self.advised:
+            self.advised.add(advice[0])
+            Logger(f"note: {advice[1]}")
         self._start_interval()
 
     def evaluation(self, scores: dict[str, float], texts: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from trainer.checkpoint import restore_rng
 from trainer.errors import BadUpdateError, CheckpointError, shown
 from trainer.optimizer import expected_state, load_optimizer
 from trainer.settings import check_same_settings, skipped_updates
+from trainer.step_times import StepTimes
 from trainer.tracker import NoTracker
 from trainer.trainer_utils import Logger, lm_checkpoint, setup_seed
 from trainer.untrusted import check_fits
@@ -83,6 +84,7 @@ class Run:
     device: torch.device
     rows_per_epoch: int
     documents_of: Callable[[Iterable[int]], list[int]]  # rows of this epoch -> their documents
+    times: StepTimes
     rows_seen: int = 0  # the clock
     step: int = 0  # updates done
     tokens_seen: int = 0  # tokens learnt from: labels that carried loss
