@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import Batch, PretrainDataset, as_is, from_loader, ignore_signals
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import MiniMindConfig, can_attend_within
 from trainer import distributed
 from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
@@ -195,7 +195,8 @@ def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
         batch = batch.to(run.device)
         with run.autocast:
             out = run.model(
-                batch.input_ids, labels=batch.labels, document_starts=batch.document_starts
+                batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
+                max_documents=batch.max_documents
             )
         share = batch.num_labels / max(num_labels, 1)  # of the window's mean
         run.scaler.scale((out.loss + out.aux_loss) * share).backward()
@@ -302,6 +303,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     weight = args.from_weight if state is None else "none"
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
     dtype, num_ranks = getattr(torch, args.dtype), distributed.world_size()
+    model.attends_within = not args.dropout and can_attend_within(device, dtype, config.head_dim)
     settled = surroundings(args, num_ranks)
     if state is not None:
         keep_rows_per_update(args, state, num_ranks)

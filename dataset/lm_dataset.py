@@ -33,11 +33,12 @@ class Batch(NamedTuple):
         Tensor | None
     )  # (B, T) int64, see MiniMindForCausalLM.forward; None if not packed
     num_labels: int  # labels that carry loss once shifted: those at t >= 1
+    max_documents: int | None = None  # a power of two, see MiniMindForCausalLM.forward
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on another device, without waiting for the copy."""
         move = [part.to(device, non_blocking=True) for part in self[:3] if part is not None]
-        return Batch(*move, *[None] * (3 - len(move)), num_labels=self.num_labels)
+        return Batch(*move, *[None] * (3 - len(move)), *self[3:])
 
 
 def as_is(batch: Batch) -> Batch:
@@ -230,18 +231,20 @@ class PretrainDataset(Dataset):
         ids = ids.masked_fill_(~real, self.pad)
         labels = ids.masked_fill(is_bos | ~real, IGNORE)
         starts = (t - within.clamp(max=t)).masked_fill_(~real, -1) if self.packing else None
-        return Batch(ids, labels, starts, self.num_labels(rows))
+        return Batch(ids, labels, starts, *self._counts(rows))
 
-    def num_labels(self, rows: list[int]) -> int:
-        """Labels of these rows that carry loss: all tokens but rows' first and documents' first.
+    def _counts(self, rows: list[int]) -> tuple[int, int | None]:
+        """Labels of these rows that carry loss: all tokens but rows' first and documents' first;
+        and for packed rows a power of two, not below the number of documents and of padding.
 
         Counted from where documents begin, so that nobody waits for a device."""
         row = torch.as_tensor(rows)
         if not self.packing:
             nth = row[row < len(self.order)]
             lengths = self.begins[nth + 1] - self.begins[nth]
-            return int((lengths.clamp(max=self.row_length) - 1).sum())
+            return int((lengths.clamp(max=self.row_length) - 1).sum()), None
         second = (row * self.stride + 1).clamp(max=self.num_tokens)
         end = (row * self.stride + self.row_length).clamp(max=self.num_tokens)
         firsts = torch.searchsorted(self.begins, end) - torch.searchsorted(self.begins, second)
-        return int((end - second - firsts).sum())
+        most = len(rows) + int(firsts.sum()) + 1  # each row begins one, and one row may end early
+        return int((end - second - firsts).sum()), 2 ** (most - 1).bit_length()

@@ -10,12 +10,14 @@ Shapes:
     V  vocabulary                         N   B * T, all tokens of a batch
 """
 
+import functools
 import math
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -183,6 +185,65 @@ def document_mask(document_starts: Tensor) -> Tensor:
     return (not_later & not_before).unsqueeze(1)
 
 
+def document_bounds(document_starts: Tensor, most: int) -> Tensor:
+    """Where each document begins and ends in the batch's tokens, row after row.
+
+    Its shape follows from ``most`` alone, so that compiled code serves every batch and the host
+    need not wait to hear how many there are.
+
+    Args:
+        document_starts: (B, T) int64, as in ``document_mask``; a stretch of -1 is padding.
+        most: at least as many documents and stretches of padding as there are, counted by row.
+    Returns: (most + 1,) int32, ascending from 0; what is left over is B * T."""
+    index = torch.arange(document_starts.shape[1], device=document_starts.device)
+    padding = document_starts < 0
+    begins = (document_starts == index) | (padding & ~F.pad(padding[:, :-1], (1, 0)))
+    num = begins.numel()
+    position = torch.arange(num, device=begins.device)
+    found = torch.where(begins.flatten(), position, num).sort().values[:most]
+    return F.pad(found, (0, most + 1 - found.numel()), value=num).to(torch.int32)
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """Causal attention inside each document; other pairs are never computed.
+
+    Args: q: (N, H, Dh); k, v: (N, K, Dh); bounds: as ``document_bounds``; longest: T.
+    Returns: (N, H, Dh)."""
+    shared_by = q.shape[1] // k.shape[1]  # torch 2.11 has no enable_gqa here
+    k, v = k.repeat_interleave(shared_by, 1), v.repeat_interleave(shared_by, 1)
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
+
+
+@functools.cache
+def can_attend_within(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether this device has that kernel for these sizes, and it gives what the mask gives.
+
+    Tried once, forward and backward: which cards, types and widths it takes differs by release."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    starts = torch.tensor([[0] * 5 + [5] * 11, [0] * 9 + [-1] * 7], device=device)
+    generator = torch.Generator(device).manual_seed(0)  # not the run's own
+    shape = (3, 2, 16, 2, head_dim)  # q, k, v; B, T, H, Dh
+    x = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    results = []
+    try:
+        for masked in (True, False):
+            parts = [part.clone().requires_grad_() for part in x]
+            if masked:
+                q, k, v = (part.float().transpose(1, 2) for part in parts)
+                mask = document_mask(starts) | torch.eye(16, dtype=torch.bool, device=device)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+            else:
+                flat = [part.flatten(0, 1) for part in parts]
+                y = attend_within(*flat, document_bounds(starts, 8), 16).view(shape[1:])
+            real = (starts >= 0)[..., None, None]
+            (y.float() * real).square().sum().backward()
+            results.append([y.float() * real, *(part.grad.float() for part in parts)])
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return all(torch.allclose(a, b, atol=0.1, rtol=0.1) for a, b in zip(*results, strict=True))
+
+
 def cache_mask(
     num_new: int, num_past: int, attention_mask: Tensor | None, device: torch.device
 ) -> Tensor | None:
@@ -222,13 +283,16 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
-        cache: DynamicCache | None
+        cache: DynamicCache | None, bounds: Tensor | None = None
     ) -> Tensor:
         by_head = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(by_head)).transpose(1, 2)  # (B, H, T, Dh)
         k = self.k_norm(self.k_proj(x).view(by_head)).transpose(1, 2)  # (B, K, T, Dh)
         v = self.v_proj(x).view(by_head).transpose(1, 2)
         q, k = rotate(q, *rope), rotate(k, *rope)
+        if bounds is not None:
+            q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))
+            return self.o_proj(attend_within(q, k, v, bounds, x.shape[1]).view(*x.shape[:2], -1))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         if x.device.type == "cpu":  # its kernel is faster in float32, see docs/LOG.md
@@ -377,10 +441,10 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
-        cache: DynamicCache | None
+        cache: DynamicCache | None, bounds: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """x (B, T, D) -> x, and what the router did (see ``MoEFeedForward``) or None."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache, bounds))
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoEFeedForward):
             y, *routing = self.mlp(normed)
@@ -402,14 +466,14 @@ class MiniMindModel(nn.Module):
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None,
-        cache: DynamicCache | None
+        cache: DynamicCache | None, bounds: Tensor | None = None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """input_ids (B, T) -> hidden states (B, T, D), and each expert layer's routing."""
         x = self.dropout(self.embed_tokens(input_ids))
         rope = self.rotary(position_ids)
         routings = []
         for layer in self.layers:
-            x, routing = layer(x, rope, mask, cache)
+            x, routing = layer(x, rope, mask, cache, bounds)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x), routings
@@ -437,6 +501,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = MiniMindConfig
     base_model_prefix = "model"
+    attends_within = False  # see can_attend_within; dropout of attention needs the other way
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MiniMindConfig | None = None) -> None:
@@ -462,7 +527,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: DynamicCache | None = None,
         use_cache: bool = False, labels: Tensor | None = None,
-        document_starts: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs
+        document_starts: Tensor | None = None, max_documents: int | None = None,
+        logits_to_keep: int | Tensor = 0, **kwargs
     ) -> MoeCausalLMOutputWithPast:
         """Score the next token at each position, and the labels if given.
 
@@ -474,6 +540,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, T) int64, unshifted; IGNORE (-100) carries no loss.
             document_starts: (B, T) int64, for packed rows: where in the row each token's document
                 begins, -1 on padding. A token attends to its own document alone.
+            max_documents: at least as many as the rows hold, counted by row, and their stretches
+                of padding; where the device can, attention then skips what lies between documents.
             logits_to_keep: how many of the last positions to score, or which; 0 for all.
         Returns:
             ``loss`` () mean nats per label, 0 if none carries loss; ``aux_loss`` () the experts'
@@ -482,15 +550,19 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache()
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         index = torch.arange(num_past, num_past + input_ids.shape[1], device=input_ids.device)
+        mask = bounds = None
         if document_starts is not None:
-            mask = document_mask(document_starts)
+            if self.attends_within and max_documents is not None:
+                bounds = document_bounds(document_starts, max_documents)
+            else:
+                mask = document_mask(document_starts)
             position_ids = index - document_starts
         else:
             mask = cache_mask(input_ids.shape[1], num_past, attention_mask, input_ids.device)
         if position_ids is None:
             position_ids = index.unsqueeze(0)
         hidden, routings = self.model(
-            input_ids, position_ids, mask, past_key_values if use_cache else None
+            input_ids, position_ids, mask, past_key_values if use_cache else None, bounds
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])  # (B, T, V)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_pretrain
+from model.model_minimind import can_attend_within
 from tests import launched
 from tests.test_dataset import open_rows
 from tests.running import (
@@ -29,6 +31,22 @@ def test_cuda_loses_what_the_cpu_loses(tmp_path: Path, use_moe: int) -> None:
     train(tmp_path / "cpu", hidden_size=64, use_moe=use_moe)
     train(tmp_path / "cuda", **CUDA, use_moe=use_moe)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_the_device_attends_within_documents(head_dim: int) -> None:
+    """On cards from 2020 on (compute capability 8); older ones take the mask."""
+    able = torch.cuda.get_device_capability() >= (8, 0)
+    assert can_attend_within(torch.device("cuda"), torch.bfloat16, head_dim) == able
+
+
+def test_attention_within_documents_loses_what_the_mask_loses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "within", **CUDA, dtype="bfloat16")
+    monkeypatch.setattr(train_pretrain, "can_attend_within", lambda *args: False)
+    train(tmp_path / "masked", **CUDA, dtype="bfloat16")
+    assert losses(tmp_path / "within") == pytest.approx(losses(tmp_path / "masked"), abs=0.02)
 
 
 @pytest.mark.parametrize("packing", [True, False])

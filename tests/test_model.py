@@ -1,5 +1,6 @@
 """The network against transformers' own classes, closed forms and plain loops."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,14 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from dataset.lm_dataset import PretrainDataset
+from model import model_minimind
 from model.model_minimind import (
-    MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_loss, inverse_frequencies
+    MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_loss, can_attend_within,
+    document_bounds, inverse_frequencies
 )
-from tests.helpers import shipped_tokenizer, tiny_config, tiny_model
+from tests.helpers import shipped_tokenizer, tiny_config, tiny_model, write_jsonl
+from tests.running import texts
 from trainer.trainer_utils import get_model_params
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -426,3 +431,65 @@ def test_experts_compile_in_float32_on_the_cpu() -> None:
     compiled = torch.compile(model, backend="eager", dynamic=False)
     found = compiled(ids, labels=labels, document_starts=starts).loss
     torch.testing.assert_close(found, expected)
+
+
+# ------------------------------------------------------------------- attention within documents
+
+
+def attend_in_a_loop(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, same: Tensor,
+    longest: int, _: int, *, window_size: tuple[int, int]
+) -> Tensor:
+    """What torch's kernel promises, one document at a time: it runs on CUDA only."""
+    assert ends is same and window_size == (-1, 0) and q.shape == k.shape == v.shape
+    assert ends[0] == 0 and ends[-1] == len(q) and (ends.diff() >= 0).all()
+    assert ends.dtype == torch.int32 and ends.diff().max() <= longest
+    parts = []
+    for begin, end in itertools.pairwise(ends.tolist()):
+        if begin < end:
+            own = (part[begin:end].transpose(0, 1) for part in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(*own, is_causal=True).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@DENSE_AND_MOE
+def test_attention_within_documents_gives_what_the_mask_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_moe: bool
+) -> None:
+    """Loss and gradients, over whole epochs with documents cut by rows, and padding."""
+    monkeypatch.setattr(model_minimind, "varlen_attn", attend_in_a_loop)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts())
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MiniMindForCausalLM(MiniMindConfig(32, 2, use_moe, **sizes)).double()
+    for length in (5, 16, 64):
+        data = PretrainDataset(
+            str(corpus), shipped_tokenizer(), length, cache_dir=str(tmp_path / "cache")
+        )
+        for first in range(0, len(data), 40):
+            batch = data.__getitems__(list(range(first, first + 40)))
+            found = []
+            for attends_within in (False, True):
+                model.attends_within = attends_within
+                model.zero_grad()
+                out = model(
+                    batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
+                    max_documents=batch.max_documents
+                )
+                (out.loss + out.aux_loss).backward()
+                found.append([out.loss, *(p.grad.clone() for p in model.parameters())])
+            for masked, within in zip(*found, strict=True):
+                assert torch.allclose(masked, within, atol=1e-12)
+
+
+def test_bounds_have_a_shape_that_follows_from_the_host_s_count_alone() -> None:
+    starts = torch.tensor([[0, 0, 2, 2, -1, -1], [0, 0, 0, 0, 0, 5], [-1] * 6])
+    bounds = [0, 2, 4, 6, 11, 12]  # the third is padding, the last, too
+    assert document_bounds(starts, 6).tolist() == [*bounds, 18]
+    assert document_bounds(starts, 8).tolist() == [*bounds, 18, 18, 18]
+    assert document_bounds(starts, 32).tolist() == [*bounds, *[18] * 27]
+    assert document_bounds(starts.to("meta"), 8).shape == (9,)
+
+
+def test_a_cpu_attends_by_the_mask() -> None:
+    assert not can_attend_within(torch.device("cpu"), torch.bfloat16, 96)

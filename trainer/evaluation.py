@@ -63,7 +63,10 @@ def held_out_loss(
     with torch.inference_mode():
         for batch in batches:
             batch = batch.to(device)
-            out = model(batch.input_ids, labels=batch.labels, document_starts=batch.document_starts)
+            out = model(
+                batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
+                max_documents=batch.max_documents
+            )
             nats += out.loss * batch.num_labels
             num_labels += batch.num_labels
     model.train(was_training)
