@@ -41,7 +41,7 @@ from trainer.step_times import StepTimes
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
     Logger, SkipBatchSampler, get_lr, init_distributed_mode, init_model, is_main_process,
-    keep_freed_memory, load_tokenizer, setup_seed
+    keep_compiled_code, keep_freed_memory, load_tokenizer, setup_seed
 )
 
 # ---------------------------------------------------------------------------------------- flags
@@ -332,6 +332,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         return distributed.close()
     once(partial(folder.begin, run.step, data.cache.meta["num_bad"]))
     if args.use_compile:
+        keep_compiled_code(args.cache_dir)
         model.compile(dynamic=False)
 
     # 6. Train

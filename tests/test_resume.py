@@ -70,3 +70,18 @@ def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     for seed in (1, 2):
         train(tmp_path / str(seed), epochs=1, seed=seed)
     assert untimed(tmp_path / "1") != untimed(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_compiled_code_is_kept_for_the_next_run_and_loses_the_same(tmp_path: Path) -> None:
+    """A run a minute long cannot pay for a minute of compiling each time."""
+    settings = {"num_hidden_layers": 1, "epochs": 1, "overwrite": 1}
+    kept, losses = [], []
+    for use_compile in (1, 1, 0):
+        words = flags(tmp_path, use_compile=use_compile, **settings)
+        assert launched.wait(launched.start(words, tmp_path / "log"), timeout=300) == [0]
+        kept.append(set((tmp_path / "cache" / "compiled" / "fxgraph").rglob("*")))
+        losses.append([r["loss"] for r in records(tmp_path) if "loss" in r])
+    assert kept[0] and kept[1] == kept[0], "the second run compiled anew"
+    assert losses[1] == losses[0]
+    assert losses[2] == pytest.approx(losses[0], abs=1e-4)

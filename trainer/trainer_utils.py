@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import itertools
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -64,6 +66,15 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_mmap_max, 0)
+
+
+def keep_compiled_code(folder: str | Path) -> None:
+    """Let the next run find what torch.compile makes, unless the environment names a place.
+
+    By default it lies in /tmp, which a rented machine loses when it is started again; torch writes
+    that default into the environment as soon as it is imported."""
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "compiled").resolve())
 
 
 def get_model_params(model: MiniMindForCausalLM, config: MiniMindConfig) -> tuple[int, int]:
