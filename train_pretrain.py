@@ -188,9 +188,10 @@ def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
     """One update. The loss is the window's sum over the window's labels, on all ranks together: how
     it is split into batches and ranks changes nothing. If it is not finite, nothing is applied.
 
-    Returns: (3 + world_size,) nats and aux loss * labels, summed over all ranks; the norm of the
-    gradient before clipping; not zero for each rank whose own gradient was not finite."""
-    sums = torch.zeros(2, device=run.device)
+    Returns: (3 + E + world_size,) nats, aux loss * labels and the tokens that each expert had,
+    summed over all ranks; the norm of the gradient before clipping; not zero for each rank whose
+    own gradient was not finite."""
+    sums = torch.zeros(2 + run.model.num_experts, device=run.device)
     for batch in window:
         batch = batch.to(run.device)
         with run.autocast:
@@ -200,7 +201,8 @@ def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
             )
         share = batch.num_labels / max(num_labels, 1)  # of the window's mean
         run.scaler.scale((out.loss + out.aux_loss) * share).backward()
-        sums = sums + torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
+        losses = torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
+        sums = sums + torch.cat((losses, out.expert_load))
     run.times.mark("forward_backward")
     sums, culprits = distributed.sum_gradients(run.model.parameters(), sums)
     run.times.mark("exchange")

@@ -12,6 +12,7 @@ Shapes:
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -496,6 +497,13 @@ def next_token_nats(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide, shifted(labels).flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+@dataclass
+class CausalLMOutput(MoeCausalLMOutputWithPast):
+    """What the model returns; ``expert_load`` (E,) float32 counts real tokens, over all layers."""
+
+    expert_load: Tensor | None = None
+
+
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     """The language model: weights under MiniMind's names, generation by transformers."""
 
@@ -507,6 +515,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MiniMindConfig | None = None) -> None:
         super().__init__(config or MiniMindConfig())
         self.model = MiniMindModel(self.config)
+        self.num_experts = self.config.num_experts if self.config.use_moe else 0
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()  # initialises (below) and ties lm_head to the embedding
 
@@ -529,7 +538,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool = False, labels: Tensor | None = None,
         document_starts: Tensor | None = None, max_documents: int | None = None,
         logits_to_keep: int | Tensor = 0, **kwargs
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """Score the next token at each position, and the labels if given.
 
         Args:
@@ -567,15 +576,18 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])  # (B, T, V)
 
-        loss, aux_loss = None, hidden.new_zeros(())
+        loss, aux_loss, expert_load = None, hidden.new_zeros(()), None
         if labels is not None:
             num_labels = (shifted(labels) != IGNORE).sum(1)  # (B,)
             loss = next_token_nats(logits, labels) / num_labels.sum().clamp(min=1)
             real = labels != IGNORE if document_starts is None else document_starts >= 0
+            expert_load = hidden.new_zeros(self.num_experts, dtype=torch.float32)
             for probs, used in routings:
                 aux_loss = aux_loss + balance_loss(probs, used, real, num_labels)
+                sent = F.one_hot(used, self.num_experts).sum(2) * real.unsqueeze(-1)  # (B, T, E)
+                expert_load = expert_load + sent.sum((0, 1))
             aux_loss = aux_loss * self.config.router_aux_loss_coef
-        return MoeCausalLMOutputWithPast(
+        return CausalLMOutput(
             loss=loss, aux_loss=aux_loss, logits=logits,
-            past_key_values=past_key_values if use_cache else None
+            past_key_values=past_key_values if use_cache else None, expert_load=expert_load
         )

@@ -175,7 +175,7 @@ class Metrics:
 
     def interval(self, lr: float) -> None:
         """Report the interval that ends now; waits for the device."""
-        grad_norm = self.run.settle()
+        grad_norm, load = self.run.settle()
         losses = self.run.close_interval()
         run, seconds = self.run, time.monotonic() - self.since
         speed = self.num_tokens / max(seconds - self.seconds_paused, 1e-9)
@@ -190,12 +190,15 @@ class Metrics:
         record |= {**losses, "lr": lr}
         if grad_norm is not None and math.isfinite(grad_norm):
             record["grad_norm"] = grad_norm
+        record |= {f"load_expert_{i}": round(share, 4) for i, share in enumerate(load)}
         if run.bad_updates:
             record["bad_updates"] = run.bad_updates
         record |= {"tokens_per_second": round(speed), "eta_minutes": round(minutes_left, 2)}
         parts = shares(run.times.read())
         record |= {f"share_{part}": round(share, 4) for part, share in parts.items()}
         shown = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
+        if load:
+            shown += f"  experts {' '.join(f'{share:.0%}' for share in load)}"
         mfu = ""
         if self.peak_flops:
             record["mfu"] = round(speed * self.flops_per_token / self.peak_flops, 4)

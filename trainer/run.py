@@ -66,7 +66,7 @@ class Update(NamedTuple):
     first_row: int  # of the epoch
     num_rows: int
     num_labels: int
-    outcome: Tensor  # (3 + world_size,) see train_step
+    outcome: Tensor  # (3 + E + world_size,) see train_step
 
 
 @dataclass
@@ -135,14 +135,16 @@ class Run:
         if outcome is not None:
             self.pending.append(Update(self.step, first_row, num_rows, num_labels, outcome))
 
-    def settle(self) -> float | None:
+    def settle(self) -> tuple[float | None, list[float]]:
         """Look at the outcomes since the last call; waits for the device.
 
-        Returns: the norm of the newest gradient, None if there was no update.
+        Returns: the norm of the newest gradient, None if there was no update, and the share of
+        tokens that each expert had in it.
         Raises: BadUpdateError once more than --max_bad_updates in a row were not finite."""
         outcomes = torch.stack([u.outcome for u in self.pending]).tolist() if self.pending else []
-        grad_norm = None
-        for update, (nats, aux, grad_norm, *culprits) in zip(self.pending, outcomes, strict=True):
+        grad_norm, load, num_experts = None, [], self.model.num_experts
+        for update, (nats, aux, *rest) in zip(self.pending, outcomes, strict=True):
+            load, (grad_norm, *culprits) = rest[:num_experts], rest[num_experts:]
             if math.isfinite(nats + aux + grad_norm):
                 self.bad_in_a_row = 0
                 self.tokens_seen += update.num_labels
@@ -152,7 +154,7 @@ class Run:
             else:
                 self._count_bad(update, [rank for rank, bad in enumerate(culprits) if bad])
         self.pending.clear()
-        return grad_norm
+        return grad_norm, [tokens / max(sum(load), 1) for tokens in load]
 
     def _count_bad(self, update: Update, ranks: list[int]) -> None:
         self.bad_updates += 1
