@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import shutil
 import socket
 import time
@@ -82,7 +83,7 @@ def kill_often(whole: tuple[Path, float], folder: Path, num_ranks: int, kills: i
         life += 1
 
 
-@pytest.mark.parametrize(("num_ranks", "kills"), [(1, 4), (2, 3), (4, 2)])
+@pytest.mark.parametrize(("num_ranks", "kills"), [(1, 3), (2, 3), (4, 2)])
 def test_kills_at_random_moments_change_no_bit(
     whole: dict, tmp_path: Path, num_ranks: int, kills: int
 ) -> None:
@@ -129,7 +130,7 @@ def test_a_crash_within_a_save_changes_no_bit(
     whole = tmp_path / "whole"
     points = crash_points(whole, monkeypatch)
     assert len(points) > 100
-    crash_at(sorted(random.Random(5).sample(points, 4)), tmp_path, whole)
+    crash_at(sorted(random.Random(5).sample(points, 3)), tmp_path, whole)
 
 
 @pytest.mark.slow
@@ -202,7 +203,8 @@ def test_from_one_rank_to_two_four_three_and_one_the_updates_stay_the_same(
     log = (folder / "log").read_text()
     for dead in (1, 3, 2):  # and not a living one that waits for its dead neighbour
         assert f"error: rank {dead} on {socket.gethostname()} is dead or stuck" in log
-    assert "accumulation_steps" not in log and "the same run but for rounding" in log
+    assert not re.search("saved with.* accumulation_steps", log)
+    assert "the same run but for rounding" in log
     losses = [r["loss"] for r in records(folder) if "loss" in r]
     for found, reference in zip(losses, (r["loss"] for r in records(alone) if "loss" in r),
                                 strict=True):

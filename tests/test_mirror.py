@@ -558,6 +558,7 @@ print(offered - started < 0.5, time.monotonic() - started < 3)
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_although_its_copy_hangs(tmp_path: Path, at_home: int) -> None:
     path = save(tmp_path, 1, 2 * MEGABYTE)
     with contextlib.closing(Proxy(at_home, MEGABYTE, hang=True)) as proxy:

@@ -258,6 +258,7 @@ def test_a_lost_terminal_saves_although_nothing_can_be_printed(tmp_path: Path) -
     assert said["step"] == final_state(tmp_path)["step"]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
     """``train_pretrain.py | head``: who watched is gone, training goes on."""
     words = command(flags(tmp_path, **SETTINGS))
