@@ -372,7 +372,7 @@ def table(args: argparse.Namespace, results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def surroundings(args: argparse.Namespace) -> str:
+def surroundings(args: argparse.Namespace, script: str = "scripts/benchmark.py") -> str:
     """What a reader needs to measure the same again."""
     import torch
 
@@ -385,7 +385,7 @@ def surroundings(args: argparse.Namespace) -> str:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     if args.device.startswith("cuda"):
         name = torch.cuda.get_device_name(torch.device(args.device))
-    words = " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]])
+    words = " ".join(["python", script, *sys.argv[1:]])
     return (
         f"`{words}`, {time.strftime('%Y-%m-%d')}, {name}, {os.cpu_count()} cores, "
         f"torch {torch.__version__}, commit `{commit}`"
