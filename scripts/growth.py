@@ -168,7 +168,10 @@ def table(what: str, name: str, cases: list[dict]) -> None:
             first = found
             print(" | ".join(f"{key} | times" for key in found) + " |")
             print("|---" * (1 + 2 * len(found)) + "|")
-        shown = " | ".join(f"{v:,.1f} | {v / max(first[k], 1e-9):,.1f}" for k, v in found.items())
+        shown = " | ".join(
+            f"{v:,.2f} | " + (f"{v / first[k]:,.1f}" if first[k] >= 0.01 else "")
+            for k, v in found.items()
+        )
         print(f"| {case[name]:,} | {shown} |", flush=True)
 
 
