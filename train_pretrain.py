@@ -223,6 +223,7 @@ def train_epoch(
         run.times.mark("data")
         own_labels = sum(batch.num_labels for batch in window)
         num_labels, num_stops = distributed.totals(own_labels, stop.received is not None)
+        run.times.mark("exchange")  # also the wait for a slower rank
         lr = set_lr(run.optimizer, get_lr(run.rows_seen, run.total_rows, args.learning_rate))
         if run.skips_next():
             run.advance(num_rows)

@@ -240,7 +240,7 @@ def can_attend_within(device: torch.device, dtype: torch.dtype, head_dim: int) -
             real = (starts >= 0)[..., None, None]
             (y.float() * real).square().sum().backward()
             results.append([y.float() * real, *(part.grad.float() for part in parts)])
-    except (RuntimeError, NotImplementedError, TypeError):
+    except RuntimeError:  # no such kernel; a wrong call would be a TypeError, and be seen
         return False
     return all(torch.allclose(a, b, atol=0.1, rtol=0.1) for a, b in zip(*results, strict=True))
 

@@ -48,6 +48,12 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def current_mib() -> float:
+    """The main memory that it has now: a peak of before would hide what comes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
 def corpus_cost(num_documents: int) -> dict[str, float]:
     """Seconds until the first rows, microseconds a row, memory above an empty program's."""
     import torch
@@ -58,8 +64,12 @@ def corpus_cost(num_documents: int) -> dict[str, float]:
 
     tokenizer = load_tokenizer(str(ROOT / "model"))
     with tempfile.TemporaryDirectory() as folder:
-        write_corpus(Path(folder), num_documents)
-        empty, since = peak_mib(), time.perf_counter()
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_corpus, args=(Path(folder), num_documents)
+        )
+        writer.start()
+        writer.join()
+        empty, since = current_mib(), time.perf_counter()
         data = PretrainDataset(TokenCache.open(folder), tokenizer, 512)
         ready = time.perf_counter() - since
         at_start = peak_mib() - empty
@@ -82,7 +92,7 @@ def update_cost(batch_size: int, hidden_size: int, length: int, device: str) -> 
 
     keep_freed_memory()
     torch.manual_seed(0)
-    empty = peak_mib()
+    empty = current_mib()
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size, 4)).to(device)
     optimizer = build_optimizer(model, 1e-3)
     ids = torch.randint(3, 6400, (batch_size, length), device=device)

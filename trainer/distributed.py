@@ -70,10 +70,10 @@ def init_distributed_mode(device: str = "cuda", timeout_seconds: float = 600) ->
     _timeout, timeout = timeout_seconds, timedelta(seconds=timeout_seconds)
     try:
         shared, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+        start = _meet(shared, rank, world_size)
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankError(f"the ranks do not meet at {where}: {str(error).splitlines()[0]}") from None
-    start = _meet(shared, rank, world_size)
     _store = dist.PrefixStore(f"start/{start}", shared)
     _store.set(f"host/{rank}", socket.gethostname())
     with exchange():

@@ -1,5 +1,6 @@
 """Where a step's time goes: waiting for data, forward and backward, exchange, optimizer, saving."""
 
+import itertools
 import time
 
 import torch
@@ -46,7 +47,7 @@ class StepTimes:
         if self.on_cuda:
             self.marks[-1][1].synchronize()
         seconds: dict[str, float] = {}
-        for (_, begin), (part, end) in zip(self.marks, self.marks[1:], strict=False):
+        for (_, begin), (part, end) in itertools.pairwise(self.marks):
             lasted = begin.elapsed_time(end) / 1000 if self.on_cuda else end - begin
             seconds[part] = seconds.get(part, 0.0) + lasted
         self.marks = self.marks[-1:]

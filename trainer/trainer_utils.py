@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -73,6 +72,8 @@ def keep_compiled_code(folder: str | Path) -> None:
 
     By default it lies in /tmp, which a rented machine loses when it is started again; torch writes
     that default into the environment as soon as it is imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # torch's own business
+
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "compiled").resolve())
 
