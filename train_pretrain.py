@@ -28,12 +28,13 @@ from model.model_minimind import MiniMindConfig, can_attend_within
 from trainer import distributed
 from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
-from trainer.metrics import Metrics, complete_files, describe, metrics_path
+from trainer.metrics import Metrics, complete_files, describe, describe_pass, metrics_path
+from trainer.micro_batch import fit_micro_batch
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.run import Run
 from trainer.run_folder import RunFolder, blame, find_state
 from trainer.settings import (
-    Parser, check_flags, deciding_settings, default_device, default_dtype, keep_rows_per_update,
+    Parser, check_flags, deciding_settings, default_device, default_dtype, keep_split,
     run_program, surroundings
 )
 from trainer.signals import StopSignals
@@ -101,7 +102,8 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=1, help="passes over the data")
-    add("--batch_size", type=int, default=32, help="rows a device works on at once")
+    add("--batch_size", type=int, default=32, help="rows; times accumulation_steps: those that a "
+        "device gives to an update")
     add("--accumulation_steps", type=int, default=8, help="batches whose gradients make one update")
     add("--learning_rate", "--lr", type=float, default=5e-4, help="at the peak; falls to a tenth")
     add("--grad_clip", type=float, default=1.0, help="largest norm of a gradient")
@@ -114,6 +116,8 @@ def build_parser() -> Parser:
     add("--dtype", choices=["bfloat16", "float16", "float32"],
         help="of matrix products; None: bfloat16, or float32 on a CPU without it")
     add("--use_compile", type=int, choices=[0, 1], help="compile the model; None: only on cuda")
+    add("--micro_batch_size", type=int, help="rows a device works on at once, the updates staying "
+        "the same; None: batch_size, on cuda as many as are of use and fit")
     add("--timeout", type=int, default=600,
         help="seconds after which a rank or loader process without a sign of life is given up")
 
@@ -154,14 +158,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------- training
 
 
-def batches_of(
-    data: PretrainDataset, args: argparse.Namespace, first_row: int = 0
-) -> Iterable[Batch]:
-    """This rank's share of the rows from ``first_row`` on, in full batches."""
-    num_batches = math.ceil(len(data) / args.batch_size)
+def batches_of(run: Run, data: PretrainDataset, first_row: int = 0) -> Iterable[Batch]:
+    """This rank's share of the rows from ``first_row`` on, in full micro-batches."""
+    args, size = run.args, run.micro_batch
     sampler = SkipBatchSampler(
-        range(num_batches * args.batch_size),  # rows past the last are padding
-        args.batch_size, skip_batches=first_row // args.batch_size,
+        range(math.ceil(len(data) / size) * size),  # rows past the last are padding
+        size, skip_batches=first_row // size,
         rank=distributed.rank(), world_size=distributed.world_size()
     )
     return DataLoader(
@@ -178,10 +180,26 @@ def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]
 
     The last window of an epoch may be short, and a rank may have no batch in it."""
     first_row = run.rows_seen % run.rows_per_epoch
-    batches = from_loader(batches_of(data, run.args, first_row))
+    batches = from_loader(batches_of(run, data, first_row))
+    per_rank = run.global_batch // distributed.world_size()
     for start in range(first_row, run.rows_per_epoch, run.global_batch):
-        window = list(itertools.islice(batches, run.args.accumulation_steps))
+        window = list(itertools.islice(batches, per_rank // run.micro_batch))
         yield window, min(run.global_batch, run.rows_per_epoch - start)
+
+
+def forward_backward(run: Run, batch: Batch, share: float) -> Tensor:
+    """Add the gradient of this micro-batch's mean loss, times ``share``, to the model's.
+
+    Returns: (2 + E,) nats, aux loss * labels and the tokens that each expert had."""
+    batch = batch.to(run.device)
+    with run.autocast:
+        out = run.model(
+            batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
+            max_documents=batch.max_documents
+        )
+    run.scaler.scale((out.loss + out.aux_loss) * share).backward()
+    losses = torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
+    return torch.cat((losses, out.expert_load))
 
 
 def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
@@ -192,20 +210,13 @@ def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
     summed over all ranks; the norm of the gradient before clipping; not zero for each rank whose
     own gradient was not finite."""
     sums = torch.zeros(2 + run.model.num_experts, device=run.device)
-    for batch in window:
-        batch = batch.to(run.device)
-        with run.autocast:
-            out = run.model(
-                batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
-                max_documents=batch.max_documents
-            )
-        share = batch.num_labels / max(num_labels, 1)  # of the window's mean
-        run.scaler.scale((out.loss + out.aux_loss) * share).backward()
-        losses = torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
-        sums = sums + torch.cat((losses, out.expert_load))
+    for i, batch in enumerate(window, 1):
+        if i == len(window):
+            run.gradients.send_when_ready()
+        sums = sums + forward_backward(run, batch, batch.num_labels / max(num_labels, 1))
     run.times.mark("forward_backward")
-    sums, culprits = distributed.sum_gradients(run.model.parameters(), sums)
-    run.times.mark("exchange")
+    sums, culprits = run.gradients.sum_over_ranks(sums)
+    run.times.mark("exchange")  # what the last backward pass did not hide
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip)
     step_if_finite(run.optimizer, run.scaler, sums, grad_norm)
@@ -309,7 +320,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     model.attends_within = not args.dropout and can_attend_within(device, dtype, config.head_dim)
     settled = surroundings(args, num_ranks)
     if state is not None:
-        keep_rows_per_update(args, state, num_ranks)
+        keep_split(args, state, num_ranks)
     run = Run(
         args=args, config=config, surroundings=settled,
         settings=deciding_settings(args, num_ranks, data.cache.meta["digests"]),
@@ -336,7 +347,14 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     once(partial(folder.begin, run.step, data.cache.meta["num_bad"]))
     if args.use_compile:
         keep_compiled_code(args.cache_dir)
-        model.compile(dynamic=False)
+        model.compile_parts()
+    if device.type == "cuda":
+        def one_pass(num_rows: int) -> Tensor:
+            return forward_backward(run, data.__getitems__(list(range(num_rows))), 1.0)
+
+        with torch.random.fork_rng():  # a try must not change what the run draws
+            fit_micro_batch(run, one_pass, torch.cuda.mem_get_info(device)[0])
+    describe_pass(run)
 
     # 6. Train
     metrics = Metrics(metrics_path(args, config), run)
@@ -346,7 +364,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
             args.wandb_project, args.save_weight, config=vars(args),
             log_dir=f"{args.save_dir}/swanlog", run_id=tracked_id, history=run.records
         )
-    batches = batches_of(held_out, args) if held_out else []
+    batches = batches_of(run, held_out) if held_out else []
     num_bytes = held_out.num_text_bytes if held_out else 0
 
     def stopping() -> bool:

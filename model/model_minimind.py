@@ -517,7 +517,18 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = MiniMindModel(self.config)
         self.num_experts = self.config.num_experts if self.config.use_moe else 0
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.next_token_nats = next_token_nats
         self.post_init()  # initialises (below) and ties lm_head to the embedding
+
+    def compile_parts(self) -> None:
+        """Compile each layer, and the loss, by itself.
+
+        All layers share one code, which is made once. And a layer's gradients are there as soon as
+        it is done, so that ranks can send them; the whole compiled at once hands out all at its
+        end."""
+        for layer in self.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+        self.next_token_nats = torch.compile(next_token_nats, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -579,7 +590,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         loss, aux_loss, expert_load = None, hidden.new_zeros(()), None
         if labels is not None:
             num_labels = (shifted(labels) != IGNORE).sum(1)  # (B,)
-            loss = next_token_nats(logits, labels) / num_labels.sum().clamp(min=1)
+            loss = self.next_token_nats(logits, labels) / num_labels.sum().clamp(min=1)
             real = labels != IGNORE if document_starts is None else document_starts >= 0
             expert_load = hidden.new_zeros(self.num_experts, dtype=torch.float32)
             for probs, used in routings:

@@ -38,7 +38,7 @@ def toy_model(use_moe: bool = False, **sizes: object) -> MiniMindForCausalLM:
 def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) -> Run:
     """A run whose optimizer moves each weight by minus its gradient."""
     defaults = {"epochs": 1, "num_workers": 0, "device": "cpu", "timeout": 9}
-    defaults |= {"grad_clip": float("inf")}
+    defaults |= {"grad_clip": float("inf"), "micro_batch_size": None}
     return Run(
         args=argparse.Namespace(**defaults | flags),
         config=model.config,
@@ -62,15 +62,20 @@ def step(run: Run, window: list) -> tuple[torch.Tensor, int]:
 
 
 def window_gradient(
-    folder: Path, batch_size: int, accumulation_steps: int, use_moe: bool
+    folder: Path, batch_size: int, accumulation_steps: int, use_moe: bool,
+    micro_batch_size: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Gradient of the epoch's only window by parameter, and its mean losses under "losses"."""
     data = toy_data(folder)
     model = toy_model(use_moe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run = toy_run(data, model, batch_size=batch_size, accumulation_steps=accumulation_steps)
+    run = toy_run(
+        data, model, batch_size=batch_size, accumulation_steps=accumulation_steps,
+        micro_batch_size=micro_batch_size
+    )
     ((window, num_rows),) = train_pretrain.windows(run, data)
     assert num_rows == len(data) == ROWS
+    assert {len(batch.input_ids) for batch in window} == {micro_batch_size or batch_size}
     outcome, num_labels = step(run, window)
     gradient = {name: before[name] - p.detach() for name, p in model.named_parameters()}
     return gradient | {"losses": outcome[:2] / num_labels}

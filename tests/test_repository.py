@@ -28,6 +28,7 @@ DEFAULTS = {  # MiniMind's names, and ours
     "data_path": ["dataset/pretrain_t2t_mini.jsonl"], "max_seq_len": 512, "packing": 1,
     "heldout_fraction": 0.005, "num_workers": 0, "cache_dir": "dataset/cache",
     "epochs": 1, "batch_size": 32, "accumulation_steps": 8, "learning_rate": 5e-4,
+    "micro_batch_size": None,
     "grad_clip": 1.0, "seed": 42, "max_bad_updates": 20, "bad_records": "stop", "timeout": 600,
     "checkpoint_mirror": None, "keep_states": 2, "resume_step": None, "skip_steps": None,
     "save_dir": "out", "save_weight": "pretrain", "checkpoint_dir": "checkpoints",

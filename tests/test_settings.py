@@ -87,7 +87,8 @@ def test_another_split_of_the_update_keeps_its_rows_and_says_that_rounding_chang
 ) -> None:
     status, log = again(half, tmp_path, batch_size=4)
     assert status == 0, log
-    assert "note: saved with batch_size 2 (now 4): the same run but for rounding" in log
+    changed = "batch_size 2 (now 4), micro_batch_size 2 (now 4)"
+    assert f"note: saved with {changed}: the same run but for rounding" in log
     assert "updates of 8 rows" in log
 
 

@@ -47,6 +47,14 @@ def test_micro_batches_give_the_gradient_of_one_batch(
     assert_close(found, plain_gradient(tmp_path, use_moe))
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 6, 12])
+def test_the_micro_batch_changes_nothing_but_how_the_window_is_cut(
+    tmp_path: Path, micro_batch_size: int
+) -> None:
+    found = window_gradient(tmp_path, 4, 3, use_moe=True, micro_batch_size=micro_batch_size)
+    assert_close(found, plain_gradient(tmp_path, use_moe=True))
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "splits"), [(2, [(2, 3), (1, 6)]), (4, [(3, 1), (1, 3)])]
 )

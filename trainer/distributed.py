@@ -13,6 +13,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from trainer.errors import RankError, exit_status_of
 T = TypeVar("T")
 PATIENCE = 24 * 3600.0  # seconds; a rank may tokenize a large corpus meanwhile
 POLL = 0.02  # seconds between two looks whether that rank is done
+BUCKET_BYTES = 2**24  # of gradients that travel together
 ROLL_CALL = 15.0  # seconds in which ranks that are alive answer; torchrun kills them after 30
 
 _timeout = 600.0  # seconds
@@ -166,28 +168,77 @@ def totals(*numbers: float) -> list[float]:
     return box.tolist()
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace each gradient by its sum over all ranks, in one exchange with ``sums``.
+class GradientSum:
+    """Replaces gradients by their sums over all ranks, while the last backward pass goes on.
 
-    One flat buffer rather than DistributedDataParallel: that one lays out its buckets anew after
-    the first update, so from three ranks on a resumed run would add in another order.
+    Parameters lie in buckets, the model's last first, as their gradients become ready; a full one
+    is sent while those of earlier layers are computed. Our own rather than those of
+    DistributedDataParallel: that one lays out its buckets anew after the first update, so from
+    three ranks on a resumed run would add in another order."""
 
-    Returns: ``sums`` (N,) over all ranks, and (world_size,) not zero where a rank's own part was
-    not finite."""
-    if world_size() == 1:
-        return sums, torch.zeros(1, device=sums.device)
-    parameters = [p for p in parameters if p.requires_grad]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    culprits = torch.zeros(world_size(), device=sums.device)
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), sums, culprits])
-    flat[rank() - world_size()] = ~torch.isfinite(flat).all()
-    with exchange():
-        dist.all_reduce(flat)
-    sizes = [*(p.numel() for p in parameters), len(sums), world_size()]
-    *summed, sums, culprits = flat.split(sizes)
-    for parameter, gradient in zip(parameters, summed, strict=True):
-        parameter.grad = gradient.view_as(parameter)
-    return sums, culprits
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.buckets: list[list[nn.Parameter]] = []
+        self.sent: list[tuple[Tensor, Tensor, dist.Work]] = []  # sum to be, was finite, on its way
+        self.missing: list[int] | None = None  # gradients by bucket; None: not the last pass
+        if world_size() == 1:
+            return
+        size = BUCKET_BYTES
+        for parameter in reversed([p for p in parameters if p.requires_grad]):
+            if size >= BUCKET_BYTES:
+                self.buckets.append([])
+                size = 0
+            self.buckets[-1].append(parameter)
+            size += parameter.nbytes
+        for i, bucket in enumerate(self.buckets):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(partial(self._ready, i))
+
+    def send_when_ready(self) -> None:
+        """The next backward pass is the update's last."""
+        self.missing = [len(bucket) for bucket in self.buckets]
+
+    def _ready(self, i: int, _: nn.Parameter) -> None:
+        if self.missing is None:
+            return
+        self.missing[i] -= 1
+        while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
+            with exchange():
+                self._send()  # in one order on all ranks, else they would add what differs
+
+    def _send(self) -> None:
+        sent, self.sent = self.sent, []  # if this fails, nothing may hold the group
+        bucket = self.buckets[len(sent)]
+        flat = torch.cat([
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket
+        ])
+        finite = torch.isfinite(flat).all()
+        self.sent = [*sent, (flat, finite, dist.all_reduce(flat, async_op=True))]
+
+    def sum_over_ranks(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Send what is left, with ``sums`` (N,), and wait for all.
+
+        Returns: ``sums`` over all ranks, and (world_size,) not zero where a rank's own part was
+        not finite."""
+        if world_size() == 1:
+            return sums, torch.zeros(1, device=sums.device)
+        with exchange():
+            return self._finish(sums)
+
+    def _finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        while len(self.sent) < len(self.buckets):
+            self._send()
+        sent, self.sent, self.missing = self.sent, [], None
+        finite = torch.stack([torch.isfinite(sums).all(), *(finite for _, finite, _ in sent)]).all()
+        culprits = torch.zeros(world_size(), device=sums.device)
+        culprits[rank()] = ~finite
+        last = torch.cat([sums, culprits])
+        dist.all_reduce(last)
+        for bucket, (flat, _, work) in zip(self.buckets, sent, strict=True):
+            work.wait()
+            for p, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = gradient.view_as(p)
+        sums, culprits = last.split([len(sums), world_size()])
+        return sums, culprits
 
 
 def gather(value: T) -> list[T]:

@@ -53,9 +53,16 @@ def shown(found: object) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or this machine had no memory left; on a CPU torch has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def exit_status_of(error: BaseException) -> int:
     """The status that this error ends the program with."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return 7
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1

@@ -109,6 +109,15 @@ def describe(run: Run, corpus: dict, num_held_out: int) -> None:
     )
 
 
+def describe_pass(run: Run) -> None:
+    """Print how the device works: what a flag, or the device itself, decided."""
+    within = "within documents" if run.model.attends_within else "by mask"
+    Logger(
+        f"pass: {run.micro_batch:,} rows at once, {run.rows_per_device // run.micro_batch} times "
+        f"an update, {'compiled' if run.args.use_compile else 'eager'}, attention {within}"
+    )
+
+
 class Metrics:
     """Writes on the main process only. After a resume the file goes on where the state was saved.
 

@@ -98,6 +98,13 @@ class Run:
     records: list[dict] = field(default_factory=list)  # what the metrics file holds; on rank 0
     latest: dict = field(default_factory=dict)  # newest loss and held-out loss
     rewinds: list[list] = field(default_factory=list)  # [--resume_step, --skip_steps] each
+    micro_batch: int = field(init=False)  # rows that a device works on at once
+    gradients: distributed.GradientSum = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.args.micro_batch_size or self.args.batch_size
+        self.micro_batch = largest_divisor(self.rows_per_device, given)
+        self.gradients = distributed.GradientSum(self.model.parameters())
 
     @property
     def total_rows(self) -> int:
@@ -107,7 +114,12 @@ class Run:
     @property
     def global_batch(self) -> int:
         """Rows of one update, over all ranks."""
-        return self.args.batch_size * self.args.accumulation_steps * distributed.world_size()
+        return self.rows_per_device * distributed.world_size()
+
+    @property
+    def rows_per_device(self) -> int:
+        """Rows that each rank gives to an update; fewer in the last one of an epoch."""
+        return self.args.batch_size * self.args.accumulation_steps
 
     @property
     def is_done(self) -> bool:
@@ -161,7 +173,7 @@ class Run:
         self.bad_in_a_row += 1
         ranks = ranks or ([0] if distributed.world_size() == 1 else [])
         documents = sorted({d for rank in ranks for d in self.documents_of(rows_of(
-            rank, update, self.args.batch_size, distributed.world_size()
+            rank, update, self.micro_batch, distributed.world_size()
         ))})
         shown = ", ".join(map(str, documents[:8])) + (", …" if len(documents) > 8 else "")
         where = f"rank {', '.join(map(str, ranks))}, documents {shown}" if ranks else (
@@ -199,7 +211,8 @@ class Run:
             self.config, weight=args.save_weight, model=self.model, optimizer=self.optimizer,
             epoch=min(self.rows_seen // self.rows_per_epoch, args.epochs - 1), step=self.step,
             wandb=tracker, save_dir=args.checkpoint_dir, keep=args.keep_states, scaler=self.scaler,
-            settings=self.settings, surroundings=self.surroundings,
+            settings=self.settings,
+            surroundings=self.surroundings | {"micro_batch_size": str(self.micro_batch)},
             counters={name: getattr(self, name) for name in COUNTERS}, latest=self.latest,
             records=self.records, rewinds=self.rewinds
         )
@@ -240,10 +253,10 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         for name in (*COUNTERS, "latest", "records", "rewinds"):
             setattr(self, name, (state["counters"] | state)[name])
+        now = self.surroundings | {"micro_batch_size": str(self.micro_batch)}
         changed = [
-            f"{name} {shown(old)} (now {self.surroundings.get(name)})"
-            for name, old in state["surroundings"].items()
-            if self.surroundings.get(name) != old
+            f"{name} {shown(old)} (now {now.get(name)})"
+            for name, old in state["surroundings"].items() if now.get(name) != old
         ]
         if changed:
             Logger(f"note: saved with {', '.join(changed)}: the same run but for rounding")
@@ -278,7 +291,12 @@ class Run:
             raise CheckpointError(f"the state does not fit: scaler is {found}, expected as {own}.")
 
 
-def rows_of(rank: int, update: Update, batch_size: int, world_size: int) -> list[int]:
-    """The rows that a rank had in an update: batches are dealt in turn."""
+def largest_divisor(number: int, limit: float) -> int:
+    """The largest divisor of ``number`` that is not above ``limit``, at least 1."""
+    return next(d for d in range(max(1, min(number, int(limit))), 0, -1) if number % d == 0)
+
+
+def rows_of(rank: int, update: Update, micro_batch: int, world_size: int) -> list[int]:
+    """The rows that a rank had in an update: micro-batches are dealt in turn."""
     rows = range(update.first_row, update.first_row + update.num_rows)
-    return [row for i, row in enumerate(rows) if i // batch_size % world_size == rank]
+    return [row for i, row in enumerate(rows) if i // micro_batch % world_size == rank]

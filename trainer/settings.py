@@ -65,6 +65,10 @@ def check_flags(args: argparse.Namespace) -> None:
     expect(args.learning_rate > 0, f"--learning_rate is {args.learning_rate}, expected above 0")
     expect(args.grad_clip > 0, f"--grad_clip is {args.grad_clip}, expected above 0 (inf: none)")
     expect(0 <= args.dropout < 1, f"--dropout is {args.dropout}, expected 0 or more, below 1")
+    rows, micro = args.batch_size * args.accumulation_steps, args.micro_batch_size
+    divides = micro is None or (micro > 0 and rows % micro == 0)
+    expect(divides, f"--micro_batch_size is {micro}, expected a divisor of batch_size x "
+           f"accumulation_steps = {rows}")
     share = args.heldout_fraction
     expect(0 <= share < 1, f"--heldout_fraction is {share}, expected 0 or more, below 1")
     length = args.max_seq_len
@@ -128,7 +132,7 @@ MUST_MATCH = (
 )
 # How an update's rows are split, and what computes them: the same but for rounding. Their product
 # with the number of ranks must match; accumulation_steps follows it.
-SPLIT = ("batch_size", "accumulation_steps", "device", "use_compile")
+SPLIT = ("batch_size", "accumulation_steps", "micro_batch_size", "device", "use_compile")
 MAY_CHANGE = (
     *("preset", "data_path", "tokenizer_path", "bad_records"),  # what they lead to must match
     *("save_dir", "save_weight", "checkpoint_dir", "cache_dir", "checkpoint_mirror"),
@@ -172,13 +176,17 @@ def surroundings(args: argparse.Namespace, num_ranks: int) -> dict:
     }
 
 
-def keep_rows_per_update(args: argparse.Namespace, state: dict, num_ranks: int) -> None:
+def keep_split(args: argparse.Namespace, state: dict, num_ranks: int) -> None:
     """Let accumulation follow the number of ranks and the batch size, whose product with it was
-    saved: the updates stay those of the run.
+    saved: the updates stay those of the run. With the same flags, micro-batches stay, too.
 
     Raises: SettingsError naming the numbers of ranks that would do."""
+    saved = state["surroundings"]
     rows, batch = state["settings"].get("rows per update"), args.batch_size
-    asked = str(args.accumulation_steps) != state["surroundings"].get("accumulation_steps")
+    micro = re.fullmatch(r"[1-9]\d{0,8}", saved.get("micro_batch_size", ""))
+    if micro and args.micro_batch_size is None and saved.get("batch_size") == str(batch):
+        args.micro_batch_size = int(micro[0])
+    asked = str(args.accumulation_steps) != saved.get("accumulation_steps")
     if asked or not isinstance(rows, int) or rows < 1:
         return  # whether it fits shows in the settings
     if rows % (batch * num_ranks):
@@ -218,8 +226,8 @@ def run_program(program: Callable[[], None]) -> int:
             message = f"{error}. What was saved before is intact."
         if status == 7:
             message = (
-                f"out of memory: {message.splitlines()[0] if message else 'main memory'} Half the "
-                f"--batch_size and twice the --accumulation_steps make the same updates."
+                f"out of memory: {message.splitlines()[0] if message else 'main memory'} With a "
+                f"lower --micro_batch_size the same updates need less."
             )
         if getattr(error, "speaks", os.environ.get("LOCAL_RANK", "0") == "0"):  # not each rank
             say(partial(print, file=sys.stderr), f"error: {message}")

@@ -1,0 +1,89 @@
+"""How many rows a device works on at once: enough to keep it busy, no more than its memory holds.
+
+The updates stay the same: a window's rows are only cut into other micro-batches.
+"""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainer import distributed
+from trainer.errors import is_out_of_memory
+from trainer.run import Run, largest_divisor
+from trainer.trainer_utils import Logger
+
+MOST_TOKENS = 2**17  # at once; an estimate: from there on products of matrices are large enough
+SHARE_OF_MEMORY = 0.8  # the rest is for what a pass needs for a moment, and for gaps
+OPTIMIZER_BYTES = 12  # a parameter: gradient and two moments in float32
+
+
+def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int) -> None:
+    """Set the run's micro-batch to as many rows as are of use and fit, or to the flag's; if they
+    turn out not to fit, to a half, a quarter and so on. All ranks take the same.
+
+    Args:
+        one_pass: forward and backward of so many rows.
+        free_bytes: the device's, with the model there, but neither gradients nor moments.
+    Raises: torch.OutOfMemoryError, or RuntimeError on a CPU, if not even one row fits."""
+    rows = run.args.micro_batch_size
+    if rows is None:
+        fitting = min(distributed.gather(rows_that_fit(run, one_pass, free_bytes)))
+        rows = min(MOST_TOKENS // run.args.max_seq_len, fitting)
+    rows = largest_divisor(run.rows_per_device, rows)
+    while error := out_of_memory(run, one_pass, rows):
+        if rows == 1:
+            raise error
+        fewer = largest_divisor(run.rows_per_device, rows // 2)
+        Logger(f"note: {rows:,} rows at once do not fit the memory; trying {fewer:,}")
+        rows = fewer
+    run.micro_batch = rows
+
+
+def rows_that_fit(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int) -> int:
+    """An estimate from what passes of one row and of two keep for their backward half.
+
+    They run eagerly: compiled code keeps less, and need not be made for these sizes."""
+    with torch.compiler.set_stance("force_eager"):
+        one, two = (bytes_kept(run, lambda n=n: one_pass(n)) for n in (1, 2))
+    optimizer = OPTIMIZER_BYTES * sum(p.numel() for p in run.model.parameters())
+    left = SHARE_OF_MEMORY * free_bytes - optimizer - (2 * one - two)  # this part rows share
+    return max(1, int(left / (two - one)))
+
+
+def bytes_kept(run: Run, one_pass: Callable[[], Tensor]) -> int:
+    """Memory that a pass keeps between its two halves, parameters not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
+    kept = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        one_pass()
+    run.optimizer.zero_grad(set_to_none=True)
+    return sum(kept.values())
+
+
+def out_of_memory(run: Run, one_pass: Callable[[int], Tensor], rows: int) -> Exception | None:
+    """Try it, with room taken for the optimizer's moments. Returns: how it failed, on any rank."""
+    error = None
+    try:
+        moments = [torch.empty_like(p) for p in run.model.parameters() for _ in range(2)]
+        one_pass(rows).tolist()  # waits for the device
+        del moments
+    except RuntimeError as raised:
+        if not is_out_of_memory(raised):
+            raise
+        error = raised.with_traceback(None)  # its frames hold what is to be freed
+    run.optimizer.zero_grad(set_to_none=True)
+    if error is not None:
+        gc.collect()
+        torch.cuda.empty_cache()
+    if distributed.totals(error is not None)[0]:
+        return error or torch.OutOfMemoryError("out of memory on another rank")
+    return None
