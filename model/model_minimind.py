@@ -520,15 +520,15 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         self.next_token_nats = next_token_nats
         self.post_init()  # initialises (below) and ties lm_head to the embedding
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, backend: str = "inductor") -> None:
         """Compile each layer, and the loss, by itself.
 
         All layers share one code, which is made once. And a layer's gradients are there as soon as
         it is done, so that ranks can send them; the whole compiled at once hands out all at its
         end."""
         for layer in self.model.layers:
-            layer.compile(fullgraph=True, dynamic=False)
-        self.next_token_nats = torch.compile(next_token_nats, fullgraph=True, dynamic=False)
+            layer.compile(backend=backend, dynamic=False)
+        self.next_token_nats = torch.compile(next_token_nats, backend=backend, dynamic=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Useful tokens a second: the padded recipe, ours, and ours with each technique switched off.
 
     python scripts/benchmark.py --preset demo --device cpu      # minutes on a laptop's CPU
-    python scripts/benchmark.py --preset 64m                    # minutes on a GPU; moe as well
+    python scripts/benchmark.py --preset 64m moe                # minutes on a GPU
 
 Each variant is a process of its own that trains the same model on the same text with the real
 program. They take turns, a few seconds each, so that a machine's moods meet all of them alike. A
@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
 
-TARGET_SECONDS = {"cpu": 6.0, "cuda": 4.0, "mps": 4.0}  # of one turn
+SECONDS = {"cpu": 6.0, "cuda": 2.5, "mps": 4.0}  # of one turn
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Variant:
     name: str
     flags: dict[str, object] = field(default_factory=dict)
     patch: Callable[[], None] | None = None
+    cold: bool = False  # its start is measured, imports included
 
 
 # ------------------------------------------------------------------------- what no flag can do
@@ -159,15 +160,17 @@ def padded_recipe() -> None:
     rows_from_the_host()
 
 
-def variants(args: argparse.Namespace) -> list[Variant]:
+def variants(args: argparse.Namespace, preset: str) -> list[Variant]:
     """The padded recipe, ours, ours less one technique each."""
-    on_cuda, moe = args.device.startswith("cuda"), args.preset == "moe"
+    on_cuda, moe = args.device.startswith("cuda"), preset == "moe"
     padded = {"packing": 0, "max_seq_len": 340, "batch_size": 32, "accumulation_steps": 8}
     padded |= {"use_compile": 0, "dtype": "bfloat16" if on_cuda else "float32"}
+    padded |= {"micro_batch_size": 32}
     padded |= {"num_workers": 8 if on_cuda else 0}
     found = [
-        Variant("padded recipe", padded, padded_recipe),
-        Variant("ours"),
+        Variant("padded recipe", padded, padded_recipe, cold=True),
+        Variant("ours", cold=True),
+        Variant("ours, started again", cold=True),  # caches are warm; else what noise there is
         Variant("ours, padded rows", {"packing": 0}),
         Variant("ours, plain AdamW", patch=plain_adamw),
         Variant("ours, float32", {"dtype": "float32"}),
@@ -176,6 +179,7 @@ def variants(args: argparse.Namespace) -> list[Variant]:
     found.append(Variant(f"ours, {'eager' if on_cuda else 'compiled'}", {"use_compile": compiled}))
     if on_cuda:
         found += [
+            Variant("ours, 32 rows at once", {"micro_batch_size": 32}),
             Variant("ours, rows from the host", patch=rows_from_the_host),
             Variant("ours, attention by mask", patch=masked_attention),
             Variant("ours, looking at each loss", patch=waiting_for_each_loss),
@@ -188,7 +192,7 @@ def variants(args: argparse.Namespace) -> list[Variant]:
 # ------------------------------------------------------------------------------- one variant
 
 
-def child(
+def train_variant(
     pipe: Connection, variant: Variant, argv: list[str], data_path: list[str], since: float
 ) -> None:
     """Trains with the real program, held before its second update and after each turn."""
@@ -214,12 +218,18 @@ def child(
             yield window
 
     def counted_step(run: object, window: list, num_labels: int) -> torch.Tensor:
-        if turn.begin is None:
-            turn.first_step_begins = time.time()
+        turn.first_step_begins = turn.first_step_begins or time.time()
         outcome = train_step(run, window, num_labels)
         turn.count(run, window, num_labels)
         return outcome
 
+    fit_micro_batch = train_pretrain.fit_micro_batch
+
+    def timed_fit(*given: object) -> None:
+        turn.first_step_begins = time.time()  # it compiles, so that the first update need not
+        fit_micro_batch(*given)
+
+    train_pretrain.fit_micro_batch = timed_fit
     train_pretrain.train_step, train_pretrain.windows = counted_step, timed_windows
     train_pretrain.Run.save = lambda run, tracker: (Path(), 0.0)
     train_pretrain.RunFolder.saved = lambda folder, path: None
@@ -264,6 +274,7 @@ class Turn:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             memory = torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()  # for the next one's turn
         said = {"updates": self.updates, "tokens": self.tokens, "positions": self.positions}
         self.pipe.send(said | {"waited": self.waited, "memory": memory} | more)
         seconds = self.pipe.recv()
@@ -286,49 +297,67 @@ def flops(run: object) -> float:
 # ------------------------------------------------------------------------------- the table
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace, preset: str) -> list[dict]:
     """Start every variant, then let them take turns. Returns: one result a variant."""
-    seconds = args.seconds or TARGET_SECONDS[args.device.split(":")[0]]
-    context = multiprocessing.get_context("spawn")
-    started, results = [], []
+    seconds = args.seconds or SECONDS[args.device.split(":")[0]]
+    data = args.data_path or preset_data(preset)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    results, living = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for number, variant in enumerate(variants(args)):
+        for number, variant in enumerate(variants(args, preset)):
             own = Path(folder) / str(number)
             flags = {
-                "preset": args.preset, "device": args.device, "seed": 1, "epochs": 10**6,
+                "preset": preset, "device": args.device, "seed": 1, "epochs": 10**6,
                 "save_dir": own / "out", "checkpoint_dir": own / "checkpoints",
                 "cache_dir": Path(folder) / "cache", "log_interval": 10, "save_interval": 10**9,
                 "eval_interval": 10**9, "heldout_fraction": 0,
             } | variant.flags
             argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-            data = args.data_path or preset_data(args.preset)
-            ours, theirs = context.Pipe()
-            argv += ["--data_path", *data]
-            process = context.Process(target=child, args=(theirs, variant, argv, data, time.time()))
-            process.start()
-            theirs.close()
-            result = {"name": variant.name, "turns": []}
-            try:
-                result |= ours.recv()
-            except EOFError:
-                result["failed"] = True
-                results.append(result)
-                print(f"{variant.name}: failed", file=sys.stderr)
-                continue
+            result = {"name": variant.name, "turns": [], "cold": variant.cold}
             results.append(result)
-            started.append((process, ours, result))
-            print(f"{variant.name}: first update after {result['first']:.1f} s", file=sys.stderr)
-        for turn in range(args.turns + 1):  # the first warms up
-            for _, pipe, result in started if turn % 2 else reversed(started):
-                pipe.send(seconds)
-                said = pipe.recv()
-                if turn:
-                    result["turns"].append(said)
-                    result["memory"] = said["memory"]
-        for process, pipe, _ in started:
-            pipe.send(None)
-            process.join()
+            child = Child(variant, [*argv, "--data_path", *data], data, result)
+            if said := child.hear():
+                living.append(child)
+                result |= said
+                print(f"{variant.name}: first update after {said['first']:.1f} s", file=sys.stderr)
+        for turn in range(args.turns + 1):
+            for child in [*living] if turn % 2 else [*reversed(living)]:
+                child.pipe.send(seconds if turn else seconds / 3)  # the first only warms up
+                said = child.hear()
+                if said is None:
+                    living.remove(child)
+                elif turn:
+                    child.result["turns"].append(said)
+                    child.result["memory"] = said["memory"]
+        for child in living:
+            child.pipe.send(None)
+            child.process.join()
     return results
+
+
+class Child:
+    """A variant's process, as the parent sees it."""
+
+    def __init__(self, variant: Variant, argv: list[str], data: list[str], result: dict) -> None:
+        context = multiprocessing.get_context("spawn" if variant.cold else "forkserver")
+        if not variant.cold:
+            context.set_forkserver_preload(["train_pretrain"])  # its imports are paid once
+        self.result = result
+        self.pipe, theirs = context.Pipe()
+        given = (theirs, variant, argv, data, time.time())
+        self.process = context.Process(target=train_variant, args=given)
+        self.process.start()
+        theirs.close()
+
+    def hear(self) -> dict | None:
+        """What it did; None if it ended before its time, which is said."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            said = self.pipe.recv()
+            if "ended" not in said:
+                return said
+        self.process.join()
+        print(f"{self.result['name']}: failed, the cause is above", file=sys.stderr)
+        return None
 
 
 def preset_data(preset: str) -> list[str]:
@@ -350,7 +379,7 @@ def table(args: argparse.Namespace, results: list[dict]) -> str:
     base_speed = base and statistics.median(t["tokens"] / t["seconds"] for t in base["turns"])
     lines = [
         "| variant | useful tokens/s | lowest to highest | times the padded | useful share | MFU "
-        "| waiting for data | peak memory | to the first update | of it that update |",
+        "| waiting for data | peak memory | to the first update | of it compiling, first pass |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -362,12 +391,13 @@ def table(args: argparse.Namespace, results: list[dict]) -> str:
         speed = statistics.median(speeds)
         ratio = f"{speed / base_speed:.2f}" if base_speed else ""
         total = {key: sum(turn[key] for turn in turns) for key in turns[0]}
+        start = f"{result['first']:.1f} s" if result["cold"] else ""
         mfu = f"{speed * result['flops'] / peak:.1%}" if peak else "no peak known"
         lines.append(
             f"| {result['name']} | {speed:,.0f} | {speeds[0]:,.0f} to {speeds[-1]:,.0f} | {ratio} "
             f"| {total['tokens'] / total['positions']:.0%} | {mfu} "
             f"| {total['waited'] / total['seconds']:.1%} | {result['memory'] / 2**30:.2f} GiB "
-            f"| {result['first']:.1f} s | {result['first_step']:.1f} s |"
+            f"| {start} | {result['first_step']:.1f} s |"
         )
     return "\n".join(lines)
 
@@ -397,10 +427,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--preset", nargs="+", default=["demo"])
     parser.add_argument("--device", default=None, help="cuda, mps or cpu; None: the best there is")
     parser.add_argument("--data_path", nargs="+", help="None: the preset's")
-    parser.add_argument("--turns", type=int, default=5, help="of each variant")
+    parser.add_argument("--turns", type=int, default=3, help="of each variant")
     parser.add_argument("--seconds", type=float, help="of one turn")
     parser.add_argument("--only", nargs="+", help="variants whose names contain one of these")
     parser.add_argument("--json", help="file for all that was measured")
@@ -408,10 +438,13 @@ def main() -> None:
     from trainer.settings import default_device
 
     args.device = args.device or default_device()
-    results = measure(args)
-    print(surroundings(args) + "\n\n" + table(args, results))
+    print(surroundings(args))
+    found = {}
+    for preset in args.preset:
+        found[preset] = measure(args, preset)
+        print(f"\n--preset {preset}\n\n{table(args, found[preset])}", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+        Path(args.json).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,17 @@ if __name__ == "__main__":
     folder, splits = Path(sys.argv[1]), list(map(int, sys.argv[2:]))
     distributed.init_distributed_mode("cpu")
     torch.set_num_threads(1)
+    distributed.BUCKET_BYTES = 2**12  # many buckets
+    finish, early = distributed.GradientSum.sum_over_ranks, []
+
+    def noting(gradients: distributed.GradientSum, sums: torch.Tensor) -> tuple:
+        early.append(len(gradients.sent) / len(gradients.buckets))
+        return finish(gradients, sums)
+
+    distributed.GradientSum.sum_over_ranks = noting
     for batch_size, accumulation_steps in zip(splits[::2], splits[1::2], strict=True):
         result = window_gradient(folder, batch_size, accumulation_steps, use_moe=True)
         if distributed.is_main_process():
+            result["sent within the backward pass"] = torch.tensor(early[-1])
             torch.save(result, folder / f"{batch_size}x{accumulation_steps}.pt")
     distributed.close()

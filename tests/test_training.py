@@ -69,6 +69,7 @@ def test_ranks_give_the_gradient_of_one_batch(
     assert done.returncode == 0, done.stderr
     for batch_size, accumulation_steps in splits:
         found = torch.load(tmp_path / f"{batch_size}x{accumulation_steps}.pt")
+        assert found["sent within the backward pass"] == 1  # all but what only its end knows
         assert_close(found, plain_gradient(tmp_path, use_moe=True))
 
 

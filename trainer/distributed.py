@@ -26,7 +26,7 @@ from trainer.errors import RankError, exit_status_of
 T = TypeVar("T")
 PATIENCE = 24 * 3600.0  # seconds; a rank may tokenize a large corpus meanwhile
 POLL = 0.02  # seconds between two looks whether that rank is done
-BUCKET_BYTES = 2**24  # of gradients that travel together
+BUCKET_BYTES = 2**22  # of gradients that travel together; see docs/BENCHMARKS.md
 ROLL_CALL = 15.0  # seconds in which ranks that are alive answer; torchrun kills them after 30
 
 _timeout = 600.0  # seconds

@@ -42,18 +42,21 @@ def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int
 
 
 def rows_that_fit(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int) -> int:
-    """An estimate from what passes of one row and of two keep for their backward half.
+    """An estimate from what passes of one row and of two take.
 
-    They run eagerly: compiled code keeps less, and need not be made for these sizes."""
+    They run eagerly: compiled code takes less, and need not be made for these sizes."""
     with torch.compiler.set_stance("force_eager"):
-        one, two = (bytes_kept(run, lambda n=n: one_pass(n)) for n in (1, 2))
+        one, two = (bytes_taken(run, lambda n=n: one_pass(n)) for n in (1, 2))
     optimizer = OPTIMIZER_BYTES * sum(p.numel() for p in run.model.parameters())
     left = SHARE_OF_MEMORY * free_bytes - optimizer - (2 * one - two)  # this part rows share
     return max(1, int(left / (two - one)))
 
 
-def bytes_kept(run: Run, one_pass: Callable[[], Tensor]) -> int:
-    """Memory that a pass keeps between its two halves, parameters not counted."""
+def bytes_taken(run: Run, one_pass: Callable[[], Tensor]) -> int:
+    """Memory that a pass takes where its backward half begins, parameters not counted.
+
+    That is all that it kept; and for the largest tensor, the loss's, a gradient and that of what
+    it came from."""
     own = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
     kept = {}
 
@@ -66,7 +69,7 @@ def bytes_kept(run: Run, one_pass: Callable[[], Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         one_pass()
     run.optimizer.zero_grad(set_to_none=True)
-    return sum(kept.values())
+    return sum(kept.values()) + 2 * max(kept.values())
 
 
 def out_of_memory(run: Run, one_pass: Callable[[int], Tensor], rows: int) -> Exception | None:
