@@ -29,11 +29,15 @@ from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
-from trainer.metrics import Metrics, complete_files, describe, describe_pass, metrics_path
+from trainer.metrics import (
+    Metrics, complete_files, describe, describe_pass, metrics_path, minutes_on_file, rehearse
+)
 from trainer.micro_batch import fit_micro_batch
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
+from trainer.plan import Budget
 from trainer.run import Run
-from trainer.run_folder import RunFolder, blame, find_state
+from trainer.run_folder import RunFolder, blame, find_state, state_to_anneal
+from trainer.schedule import SCHEDULES
 from trainer.settings import (
     Parser, check_flags, deciding_settings, default_device, default_dtype, keep_split,
     run_program, surroundings
@@ -42,7 +46,7 @@ from trainer.signals import StopSignals
 from trainer.step_times import StepTimes
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
-    Logger, SkipBatchSampler, get_lr, init_distributed_mode, init_model, is_main_process,
+    Logger, SkipBatchSampler, init_distributed_mode, init_model, is_main_process,
     keep_compiled_code, keep_freed_memory, load_tokenizer, setup_seed
 )
 
@@ -106,7 +110,15 @@ def build_parser() -> Parser:
     add("--batch_size", type=int, default=32, help="rows; times accumulation_steps: those that a "
         "device gives to an update")
     add("--accumulation_steps", type=int, default=8, help="batches whose gradients make one update")
-    add("--learning_rate", "--lr", type=float, default=5e-4, help="at the peak; falls to a tenth")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw",
+        help="muon moves the layers' matrices, AdamW the rest, at the same rates")
+    add("--learning_rate", "--lr", type=float, default=5e-4, help="at the peak")
+    add("--lr_schedule", choices=SCHEDULES, default="cosine",
+        help="cosine falls to a tenth; wsd stays, then falls to zero")
+    add("--warmup_ratio", type=float, default=0.0, help="share of the run in which the rate rises")
+    add("--decay_ratio", type=float, default=0.4, help="share of the run in which wsd falls")
+    add("--max_minutes", type=float, help="plan the run to end after this time, all its starts "
+        "together; the data is repeated as often as fits, whatever --epochs says")
     add("--grad_clip", type=float, default=1.0, help="largest norm of a gradient")
     add("--max_bad_updates", type=int, default=20,
         help="in a row whose loss or gradient is not finite; they are not applied")
@@ -132,12 +144,16 @@ def build_parser() -> Parser:
     add("--from_resume", type=int, default=0, choices=[0, 1], help="1: go on if there is a state")
     add("--resume_step", type=int, help="go back to the state of this update")
     add("--skip_steps", help="FIRST:END, updates to leave out, END not among them; past a spike")
+    add("--anneal_from", help="a state of the stable phase of a wsd run: from there the rate falls")
     add("--overwrite", type=int, default=0, choices=[0, 1], help="1: delete the last run's files")
 
     add = parser.add_argument_group("watching").add_argument
     add("--log_interval", type=int, default=10, help="updates between log lines")
     add("--eval_interval", type=int, default=250, help="updates between held-out evaluations")
     add("--eval_tokens", type=int, default=2**18, help="held-out tokens read at most")
+    add("--price_per_hour", type=float, help="of the machine; the run then shows what it costs")
+    add("--dry_run", type=int, default=0, choices=[0, 1],
+        help="1: tell size, memory, time and cost from a few updates; nothing is saved")
     add("--use_wandb", action="store_true", help="log to SwanLab: the cloud if logged in")
     add("--wandb_project", default="MiniMind-Pretrain", help="SwanLab's project")
     return parser
@@ -184,6 +200,8 @@ def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]
     batches = from_loader(batches_of(run, data, first_row))
     per_rank = run.global_batch // distributed.world_size()
     for start in range(first_row, run.rows_per_epoch, run.global_batch):
+        if run.is_done:
+            return
         window = list(itertools.islice(batches, per_rank // run.micro_batch))
         yield window, min(run.global_batch, run.rows_per_epoch - start)
 
@@ -234,9 +252,14 @@ def train_epoch(
     for window, num_rows in windows(run, data):
         run.times.mark("data")
         own_labels = sum(batch.num_labels for batch in window)
-        num_labels, num_stops = distributed.totals(own_labels, stop.received is not None)
+        num_labels, num_stops, updates_left = distributed.totals(
+            own_labels, stop.received is not None, run.updates_left()
+        )
         run.times.mark("exchange")  # also the wait for a slower rank
-        lr = set_lr(run.optimizer, get_lr(run.rows_seen, run.total_rows, args.learning_rate))
+        if updates_left:
+            run.plan_for(int(updates_left))
+            metrics.planned()
+        lr = set_lr(run.optimizer, run.learning_rate(num_rows))
         if run.skips_next():
             run.advance(num_rows)
         else:
@@ -292,13 +315,16 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     once = partial(distributed.first_on_each_machine, alone=True)
     tokenizer = load_tokenizer(args.tokenizer_path)
     config = build_config(args, tokenizer)
-    folder = RunFolder(args, config)
-    once(lambda: scope.enter_context(folder) and None)  # not to be sent to the other ranks
-    state = None
-    if args.from_resume or distributed.restarted():  # torchrun --max-restarts gives no flag
-        state = find_state(args, config, folder)
-    if state is None:
-        once(folder.refuse_to_overwrite)
+    folder, state = RunFolder(args, config), None
+    if not args.dry_run:
+        once(lambda: scope.enter_context(folder) and None)  # not to be sent to the other ranks
+        if args.from_resume or distributed.restarted():  # torchrun --max-restarts gives no flag
+            state = find_state(args, config, folder)
+        if state is None:
+            once(folder.refuse_to_overwrite)
+    resumed = state is not None
+    if args.anneal_from and not resumed:
+        state = state_to_anneal(args)
 
     # 3. Data: tokenized by one process of each machine while the others wait
     build = partial(
@@ -325,27 +351,34 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     run = Run(
         args=args, config=config, surroundings=settled,
         settings=deciding_settings(args, num_ranks, data.cache.meta["digests"]),
-        model=model, optimizer=build_optimizer(model, args.learning_rate),
+        model=model, optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32), device=device,
         rows_per_epoch=len(data), documents_of=data.documents_of, times=StepTimes(device),
+        budget=Budget(60 * args.max_minutes) if args.max_minutes else None,
+        rows_held_out=len(held_out) if held_out else 0,
         rewinds=[[None, args.skip_steps]] if args.skip_steps else []
     )
     setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
     describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
 
     # 5. Go on where a state was saved, or begin
-    tracked_id = state and state["wandb_id"]
     if state is not None:
         run.restore(state)
-        del state  # as large as model and optimizer together
-    else:
-        once(folder.delete_run)
+    if run.budget and resumed:  # what was spent after the last save counts, too
+        told = 60 * minutes_on_file(metrics_path(args, config))
+        run.budget.spent_before = max(run.seconds_spent, told)
+    if args.anneal_from and not resumed:
+        run.anneal()
     if run.is_done and not run.evaluation_due:
         once(partial(complete_files, run))
         Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
         return distributed.close()
-    once(partial(folder.begin, run.step, data.cache.meta["num_bad"]))
+    tracked_id = state["wandb_id"] if resumed else None
+    del state  # as large as model and optimizer together
+    if not args.dry_run:
+        once(folder.delete_run if not resumed else lambda: None)
+        once(partial(folder.begin, run.step, data.cache.meta["num_bad"]))
     if args.use_compile:
         keep_compiled_code(args.cache_dir)
         model.compile_parts()
@@ -356,6 +389,12 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         with torch.random.fork_rng():  # a try must not change what the run draws
             fit_micro_batch(run, one_pass, torch.cuda.mem_get_info(device)[0])
     describe_pass(run)
+    if args.dry_run:
+        rehearse(run, (
+            train_step(run, window, int(distributed.totals(sum(b.num_labels for b in window))[0]))
+            for window, _ in windows(run, data)
+        ))
+        return distributed.close()
 
     # 6. Train
     metrics = Metrics(metrics_path(args, config), run)
@@ -389,8 +428,8 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
             who = stop.received or "another rank's signal"
             raise Interrupted(f"stopping: {who} received, nothing new to save")
         save_now()
-    for epoch in range(run.rows_seen // run.rows_per_epoch, args.epochs):
-        data.set_epoch(epoch)
+    while not run.is_done:
+        data.set_epoch(run.rows_seen // run.rows_per_epoch)
         train_epoch(run, data, metrics, stop, evaluate_now, save_now)
     stop.training = False
     metrics.close()

@@ -53,10 +53,10 @@ def plain_adamw() -> None:
 
     fused = train_pretrain.build_optimizer
 
-    def unfused(model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
-        optimizer = fused(model, learning_rate)
-        groups = [{k: v for k, v in g.items() if k != "fused"} for g in optimizer.param_groups]
-        return torch.optim.AdamW(groups, lr=learning_rate, foreach=False)
+    def unfused(model: torch.nn.Module, *given: object) -> torch.optim.AdamW:
+        groups = fused(model, *given).param_groups
+        groups = [{k: v for k, v in g.items() if k != "fused"} for g in groups]
+        return torch.optim.AdamW(groups, foreach=False)
 
     def step(optimizer: torch.optim.Optimizer, scaler, sums, grad_norm) -> None:
         scaler.step(optimizer)

@@ -38,7 +38,8 @@ TINY = {
 }
 
 
-TIMED = ("tokens_per_second", "eta_minutes", "mfu", *(f"share_{part}" for part in PARTS))
+TIMED = ("tokens_per_second", "eta_minutes", "minutes_spent", "mfu")
+TIMED += tuple(f"share_{part}" for part in PARTS)
 
 
 def texts(num: int = 80) -> list[str]:

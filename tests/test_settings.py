@@ -18,6 +18,7 @@ OTHER = {
     "dtype": "bfloat16", "from_weight": "base", "max_seq_len": 16, "packing": 0,
     "heldout_fraction": 0.2, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8,
     "num_key_value_heads": 4, "intermediate_size": 64, "use_moe": 1,
+    "optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0.1, "decay_ratio": 0.3,
 }
 NAMED = {"hidden_size", "use_moe"}  # they are part of the files' names: another run's files
 
@@ -65,7 +66,8 @@ def test_a_setting_that_decides_what_is_learnt_must_match(
 
 @pytest.mark.parametrize("changes", [
     {"log_interval": 3, "save_interval": 2, "eval_interval": 4, "eval_tokens": 99},
-    {"num_workers": 2, "timeout": 77, "keep_states": 5, "max_bad_updates": 1},
+    {"num_workers": 2, "timeout": 77, "keep_states": 5, "max_bad_updates": 1,
+     "price_per_hour": 2.5},
     {"preset": "demo", "bad_records": "skip", "wandb_project": "other", "overwrite": 0},
 ])
 def test_settings_that_may_change_change_nothing_that_is_learnt(

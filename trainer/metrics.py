@@ -2,10 +2,13 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
+import resource
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from tqdm import tqdm
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import checkpoint_name, write_atomically
+from trainer.plan import NOT_KNOWN, SKIPPED, process_start
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
 from trainer.tracker import NoTracker
@@ -39,6 +43,9 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+
+REHEARSED = 7  # updates of a dry run
 
 
 def flops_per_token(config: MiniMindConfig, active_parameters: int, row_length: int) -> float:
@@ -102,9 +109,12 @@ def describe(run: Run, corpus: dict, num_held_out: int) -> None:
             f"{corpus['bad_examples'][0]}"
         )
     updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
+    epochs, in_all = f"{run.args.epochs} x ", f"in {updates:,} updates"
+    if run.budget:
+        epochs, in_all = "", f"as often as fit into {run.args.max_minutes:g} minutes, in updates"
     Logger(
-        f"run: {run.args.epochs} x {run.rows_per_epoch:,} rows of {length} tokens in "
-        f"{updates:,} updates of {run.global_batch:,} rows ({run.global_batch * length:,} tokens) "
+        f"run: {epochs}{run.rows_per_epoch:,} rows of {length} tokens {in_all} of "
+        f"{run.global_batch:,} rows ({run.global_batch * length:,} tokens) "
         f"on {distributed.world_size()} x {run.device.type}, {run.args.dtype}"
     )
 
@@ -116,6 +126,56 @@ def describe_pass(run: Run) -> None:
         f"pass: {run.micro_batch:,} rows at once, {run.rows_per_device // run.micro_batch} times "
         f"an update, {'compiled' if run.args.use_compile else 'eager'}, attention {within}"
     )
+
+
+def cost(args: argparse.Namespace, minutes: float) -> str:
+    """What the machine costs in these minutes; nothing if no price was given."""
+    if args.price_per_hour is None:
+        return ""
+    return f", {minutes / 60 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour"
+
+
+def rehearse(run: Run, outcomes: Iterable[torch.Tensor]) -> None:
+    """--dry_run 1: what a few updates tell of time, memory and cost of the whole run.
+
+    Args: outcomes: each is an update when it is asked for."""
+    seconds, since = [], time.monotonic()
+    for outcome in itertools.islice(outcomes, REHEARSED):
+        outcome.tolist()  # waits for the device
+        seconds.append(time.monotonic() - since)
+        since = time.monotonic()
+    update, startup = statistics.median(seconds[SKIPPED:] or seconds), run_time()
+    tokens = run.global_batch * run.args.max_seq_len
+    if run.budget:
+        updates = max(1, int((run.budget.seconds - startup) / update))
+    else:
+        updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
+    minutes = (startup + updates * update) / 60
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    if run.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(run.device)
+    total, _ = get_model_params(run.model, run.config)
+    Logger(
+        f"dry run: {update:.3f} s an update (median of {len(seconds[SKIPPED:] or seconds)}), "
+        f"{tokens / update:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak\n"
+        f"dry run: {updates:,} updates, {updates * tokens:,} tokens, "
+        f"{updates * tokens / total:.1f} a parameter, in {minutes:.1f} minutes"
+        f"{cost(run.args, minutes)}; evaluations and saves come on top"
+    )
+
+
+def run_time() -> float:
+    """Seconds since this process began."""
+    return time.monotonic() - process_start()
+
+
+def minutes_on_file(path: Path) -> float:
+    """What a run with a budget had spent when it last wrote metrics; more than its state knows."""
+    with contextlib.suppress(OSError, ValueError, IndexError, TypeError, AttributeError):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        spent = [json.loads(line).get("minutes_spent", 0) for line in lines[-50:]]
+        return float(max(spent))
+    return 0.0
 
 
 class Metrics:
@@ -136,14 +196,14 @@ class Metrics:
         if is_main_process():
             restore_file(path, run.records)
         self.bar = tqdm(
-            total=run.total_rows,
+            total=None if run.total_rows == NOT_KNOWN else run.total_rows,
             initial=run.rows_seen,
             unit="row",
             desc="training",
             dynamic_ncols=True,
             disable=None if is_main_process() else True,  # None: shown on a terminal only
         )
-        self.last_save = time.monotonic()
+        self.last_save, self.told_rows = time.monotonic(), 0
         run.times.restart()
         self.advised: set[str] = set()  # parts of a step that were named as too slow
         self._start_interval()
@@ -164,7 +224,10 @@ class Metrics:
         """What happens inside does not count as training time, but as this part of a step's."""
         since = time.monotonic()
         yield
-        self.seconds_paused += time.monotonic() - since
+        seconds = time.monotonic() - since
+        self.seconds_paused += seconds
+        if self.run.budget:
+            self.run.budget.pause(part, seconds)
         self.run.times.mark(part)
 
     def saved(self, seconds: float) -> None:
@@ -176,6 +239,20 @@ class Metrics:
         self.last_save, self.seconds_to_save = now, seconds
         Logger(f"saved update {self.run.step:,} in {seconds:.2f} s: {share:.1%} of the time "
                f"since the last save{advice}")
+
+    def planned(self) -> None:
+        """The plan was made, or changed: said if by much."""
+        run = self.run
+        self.bar.total = run.total_rows
+        if abs(run.total_rows - self.told_rows) > 0.1 * run.total_rows:
+            self.told_rows = run.total_rows
+            updates = run.step + math.ceil((run.total_rows - run.rows_seen) / run.global_batch)
+            tokens = run.total_rows * run.args.max_seq_len
+            Logger(
+                f"plan: {updates:,} updates, {tokens:,} tokens, {run.num_epochs} passes over the "
+                f"data end within {run.args.max_minutes:g} minutes"
+                f"{cost(run.args, run.args.max_minutes)}"
+            )
 
     def stopped(self, received: str | None) -> str:
         """The last line of a run that a signal stopped."""
@@ -189,7 +266,10 @@ class Metrics:
         run, seconds = self.run, time.monotonic() - self.since
         speed = self.num_tokens / max(seconds - self.seconds_paused, 1e-9)
         minutes_left = (run.total_rows - run.rows_seen) * seconds / max(self.num_rows, 1) / 60
+        if run.budget:
+            minutes_left = max(0.0, run.budget.seconds - run.budget.spent()) / 60
         epoch = -(-run.rows_seen // run.rows_per_epoch)
+        epochs = "?" if run.total_rows == NOT_KNOWN else run.num_epochs
         record = {
             "step": run.step,
             "epoch": epoch,
@@ -203,6 +283,8 @@ class Metrics:
         if run.bad_updates:
             record["bad_updates"] = run.bad_updates
         record |= {"tokens_per_second": round(speed), "eta_minutes": round(minutes_left, 2)}
+        if run.budget:
+            record["minutes_spent"] = round(run.budget.spent() / 60, 3)
         parts = shares(run.times.read())
         record |= {f"share_{part}": round(share, 4) for part, share in parts.items()}
         shown = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
@@ -214,7 +296,7 @@ class Metrics:
             mfu = f"  mfu {record['mfu']:.1%}"
         self.write(record)
         Logger(
-            f"epoch {epoch}/{run.args.epochs}  step {run.step:>5}{shown}  lr {lr:.2e}  "
+            f"epoch {epoch}/{epochs}  step {run.step:>5}{shown}  lr {lr:.2e}  "
             f"grad_norm {record.get('grad_norm', math.nan):.3f}  {speed:,.0f} tokens/s{mfu}  "
             f"{minutes_left:.1f} min left"
             + "".join(f"  {part} {share:.0%}" for part, share in parts.items() if share >= 0.01)
@@ -247,3 +329,6 @@ class Metrics:
         """The run is complete."""
         self.bar.close()
         self.tracker.finish()
+        minutes = (self.run.budget.spent() if self.run.budget else run_time()) / 60
+        if self.run.budget or self.run.args.price_per_hour is not None:
+            Logger(f"spent {minutes:.2f} minutes{cost(self.run.args, minutes)}")

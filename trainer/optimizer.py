@@ -1,23 +1,37 @@
-"""AdamW as it is used for language models."""
+"""AdamW as it is used for language models, or Muon beside it."""
 
 import torch
 from torch import Tensor, nn
+
+from trainer.muon import MOMENTUM, Muon
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 
 
-def build_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms alone, in one fused kernel.
+def build_optimizer(
+    model: nn.Module, learning_rate: float, kind: str = "adamw",
+    dtype: torch.dtype = torch.bfloat16
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves norms alone, in one fused kernel; or with ``kind``
+    muon, Muon for the layers' matrices but the routers'.
 
+    Args: dtype: of Muon's products.
     Source: betas and decay of GPT-3 (Brown et al. 2020), appendix B."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
     vectors = [p for p in model.parameters() if p.ndim < 2]
+    hidden = []
+    if kind == "muon":
+        names = [n for n in matrices if ".layers." in n and not n.endswith("mlp.gate.weight")]
+        hidden = [matrices.pop(name) for name in names]
     groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": list(matrices.values()), "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    groups.append({"params": hidden, "weight_decay": WEIGHT_DECAY, "momentum": MOMENTUM})
+    return Muon(groups, learning_rate, BETAS, dtype)
 
 
 def step_if_finite(
@@ -35,11 +49,12 @@ def step_if_finite(
 
 def expected_state(optimizer: torch.optim.AdamW) -> dict[int, dict[str, Tensor]]:
     """What the optimizer's saved state looks like, by names, shapes and types."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        number: {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
-        for number, parameter in enumerate(parameters)
-    }
+    expected: list[dict[str, Tensor]] = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            moments = ["momentum"] if "momentum" in group else ["exp_avg", "exp_avg_sq"]
+            expected.append({"step": torch.tensor(0.0)} | dict.fromkeys(moments, p))
+    return dict(enumerate(expected))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

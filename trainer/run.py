@@ -15,8 +15,10 @@ from torch import Tensor
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import distributed
 from trainer.checkpoint import restore_rng
-from trainer.errors import BadUpdateError, CheckpointError, shown
+from trainer.errors import BadUpdateError, CheckpointError, SettingsError, shown
 from trainer.optimizer import expected_state, load_optimizer
+from trainer.plan import NOT_KNOWN, Budget, Plan
+from trainer.schedule import learning_rate
 from trainer.settings import check_same_settings, skipped_updates
 from trainer.step_times import StepTimes
 from trainer.tracker import NoTracker
@@ -35,13 +37,14 @@ LAYOUT = {
     "model": dict, "optimizer": {"state": dict, "param_groups": [dict]}, "scaler": dict,
     "settings": {str: int | float | str | None}, "surroundings": {str: str},
     "counters": {str: int | float}, "latest": {str: float}, "records": [dict],
-    "rewinds": [[int | str | None]],
+    "rewinds": [[int | str | None]], "plan": [int | float],
     "rng": [{"python": tuple, "torch": Tensor, "cuda": Tensor | None}],
 }
 
 
 def check_layout(state: dict) -> None:
     """Raises: CheckpointError naming the first part of a state that is none of its parts."""
+    state.setdefault("plan", [])  # older ones have none
     check_fits(state, LAYOUT, "state")
     for number, record in enumerate(state["records"]):
         where, texts = f"records[{number}]", record.get("continuations", {})
@@ -98,6 +101,10 @@ class Run:
     records: list[dict] = field(default_factory=list)  # what the metrics file holds; on rank 0
     latest: dict = field(default_factory=dict)  # newest loss and held-out loss
     rewinds: list[list] = field(default_factory=list)  # [--resume_step, --skip_steps] each
+    plan: Plan = field(init=False)  # how many rows, and which share of the run is done
+    budget: Budget | None = None  # what the plan follows; on all ranks, rank 0's counts
+    seconds_spent: float = 0.0  # of a budget, by earlier starts
+    rows_held_out: int = 0
     micro_batch: int = field(init=False)  # rows that a device works on at once
     gradients: distributed.GradientSum = field(init=False)
 
@@ -105,11 +112,17 @@ class Run:
         given = self.args.micro_batch_size or self.args.batch_size
         self.micro_batch = largest_divisor(self.rows_per_device, given)
         self.gradients = distributed.GradientSum(self.model.parameters())
+        self.plan = Plan(NOT_KNOWN if self.budget else self.rows_per_epoch * self.args.epochs)
 
     @property
     def total_rows(self) -> int:
         """Rows of the whole run."""
-        return self.rows_per_epoch * self.args.epochs
+        return self.plan.total_rows
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the data, the last one perhaps in part."""
+        return -(-self.total_rows // self.rows_per_epoch)
 
     @property
     def global_batch(self) -> int:
@@ -121,10 +134,38 @@ class Run:
         """Rows that each rank gives to an update; fewer in the last one of an epoch."""
         return self.args.batch_size * self.args.accumulation_steps
 
+    def learning_rate(self, num_rows: int) -> float:
+        """The rate of the update that takes the next ``num_rows``."""
+        args = self.args
+        before, after = self.plan.share(self.rows_seen), self.plan.share(self.rows_seen + num_rows)
+        return learning_rate(
+            before, after, args.learning_rate, args.lr_schedule, args.warmup_ratio, args.decay_ratio
+        )
+
+    def updates_left(self) -> int:
+        """How many more the budget allows; 0 if that is not to be asked now, or by this rank."""
+        if self.budget is None or not distributed.is_main_process() or not self.budget.due():
+            return 0
+        if self.pending:
+            self.pending[-1].outcome.tolist()  # waits for the device
+        left = self.budget.updates_left(
+            self.step, self.args.eval_interval, self.args.save_interval,
+            self.rows_held_out / (3 * self.global_batch)  # without a backward pass
+        )
+        return 0 if left is None else max(1, left)
+
+    def plan_for(self, updates: int) -> None:
+        """End after so many more updates."""
+        per_epoch = -(-self.rows_per_epoch // self.global_batch)
+        epochs, rows = divmod(self.rows_seen, self.rows_per_epoch)
+        epochs, last = divmod(epochs * per_epoch + rows // self.global_batch + updates, per_epoch)
+        end = epochs * self.rows_per_epoch + last * self.global_batch
+        self.plan = self.plan.changed(self.rows_seen, end)
+
     @property
     def is_done(self) -> bool:
         """Whether all rows are consumed."""
-        return self.rows_seen == self.total_rows
+        return self.rows_seen >= self.total_rows
 
     def due(self, interval: int) -> bool:
         """Whether what happens every ``interval`` updates, and at the end, happens now."""
@@ -209,12 +250,13 @@ class Run:
         args, since = self.args, time.monotonic()
         path = lm_checkpoint(
             self.config, weight=args.save_weight, model=self.model, optimizer=self.optimizer,
-            epoch=min(self.rows_seen // self.rows_per_epoch, args.epochs - 1), step=self.step,
+            epoch=min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1), step=self.step,
             wandb=tracker, save_dir=args.checkpoint_dir, keep=args.keep_states, scaler=self.scaler,
             settings=self.settings,
             surroundings=self.surroundings | {"micro_batch_size": str(self.micro_batch)},
             counters={name: getattr(self, name) for name in COUNTERS}, latest=self.latest,
-            records=self.records, rewinds=self.rewinds
+            records=self.records, rewinds=self.rewinds,
+            plan=[*self.plan, self.budget.spent() if self.budget else self.seconds_spent]
         )
         distributed.first_on_each_machine(self.export, alone=True)
         return path, time.monotonic() - since
@@ -226,6 +268,22 @@ class Run:
         summary = done | {"settings": self.settings}
         if not describes(path, summary):
             save_weights(path, self.model, summary)
+
+    def anneal(self) -> None:
+        """Go from the stable phase of a wsd run to its end: the rate falls from here.
+
+        The phase is as long as if the run had been planned so. Raises: SettingsError if the rate
+        is not at its peak."""
+        args, rate = self.args, self.optimizer.param_groups[0]["lr"]
+        if args.lr_schedule != "wsd" or rate != args.learning_rate:
+            raise SettingsError(
+                f"--anneal_from {args.anneal_from}: its rate is {rate:g}, expected the peak of a "
+                f"--lr_schedule wsd run, {args.learning_rate:g}"
+            )
+        stable = 1 - args.decay_ratio
+        self.plan = Plan(NOT_KNOWN if self.budget else self.rows_seen, self.rows_seen, stable)
+        if self.budget is None:
+            self.plan_for(math.ceil(self.step * args.decay_ratio / stable))
 
     def restore(self, state: dict) -> None:
         """Become the run that saved ``state``; nothing is copied before all of it is checked.
@@ -240,7 +298,8 @@ class Run:
         check_fits(dict(enumerate(rates)), own_rates, "optimizer.lr")
         check_fits(state["scaler"], self.scaler.state_dict(), "scaler")
         check_fits(state["counters"], counters, "counters")
-        self._check_counters(state["step"], **state["counters"])
+        plan, spent = self._check_plan(*state["plan"]) if state["plan"] else (self.plan, 0.0)
+        self._check_counters(state["step"], plan.total_rows, **state["counters"])
         self._check_scaler(**state["scaler"])
         if not state["rng"]:
             raise CheckpointError("the state does not fit: it has no random generators.")
@@ -248,6 +307,7 @@ class Run:
             restore_rng(state["rng"][distributed.rank()])
         else:  # a rank that was not there draws numbers of its own
             setup_seed(hash((self.args.seed, state["step"], distributed.rank())) % 2**32)
+        self.plan, self.seconds_spent = plan, spent
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -261,16 +321,36 @@ class Run:
         if changed:
             Logger(f"note: saved with {', '.join(changed)}: the same run but for rounding")
 
+    def _check_plan(self, *numbers: float) -> tuple[Plan, float]:
+        """Rows in all, row and share of the last change, seconds spent: the plan, and the seconds.
+
+        Raises: CheckpointError unless a run could have planned so."""
+        if len(numbers) == 4:
+            *plan, spent = numbers
+            total, from_row, from_share = plan
+            planned = type(total) is type(from_row) is int and 0 <= from_row <= total <= NOT_KNOWN
+            by_epochs = total == self.rows_per_epoch * self.args.epochs
+            replanned = self.budget or spent > 0 or from_row > 0
+            if (
+                planned and (by_epochs or replanned) and 0 <= from_share <= 1
+                and 0 <= spent < math.inf
+            ):
+                return Plan(*plan), spent
+        raise CheckpointError(
+            f"the state does not fit: its plan is {shown([*numbers][:5])}, expected rows in all, "
+            f"row and share of the last change, seconds spent."
+        )
+
     def _check_counters(
-        self, saved_step: int, *, rows_seen: int, step: int, **others: float
+        self, saved_step: int, total_rows: int, *, rows_seen: int, step: int, **others: float
     ) -> None:
         """Raises: CheckpointError unless a run could have counted so: rows make updates."""
         epochs, rows = divmod(rows_seen, self.rows_per_epoch)
         updates = epochs * math.ceil(self.rows_per_epoch / self.global_batch)
         updates += rows / self.global_batch
-        if not 0 <= rows_seen <= self.total_rows or not saved_step == step == updates:
+        if not 0 <= rows_seen <= total_rows or not saved_step == step == updates:
             raise CheckpointError(
-                f"the state does not fit: it saw {rows_seen:,} of {self.total_rows:,} rows in "
+                f"the state does not fit: it saw {rows_seen:,} of {total_rows:,} rows in "
                 f"{step:,} updates of {self.global_batch:,}, and was saved after {saved_step:,}."
             )
         for name, count in others.items():

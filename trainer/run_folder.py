@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from functools import partial
@@ -20,7 +21,8 @@ from pathlib import Path
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import (
-    checkpoint_name, digest_of_file, list_states, remove_partial_files, update_of, write_atomically
+    checkpoint_name, digest_of_file, list_states, read_state, remove_partial_files, update_of,
+    write_atomically
 )
 from trainer.errors import (
     CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
@@ -218,6 +220,23 @@ def blame(folder: str, kind: object, error: BaseException | None, trace: object)
         content |= {"status": "failed", "code": error.exit_status, "reason": str(error)}
         with contextlib.suppress(OSError):
             write_atomically(Path(folder) / FILE, json.dumps(content, indent=1).encode())
+
+
+def state_to_anneal(args: argparse.Namespace) -> dict:
+    """The state that --anneal_from names, on every rank; how long its run was to be is forgotten.
+
+    Raises: CheckpointError if it cannot be used."""
+    path, flag = Path(args.anneal_from), f"--anneal_from {args.anneal_from}"
+
+    def read() -> dict:
+        if not re.fullmatch(r".+_resume_\d{8,}_[0-9a-f]{32}\.pth", path.name) or not path.exists():
+            raise CheckpointError(f"{flag}: no state, such as checkpoints/NAME_resume_….pth, there")
+        return read_state(path)
+
+    state = distributed.first_on_each_machine(read, alone=True)
+    check_layout(state)
+    state["settings"] |= {name: getattr(args, name) for name in ("decay_ratio", "epochs")}
+    return state
 
 
 def find_state(

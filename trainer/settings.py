@@ -69,6 +69,14 @@ def check_flags(args: argparse.Namespace) -> None:
     divides = micro is None or (micro > 0 and rows % micro == 0)
     expect(divides, f"--micro_batch_size is {micro}, expected a divisor of batch_size x "
            f"accumulation_steps = {rows}")
+    warm, decay = args.warmup_ratio, args.decay_ratio
+    expect(0 <= warm < 1, f"--warmup_ratio is {warm}, expected 0 or more, below 1")
+    expect(0 < decay <= 1 - max(warm, 0), f"--decay_ratio is {decay}, expected above 0, with "
+           f"warmup_ratio not above 1")
+    expect(decay < 1 or not args.anneal_from, "--anneal_from needs a --decay_ratio below 1")
+    minutes, price = args.max_minutes, args.price_per_hour
+    expect(minutes is None or 0 < minutes < 1e6, f"--max_minutes is {minutes}, expected above 0")
+    expect(price is None or 0 <= price < 1e9, f"--price_per_hour is {price}, expected 0 or more")
     share = args.heldout_fraction
     expect(0 <= share < 1, f"--heldout_fraction is {share}, expected 0 or more, below 1")
     length = args.max_seq_len
@@ -129,7 +137,10 @@ MUST_MATCH = (
     *("epochs", "learning_rate", "grad_clip", "dropout", "seed", "dtype", "from_weight"),
     *("max_seq_len", "packing", "heldout_fraction", "hidden_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "intermediate_size", "use_moe"),
+    *("optimizer", "lr_schedule", "warmup_ratio", "decay_ratio"),
 )
+# What states hold that were saved before there was the flag.
+OLDER = {"optimizer": "adamw", "lr_schedule": "cosine", "warmup_ratio": 0.0, "decay_ratio": 0.4}
 # How an update's rows are split, and what computes them: the same but for rounding. Their product
 # with the number of ranks must match; accumulation_steps follows it.
 SPLIT = ("batch_size", "accumulation_steps", "micro_batch_size", "device", "use_compile")
@@ -139,6 +150,7 @@ MAY_CHANGE = (
     *("log_interval", "save_interval", "eval_interval", "eval_tokens", "use_wandb"),
     *("wandb_project", "num_workers", "timeout", "keep_states", "max_bad_updates"),
     *("from_resume", "resume_step", "skip_steps", "overwrite", *SPLIT),
+    *("max_minutes", "price_per_hour", "dry_run", "anneal_from"),
 )
 
 
@@ -153,6 +165,7 @@ def deciding_settings(args: argparse.Namespace, num_ranks: int, digests: dict[st
 
 def check_same_settings(saved: dict, given: dict) -> None:
     """Raises: SettingsError with a table of the settings that the saved run had otherwise."""
+    saved = OLDER | saved
     rows = [
         (key, f"{shown(saved.get(key)):.60}", f"{shown(given.get(key)):.60}")
         for key in sorted(saved.keys() | given.keys())

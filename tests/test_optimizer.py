@@ -1,0 +1,168 @@
+"""Muon against torch's own, AdamW beside it, and the rate's schedules against their values."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import tiny_model
+from tests.running import assert_same, final_state, records, train, train_and_kill
+from trainer.muon import orthogonalised
+from trainer.optimizer import BETAS, WEIGHT_DECAY, build_optimizer, expected_state, step_if_finite
+from trainer.schedule import learning_rate
+
+NOT_SCALING = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def moved(optimizers: list[torch.optim.Optimizer], model: torch.nn.Module) -> dict:
+    """The weights after five updates by made-up gradients."""
+    torch.manual_seed(1)
+    for _ in range(5):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def is_hidden(name: str, p: torch.Tensor) -> bool:
+    return ".layers." in name and p.ndim >= 2 and "mlp.gate." not in name
+
+
+def torch_s_own(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """torch.optim.Muon for what is hidden, AdamW for the rest."""
+    named = dict(model.named_parameters())
+    hidden = [p for name, p in named.items() if is_hidden(name, p)]
+    others = [p for name, p in named.items() if not is_hidden(name, p)]
+    groups = [{"params": [p for p in others if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+              {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(
+            hidden, lr=rate, weight_decay=WEIGHT_DECAY, momentum=0.95,
+            adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(groups, lr=rate, betas=BETAS),
+    ]
+
+
+def test_muon_moves_weights_as_torch_s_own_does() -> None:
+    """Both multiply in bfloat16, in another order: moves of 0.05 agree to a few per cent."""
+    ours, theirs = tiny_model(), tiny_model()
+    start = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    found = moved([build_optimizer(ours, 0.02, "muon")], ours)
+    expected = moved(torch_s_own(theirs, 0.02), theirs)
+    assert any(is_hidden(name, p) for name, p in start.items())
+    for name, before in start.items():
+        change, reference = found[name] - before, expected[name] - before
+        limit = 0.05 if is_hidden(name, before) else 1e-5
+        assert (change - reference).norm() <= limit * reference.norm(), name
+
+
+def test_each_expert_moves_like_a_matrix_of_its_own() -> None:
+    model = tiny_model(use_moe=True)
+    optimizer = build_optimizer(model, 0.02, "muon", torch.float32)
+    stacked = model.model.layers[0].mlp.experts.gate_proj
+    alone = [torch.nn.Parameter(matrix.detach().clone()) for matrix in stacked]
+    reference = torch.optim.Muon(
+        alone, lr=0.02, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for matrix, gradient in zip(alone, stacked.grad, strict=True):
+        matrix.grad = gradient.clone()
+    start = stacked.detach().clone()
+    optimizer.step()
+    reference.step()
+    expected = torch.stack([matrix.detach() for matrix in alone]) - start
+    assert ((stacked.detach() - start) - expected).norm() <= 0.05 * expected.norm()
+    router = model.model.layers[0].mlp.gate.weight
+    assert set(optimizer.state[router]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (3, 16, 16)])
+def test_singular_values_are_drawn_near_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(shape), torch.float32))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_the_same_rate_moves_weights_as_far_as_adamw_does() -> None:
+    """So rates transfer: the root mean square of a move is about that of AdamW's, rate x 0.2."""
+    torch.manual_seed(0)
+    model = tiny_model(hidden_size=64, intermediate_size=192)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, 0.01, "muon")
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if is_hidden(name, p):
+            move = p - start[name] * (1 - 0.01 * WEIGHT_DECAY)
+            assert 0.6 < move.square().mean().sqrt() / (0.01 * 0.2) < 1.3, name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_update_changes_neither_weights_nor_momentum(value: float) -> None:
+    model = tiny_model()
+    optimizer = build_optimizer(model, 0.02, "muon")
+    for bad in (False, True, False):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value) if bad else torch.randn_like(p)
+        before = [p.detach().clone() for p in model.parameters()]
+        states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in model.parameters()]
+        norm = torch.tensor(value if bad else 1.0)
+        step_if_finite(optimizer, NOT_SCALING, torch.zeros(3), norm)
+        for p, weight, state in zip(model.parameters(), before, states, strict=True):
+            assert torch.equal(p, weight) == bad
+            if bad:
+                assert_same(dict(optimizer.state[p]), state)
+
+
+def test_the_state_is_what_is_expected_of_it() -> None:
+    model = tiny_model(use_moe=True)
+    optimizer = build_optimizer(model, 0.02, "muon")
+    moved([optimizer], model)
+    saved, expected = optimizer.state_dict()["state"], expected_state(optimizer)
+    assert saved.keys() == expected.keys()
+    for number, state in saved.items():
+        assert {k: v.shape for k, v in state.items()} == {
+            k: v.shape for k, v in expected[number].items()
+        }
+
+
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_a_killed_run_with_muon_goes_on_to_the_last_bit(tmp_path: Path, use_moe: int) -> None:
+    settings = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0.2, "use_moe": use_moe}
+    train(tmp_path / "whole", **settings)
+    train_and_kill(tmp_path / "cut", 7, **settings)
+    train(tmp_path / "cut", **settings, from_resume=1)
+    name = "pretrain_32_moe" if use_moe else "pretrain_32"
+    assert_same(final_state(tmp_path / "cut", name), final_state(tmp_path / "whole", name))
+    rates = [r["lr"] for r in records(tmp_path / "whole") if "lr" in r]
+    assert rates[0] < max(rates) > 10 * rates[-1]
+
+
+# ----------------------------------------------------------------------------------------- rates
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "decay", "expected"), [
+    ("cosine", 0.0, 0.4, {0: 1, 0.25: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.5: 0.55, 1: 0.1}),
+    ("cosine", 0.2, 0.4, {0: 0.05, 0.1: 0.55, 0.19: 1, 0.2: 1, 0.6: 0.55, 1: 0.1}),
+    ("wsd", 0.0, 0.4, {0: 1, 0.3: 1, 0.6: 1, 0.7: 0.75, 0.8: 0.5, 0.9: 0.25, 1: 0}),
+    ("wsd", 0.1, 0.5, {0: 0.1, 0.04: 0.5, 0.1: 1, 0.5: 1, 0.75: 0.5, 0.95: 0.1, 1: 0}),
+    ("wsd", 0.0, 1.0, {0: 1, 0.25: 0.75, 0.5: 0.5, 1: 0}),
+])
+def test_rates_are_those_of_the_table(
+    schedule: str, warmup: float, decay: float, expected: dict[float, float]
+) -> None:
+    """Each update takes a hundredth of the run; the table's keys are the share before it."""
+    for before, rate in expected.items():
+        found = learning_rate(before, before + 0.01, 2e-3, schedule, warmup, decay)
+        assert found == pytest.approx(2e-3 * rate), before
+
+
+def test_the_default_is_minimind_s_rate() -> None:
+    for done in range(11):
+        expected = 5e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * done / 10)))
+        assert learning_rate(done / 10, (done + 1) / 10, 5e-4) == pytest.approx(expected)

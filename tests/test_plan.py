@@ -1,0 +1,212 @@
+"""Runs that are planned by time. The clock is made up: an update takes as long as a test says."""
+
+import contextlib
+import io
+import random
+import re
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import train_pretrain
+from tests.running import assert_same, contents, final_state, flags, records, train
+from trainer.plan import Budget, Plan
+
+
+class Clock:
+    """Seconds that pass when it is told so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def during(self, work: object, seconds: object) -> object:
+        """``work`` as before, but it takes ``seconds``, a number or what gives one."""
+
+        def lasting(*args: object, **kwargs: object) -> object:
+            self.now += seconds() if callable(seconds) else seconds
+            return work(*args, **kwargs)
+
+        return lasting
+
+
+def test_a_changed_plan_goes_on_where_the_old_one_was() -> None:
+    plan = Plan(1000)
+    assert [plan.share(rows) for rows in (0, 250, 1000)] == [0, 0.25, 1]
+    for rows, total in ((100, 5000), (300, 400), (390, 390)):
+        share = plan.share(rows)
+        plan = plan.changed(rows, total)
+        assert plan.share(rows) == pytest.approx(share) or total == rows
+        assert plan.share(total) == pytest.approx(1) or total == rows
+    assert Plan(10).changed(7, 3).total_rows == 7, "never less than what was seen"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The program's budget goes by this clock; an evaluation takes 9 s, a save 2 s."""
+    clock = Clock()
+    begun = {"clock": clock}
+    monkeypatch.setattr(
+        train_pretrain, "Budget", lambda seconds: Budget(seconds, begun=clock(), **begun)
+    )
+    monkeypatch.setattr(time, "monotonic", clock)
+    monkeypatch.setattr(train_pretrain, "evaluate", clock.during(train_pretrain.evaluate, 9))
+    monkeypatch.setattr(
+        train_pretrain.Run, "save", clock.during(train_pretrain.Run.save, 2)
+    )
+    return clock
+
+
+def took(clock: Clock, monkeypatch: pytest.MonkeyPatch, seconds: object) -> None:
+    step = clock.during(train_pretrain.train_step, seconds)
+    monkeypatch.setattr(train_pretrain, "train_step", step)
+
+
+def speeds(kind: str) -> Iterator[float]:
+    """Seconds of each update."""
+    draw, n = random.Random(0), 0
+    while True:
+        n += 1
+        if kind == "steady":
+            yield 0.5 if n > 1 else 20.0  # the first compiles
+        elif kind == "noisy":
+            yield 0.5 * draw.choice([0.7, 1, 1, 1, 3])
+        else:
+            yield 0.4 if n < 200 else 1.1  # another program came to the machine
+
+
+SETTINGS = {"lr_schedule": "wsd", "log_interval": 10, "save_interval": 60, "eval_interval": 100}
+
+
+@pytest.mark.parametrize("kind", ["steady", "noisy", "slower"])
+def test_a_run_ends_when_its_time_is_over_with_its_rate_at_the_floor(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    took(clock, monkeypatch, partial(next, speeds(kind)))
+    begun = clock()
+    train(tmp_path, **SETTINGS, max_minutes=5)
+    assert clock() - begun == pytest.approx(300, rel=0.02)
+    rates = [r["lr"] for r in records(tmp_path) if "lr" in r]
+    peak = max(rates)
+    assert rates.index(peak) == 0 and rates[-1] < 0.02 * peak
+    falling = sum(rate < peak for rate in rates) / len(rates)
+    assert falling == pytest.approx(0.4, abs=0.2)
+    assert "heldout_loss" in records(tmp_path)[-1]
+    state = final_state(tmp_path)
+    assert state["plan"][0] == state["counters"]["rows_seen"]
+
+
+def test_a_killed_run_spends_what_is_left(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts what was spent until its last sign of life, and not the time in between."""
+    took(clock, monkeypatch, 0.5)
+    begun = clock()
+
+    def killed(*args: object) -> None:
+        if clock() - begun > 150:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pretrain.Metrics, "count", killed)
+        assert train_pretrain.main(flags(tmp_path, **SETTINGS, max_minutes=5)) == 130
+    lost = clock() - begun - 60 * max(r["minutes_spent"] for r in records(tmp_path) if "lr" in r)
+    clock.now += 10_000
+    since = clock()
+    train(tmp_path, **SETTINGS, max_minutes=5, from_resume=1)
+    spent = 150 + clock() - since
+    assert spent == pytest.approx(300, abs=lost + 6)
+    rates = [r["lr"] for r in records(tmp_path) if "lr" in r]
+    assert rates[-1] < 0.02 * max(rates)
+
+
+# ---------------------------------------------------------------------------- annealing, dry runs
+
+
+STABLE = {"lr_schedule": "wsd", "decay_ratio": 0.25, "epochs": 4, "save_interval": 12,
+          "keep_states": 9}
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 updates, of which the rate falls in the last twelve."""
+    folder = tmp_path_factory.mktemp("stable")
+    train(folder, **STABLE)
+    return folder
+
+
+def annealed(folder: Path, stable: Path, update: int, **changes: object) -> tuple[int, str]:
+    """Finish the run of ``stable`` from this update, under another name."""
+    (state,) = (stable / "checkpoints").glob(f"*_{update:08d}_*")
+    places = {"data_path": stable / "corpus.jsonl", "save_weight": "done", "anneal_from": state}
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        status = train_pretrain.main(flags(folder, **STABLE | places | changes))
+    return status, out.getvalue()
+
+
+def test_annealing_from_the_end_of_the_stable_phase_is_the_run_itself(
+    stable: Path, tmp_path: Path
+) -> None:
+    status, log = annealed(tmp_path, stable, 36)
+    assert status == 0, log
+    whole, found = final_state(stable), final_state(tmp_path, "done_32")
+    for part in ("model", "optimizer", "counters", "rng"):
+        assert_same(found[part], whole[part])
+
+
+def test_annealing_earlier_ends_earlier_with_the_rate_at_its_floor(
+    stable: Path, tmp_path: Path
+) -> None:
+    """A quarter falls, so 24 stable updates are followed by 8; a killed one goes on."""
+    status, log = annealed(tmp_path, stable, 24, decay_ratio=0.25)
+    assert status == 0, log
+    rates = {r["step"]: r["lr"] for r in records(tmp_path) if "lr" in r}
+    assert max(rates) == 32 and rates[24] == 1e-3
+    assert [rates[24 + i] for i in range(1, 9)] == pytest.approx(
+        [1e-3 * (9 - i) / 8 for i in range(1, 9)], rel=0.1
+    )
+    status, log = annealed(tmp_path, stable, 24, from_resume=1)
+    assert status == 0 and "complete: all" in log
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({}, "its rate is .*expected the peak of a --lr_schedule wsd run, 0.001"),
+    ({"lr_schedule": "cosine"}, "lr_schedule +wsd +cosine"),
+    ({"anneal_from": "nowhere.pth"}, "nowhere.pth: no state, such as checkpoints"),
+    ({"decay_ratio": 1.0}, "--anneal_from needs a --decay_ratio below 1"),
+])
+def test_what_cannot_be_annealed_is_said(
+    stable: Path, tmp_path: Path, changes: dict, said: str
+) -> None:
+    status, log = annealed(tmp_path, stable, 48, **changes)
+    assert status in (2, 4) and re.search(said, log), log
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_a_dry_run_tells_and_leaves_nothing_but_the_token_cache(tmp_path: Path) -> None:
+    words = flags(tmp_path, dry_run=1, price_per_hour=36, epochs=100)
+    before = {path for path in tmp_path.rglob("*") if "cache" not in str(path)}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert train_pretrain.main(words) == 0
+    assert {path for path in tmp_path.rglob("*") if "cache" not in str(path)} == before
+    updates, tokens, minutes, money = re.search(
+        r"dry run: ([\d,]+) updates, ([\d,]+) tokens, [\d.]+ a parameter, in ([\d.]+) minutes, "
+        r"([\d.]+) at 36 an hour", out.getvalue()
+    ).groups()
+    assert int(updates.replace(",", "")) == 12 * 100  # 91 rows in updates of 8
+    assert int(tokens.replace(",", "")) == 12 * 100 * 8 * 32
+    assert float(money) == pytest.approx(float(minutes) / 60 * 36, abs=0.04)
+    assert re.search(r"s an update \(median of 5\), [\d,]+ tokens/s, [\d.]+ GiB at the peak",
+                     out.getvalue())
+
+
+def test_a_dry_run_beside_a_run_changes_nothing_of_it(stable: Path) -> None:
+    before = contents(stable)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train_pretrain.main(flags(stable, **STABLE, dry_run=1)) == 0
+    assert contents(stable) == before

@@ -1,0 +1,97 @@
+"""How long a run is: a number of rows, or the rows that fit into a number of minutes."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+NOT_KNOWN = 2**40  # rows, until the speed was measured
+LOOKS = 100  # at the clock, over the whole time
+WINDOW = 0.1  # share of the time over which speed is measured
+SKIPPED = 2  # updates of a start: they compile, and fill caches
+GENERATION = 2.0  # seconds that the prompts of an evaluation may take, until one was made
+
+
+class Plan(NamedTuple):
+    """The share of the run that is done, as a function of the rows that were seen."""
+
+    total_rows: int
+    from_row: int = 0  # where the plan was last changed
+    from_share: float = 0.0  # what was done there
+
+    def share(self, rows: int) -> float:
+        """0 at the start, 1 at the end; a change of the plan leaves no step."""
+        left = self.total_rows - self.from_row
+        share = self.from_share + (1 - self.from_share) * (rows - self.from_row) / max(left, 1)
+        return min(share, 1.0)
+
+    def changed(self, rows: int, total_rows: int) -> "Plan":
+        """From now on with another end."""
+        return Plan(max(total_rows, rows), rows, self.share(rows))
+
+
+def process_start() -> float:
+    """When this process began, by time.monotonic(): imports are paid for, too."""
+    now = time.monotonic()
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return now - (uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):  # not Linux
+        return now
+
+
+class Budget:
+    """Plans a run's end so that training, evaluations and saves end when its time is up.
+
+    Args:
+        seconds: of all starts together.
+        spent: seconds of earlier starts.
+        clock: seconds; begun: when this start began, by that clock."""
+
+    def __init__(
+        self, seconds: float, spent: float = 0.0, *,
+        clock: Callable[[], float] = time.monotonic, begun: float | None = None
+    ) -> None:
+        self.seconds, self.spent_before, self.clock = seconds, spent, clock
+        self.begun = process_start() if begun is None else begun
+        self.marks: list[tuple[float, int]] = []  # training seconds so far, updates
+        self.paused = 0.0  # seconds that went to evaluations and saves
+        self.lasted: dict[str, float] = {}  # seconds of the newest evaluation, and save
+        self.next_look = 0.0
+        self.num_updates = 0
+
+    def spent(self) -> float:
+        """Seconds, of all starts."""
+        return self.spent_before + self.clock() - self.begun
+
+    def pause(self, part: str, seconds: float) -> None:
+        """Training stood still for an ``evaluation``, or for ``saving``."""
+        self.paused += seconds
+        self.lasted[part] = seconds
+
+    def due(self) -> bool:
+        """Count an update, and tell whether it is time to plan: some hundred times a run."""
+        self.num_updates += 1
+        return self.num_updates > SKIPPED and self.spent() >= self.next_look
+
+    def updates_left(
+        self, step: int, eval_interval: int, save_interval: int, eval_updates: float
+    ) -> int | None:
+        """How many more fit, by what the last ones took; None while that is not known.
+
+        Args: eval_updates: what an evaluation costs until one was made, in updates."""
+        spent = self.spent()
+        self.next_look = spent + self.seconds / LOOKS
+        self.marks.append((spent - self.paused, step))
+        recent = [m for m in self.marks if m[0] >= self.marks[-1][0] - WINDOW * self.seconds]
+        if len(self.marks) < 2:
+            return None
+        self.marks = recent if len(recent) > 1 else self.marks[-2:]
+        (since, first), (now, last) = self.marks[0], self.marks[-1]
+        update = (now - since) / max(last - first, 1)
+        evaluation = self.lasted.get("evaluation", eval_updates * update + GENERATION)
+        saving = self.lasted.get("saving", update)
+        left = self.seconds - spent - evaluation - saving  # the last of each
+        return max(0, int(left / (update + evaluation / eval_interval + saving / save_interval)))
