@@ -21,7 +21,7 @@ from dataset.lm_dataset import PretrainDataset, as_is
 from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.model_minimind import MiniMindForCausalLM
 from trainer.errors import CheckpointError, shown
-from trainer.evaluation import encode_prompt, held_out_loss
+from trainer.evaluation import bits_per_byte, encode_prompt, held_out_nats
 from trainer.settings import Parser, SettingsError, default_device, device_problems, run_program
 from trainer.trainer_utils import load_tokenizer, setup_seed
 from trainer.weights import load_weights, read_config, read_weights
@@ -143,19 +143,22 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 def measure(
     args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Print the model's loss on all documents of --data_path."""
+    """Print the model's loss on all documents of --data_path, and by language."""
     data = PretrainDataset(
         args.data_path, tokenizer, args.max_seq_len, cache_dir=args.cache_dir,
         bad_records=args.bad_records
-    ).for_evaluation()
-    rows = range(len(data))
-    batches = [rows[i : i + args.batch_size] for i in range(0, len(data), args.batch_size)]
-    loader = DataLoader(data, batch_sampler=batches, collate_fn=as_is)
-    scores = held_out_loss(model, loader, data.num_text_bytes)
+    )
+    sums = {}
+    for language, part in data.by_language(tokenizer).items():
+        rows = range(len(part))
+        batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+        loader = DataLoader(part, batch_sampler=batches, collate_fn=as_is)
+        sums[language] = (*held_out_nats(model, loader), part.num_text_bytes)
+    nats, num_labels, num_bytes = map(sum, zip(*sums.values(), strict=True))
     print(
-        f"{len(data.documents):,} documents, {data.num_text_bytes:,} bytes: "
-        f"loss {scores['heldout_loss']:.4f} nats/token, "
-        f"{scores['heldout_bits_per_byte']:.4f} bits/byte"
+        f"{len(data.documents):,} documents, {num_bytes:,} bytes: loss {nats / num_labels:.4f} "
+        f"nats/token, {bits_per_byte(nats, num_bytes):.4f} bits/byte ("
+        + ", ".join(f"{name} {bits_per_byte(n, b):.4f}" for name, (n, _, b) in sums.items()) + ")"
     )
 
 

@@ -404,16 +404,16 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
             args.wandb_project, args.save_weight, config=vars(args),
             log_dir=f"{args.save_dir}/swanlog", run_id=tracked_id, history=run.records
         )
-    batches = batches_of(run, held_out) if held_out else []
-    num_bytes = held_out.num_text_bytes if held_out else 0
+    parts = held_out.by_language(tokenizer) if held_out else {}
 
     def stopping() -> bool:
         return stop.received is not None
 
     def evaluate_now() -> bool:
         with metrics.paused("evaluation"):
-            held = from_loader(batches)
-            return evaluate(run, held, num_bytes, tokenizer, metrics, stopping)
+            scored = {language: (from_loader(batches_of(run, part)), part.num_text_bytes)
+                      for language, part in parts.items()}
+            return evaluate(run, scored, tokenizer, metrics, stopping)
 
     def save_now() -> None:
         with metrics.paused("saving"):

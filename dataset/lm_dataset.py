@@ -7,6 +7,7 @@ comes once. Each row says where its documents begin, so that the model keeps the
 
 import hashlib
 import multiprocessing
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from dataset.token_cache import (
     DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids, unsigned
 )
 
+CHINESE = re.compile("[\u4e00-\u9fff]")
 IGNORE = -100  # a label that carries no loss
 
 
@@ -175,6 +177,20 @@ class PretrainDataset(Dataset):
         other.packing, other.stride = True, self.row_length - 1
         other._lay_out(other.documents)
         return other
+
+    def by_language(self, tokenizer: PreTrainedTokenizerBase) -> "dict[str, PretrainDataset]":
+        """These documents for evaluation, Chinese ones apart: ``zh``, and all others as ``en``.
+
+        A document is Chinese if a tenth of its characters are; code and names are among them."""
+        tokens, offsets = self.cache.tokens, self.cache.offsets
+        chinese = []
+        for document in self.documents.tolist():
+            ids = unsigned(tokens[offsets[document] : offsets[document + 1]])
+            text = tokenizer.decode(ids)
+            chinese.append(len(CHINESE.findall(text)) >= 0.1 * len(text))
+        is_chinese = torch.tensor(chinese, dtype=torch.bool)
+        parts = {"zh": self.documents[is_chinese], "en": self.documents[~is_chinese]}
+        return {name: self.for_evaluation(part) for name, part in parts.items() if len(part)}
 
     @property
     def num_tokens(self) -> int:

@@ -133,30 +133,29 @@ def padded_recipe() -> None:
 
     plain_adamw()
     looping_experts()
-    Rows = train_pretrain.PretrainDataset
-    ours = Rows.__init__
 
-    def __init__(self: Rows, *args: object, **kwargs: object) -> None:
-        ours(self, *args, **kwargs)
-        self.tokenizer = args[1]
-        files = find_files(DATA_PATH)
-        self.texts = [t for f in files for t, _ in read_documents(f, print) if t.strip()]
+    class Padded(train_pretrain.PretrainDataset):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.tokenizer = args[1]
+            files = find_files(DATA_PATH)
+            self.texts = [t for f in files for t, _ in read_documents(f, print) if t.strip()]
 
-    def __getitems__(self: Rows, rows: list[int]) -> Batch:
-        made = []
-        for row in rows:
-            text = self.texts[int(self.order[row])] if row < len(self.order) else ""
-            length = self.row_length
-            ids = self.tokenizer(
-                text, add_special_tokens=False, max_length=length - 2, truncation=True
-            ).input_ids
-            ids = [self.bos, *ids, self.eos] if text else []
-            made.append(ids + [self.pad] * (length - len(ids)))
-        ids = torch.tensor(made)
-        labels = ids.masked_fill(ids == self.pad, IGNORE)
-        return Batch(ids, labels, None, int((labels[:, 1:] != IGNORE).sum()))
+        def __getitems__(self, rows: list[int]) -> Batch:
+            made = []
+            for row in rows:
+                text = self.texts[int(self.order[row])] if row < len(self.order) else ""
+                length = self.row_length
+                ids = self.tokenizer(
+                    text, add_special_tokens=False, max_length=length - 2, truncation=True
+                ).input_ids
+                ids = [self.bos, *ids, self.eos] if text else []
+                made.append(ids + [self.pad] * (length - len(ids)))
+            ids = torch.tensor(made)
+            labels = ids.masked_fill(ids == self.pad, IGNORE)
+            return Batch(ids, labels, None, int((labels[:, 1:] != IGNORE).sum()))
 
-    Rows.__init__, Rows.__getitems__ = __init__, __getitems__
+    train_pretrain.PretrainDataset = Padded
     rows_from_the_host()
 
 

@@ -231,6 +231,20 @@ def test_a_document_stays_on_its_side_when_the_corpus_grows(tmp_path: Path) -> N
     assert torch.equal(after[:250], after[250:])
 
 
+def test_documents_are_told_apart_by_language(tmp_path: Path) -> None:
+    texts = ["Paris is the capital of France", "巴黎是法国的首都", "for i in range(9): print(i)",
+             "用 print 函数可以输出 a、b、c", "The word 中 stands for the middle of something here"]
+    data = open_rows(tmp_path, texts)
+    parts = data.by_language(shipped_tokenizer())
+    found = {name: part.documents.tolist() for name, part in parts.items()}
+    assert found == {"zh": [1, 3], "en": [0, 2, 4]}
+    num_bytes = [len(text.encode()) for text in texts]
+    assert parts["zh"].num_text_bytes == num_bytes[1] + num_bytes[3]
+    assert sum(part.num_text_bytes for part in parts.values()) == data.num_text_bytes
+    (tmp_path / "one").mkdir()
+    assert set(open_rows(tmp_path / "one", texts[:1]).by_language(shipped_tokenizer())) == {"en"}
+
+
 @pytest.mark.parametrize("length", [2, 7, 64])
 def test_held_out_rows_predict_every_token_but_each_first_once(
     many: TokenCache, length: int

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import train_pretrain
+from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig
-from tests.running import flags, records, run, train, train_and_kill
+from tests.running import flags, records, run, texts, train, train_and_kill, write_corpus
 from trainer import metrics
 from trainer.metrics import flops_per_token, peak_flops, restore_file
 from trainer.step_times import StepTimes, bottleneck, shares
@@ -129,6 +131,27 @@ def test_records_hold_what_the_console_shows(tmp_path: Path) -> None:
     assert [r["step"] for r in evaluated] == [6, found[-1]["step"]]
     assert f"{evaluated[0]['heldout_bits_per_byte']:.4f} bits/byte" in output
     assert evaluated[0]["continuations"].keys() >= {"The capital of France is", "中国的首都是"}
+
+
+def test_held_out_loss_is_told_by_language_and_for_all_together(tmp_path: Path) -> None:
+    """By their bytes, the languages' bits per byte make those of all."""
+    documents = [*texts(60), *(f"第{i}个句子说的是{'很' * (i % 7 + 1)}长的河。" for i in range(60))]
+    write_corpus(tmp_path / "corpus.jsonl", documents)
+    output = train(tmp_path, epochs=1, heldout_fraction=0.3)
+    last = records(tmp_path)[-1]
+    shown = {name: last[f"heldout_bits_per_byte_{name}"] for name in ("zh", "en")}
+    assert f", zh {shown['zh']:.4f}, en {shown['en']:.4f}" in output
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    data = PretrainDataset(
+        str(tmp_path / "corpus.jsonl"), tokenizer, 32, cache_dir=str(tmp_path / "cache"),
+        heldout_fraction=0.3
+    )
+    kept = [documents[d] for d in data.is_held_out.nonzero().flatten().tolist()]
+    num_bytes = {"zh": sum(len(t.encode()) for t in kept if "句" in t),
+                 "en": sum(len(t.encode()) for t in kept if "句" not in t)}
+    assert min(num_bytes.values()) > 0
+    bits = sum(shown[name] * num_bytes[name] for name in num_bytes)
+    assert last["heldout_bits_per_byte"] == pytest.approx(bits / sum(num_bytes.values()))
 
 
 @pytest.fixture

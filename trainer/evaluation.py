@@ -18,17 +18,28 @@ PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time",
 
 
 def evaluate(
-    run: Run, batches: Iterable[Any], num_text_bytes: int, tokenizer: PreTrainedTokenizerBase,
+    run: Run, held_out: dict[str, tuple[Iterable[Any], int]], tokenizer: PreTrainedTokenizerBase,
     metrics: Metrics, stopping: Callable[[], bool] = lambda: False
 ) -> bool:
     """Report the loss on held-out batches, if any, and how fixed prompts are continued.
 
-    Args: stopping: asked before each batch and prompt; once true on any rank, nothing is reported.
+    Args:
+        held_out: batches and bytes of text, by language; each is scored, and all together.
+        stopping: asked before each batch and prompt; once true on any rank, nothing is reported.
     Returns: whether it came to the end, on every rank alike."""
-    scores = {}
-    if num_text_bytes:
+    scores, sums = {}, []
+    for language, (batches, num_bytes) in held_out.items():
         with run.autocast:
-            scores = held_out_loss(run.model, unless(stopping, batches), num_text_bytes)
+            nats, num_labels = held_out_nats(run.model, unless(stopping, batches))
+        sums.append((nats, num_labels, num_bytes))
+        scores[f"heldout_bits_per_byte_{language}"] = bits_per_byte(nats, num_bytes)
+    if sums:
+        nats, num_labels, num_bytes = map(sum, zip(*sums, strict=True))
+        all_together = {
+            "heldout_loss": nats / max(num_labels, 1),  # none if it was stopped at once
+            "heldout_bits_per_byte": bits_per_byte(nats, num_bytes),
+        }
+        scores = all_together | (scores if len(sums) > 1 else {})
     prompts = unless(stopping, PROMPTS)
     texts = {}
     if distributed.is_main_process():
@@ -41,22 +52,23 @@ def evaluate(
     return True
 
 
+def bits_per_byte(nats: float, num_text_bytes: int) -> float:
+    """Nats of all tokens, the end of each document included, over the UTF-8 bytes of the texts:
+    comparable between tokenizers and row lengths."""
+    return nats / math.log(2) / num_text_bytes
+
+
 def unless(stopping: Callable[[], bool], items: Iterable[T]) -> Iterator[T]:
     """The items until ``stopping()``."""
     return itertools.takewhile(lambda _: not stopping(), items)
 
 
-def held_out_loss(
-    model: MiniMindForCausalLM, batches: Iterable[Any], num_text_bytes: int
-) -> dict[str, float]:
-    """Mean nats per token and bits per byte of text; every rank brings its share of the batches.
+def held_out_nats(
+    model: MiniMindForCausalLM, batches: Iterable[Any]
+) -> tuple[float, float]:
+    """Summed nats, and labels, of batches from ``PretrainDataset.for_evaluation``.
 
-    Bits per byte count the nats of all tokens, the end of each document included, over the UTF-8
-    bytes of the texts: comparable between tokenizers and row lengths.
-
-    Args:
-        batches: ``Batch`` each, from ``PretrainDataset.held_out``.
-        num_text_bytes: of all held-out documents, on all ranks together."""
+    Every rank brings its share of them; each gets the sums over all."""
     was_training, device = model.training, model.device
     nats, num_labels = torch.zeros((), device=device), 0
     model.eval()
@@ -70,12 +82,8 @@ def held_out_loss(
             nats += out.loss * batch.num_labels
             num_labels += batch.num_labels
     model.train(was_training)
-    total_nats, total_labels = distributed.totals(nats.item(), num_labels)
-    total_labels = max(total_labels, 1)  # none if it was stopped at once
-    return {
-        "heldout_loss": total_nats / total_labels,
-        "heldout_bits_per_byte": total_nats / math.log(2) / num_text_bytes,
-    }
+    nats, num_labels = distributed.totals(nats.item(), num_labels)
+    return nats, num_labels
 
 
 def continuations(

@@ -312,7 +312,10 @@ class Metrics:
         if scores:
             Logger(
                 f"held out: loss {scores['heldout_loss']:.4f}, "
-                f"{scores['heldout_bits_per_byte']:.4f} bits/byte"
+                f"{scores['heldout_bits_per_byte']:.4f} bits/byte" + "".join(
+                    f", {name.removeprefix('heldout_bits_per_byte_')} {score:.4f}"
+                    for name, score in scores.items() if name.startswith("heldout_bits_per_byte_")
+                )
             )
         for prompt, text in texts.items():
             Logger(f"  {prompt} → {text}".replace("\n", "⏎"))
