@@ -1,6 +1,7 @@
 """What a run says of itself: numbers, file, console, SwanLab."""
 
 import json
+import re
 import sqlite3
 import sys
 import time
@@ -215,3 +216,37 @@ def test_swanlab_is_imported_only_when_asked_for() -> None:
         [sys.executable, "-c", "import sys, train_pretrain; assert 'swanlab' not in sys.modules"]
     )
     assert done.returncode == 0, done.stderr
+
+
+# ----------------------------------------------------------------------------- usual mistakes
+
+
+def said_by(changes: dict, updates: int = 5000) -> str:
+    words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    return "; ".join(metrics.usual_mistakes(train_pretrain.parse_flags(words), updates, 256))
+
+
+@pytest.mark.parametrize("preset", train_pretrain.PRESETS)
+def test_no_preset_is_warned_of(preset: str) -> None:
+    assert said_by({"preset": preset}) == ""
+
+
+@pytest.mark.parametrize(("changes", "updates", "said"), [
+    ({"learning_rate": 0.1}, 5000, "--learning_rate 0.1 is high for a width of 768: above 0.003"),
+    ({"epochs": 5}, 5000, "5 passes over the data"),
+    ({}, 62, "only 62 updates"),
+])
+def test_usual_mistakes_are_told_before_the_run(changes: dict, updates: int, said: str) -> None:
+    assert said in said_by(changes, updates)
+
+
+def test_a_held_out_loss_that_rises_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the best one so far; a real rise takes many passes, so a margin below zero here."""
+    assert "held-out loss was" not in train(tmp_path, eval_interval=6)
+    held = [r["heldout_loss"] for r in records(tmp_path) if "heldout_loss" in r]
+    monkeypatch.setattr(metrics, "OVERFITTING", -10.0)
+    output = train(tmp_path, eval_interval=6, overwrite=1)
+    warned = re.findall(r"warning: the held-out loss was ([\d.]+) and rises", output)
+    assert warned == [f"{min(held[:i]):.4f}" for i in range(1, len(held))]

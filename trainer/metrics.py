@@ -47,6 +47,11 @@ PEAK_FLOPS = {
 
 REHEARSED = 7  # updates of a dry run
 
+# Where to warn. Rates: width x rate of the demo's that still trained; epochs: Muennighoff et al.
+# 2023, to four passes teach nearly as new data does.
+HIGHEST_RATE, FEWEST_UPDATES, MOST_EPOCHS = 1e-2, 200, 4
+OVERFITTING = 0.05  # nats above the best held-out loss
+
 
 def flops_per_token(config: MiniMindConfig, active_parameters: int, row_length: int) -> float:
     """Operations of one token's forward and backward pass, in rows of ``row_length``.
@@ -112,11 +117,37 @@ def describe(run: Run, corpus: dict, num_held_out: int) -> None:
     epochs, in_all = f"{run.args.epochs} x ", f"in {updates:,} updates"
     if run.budget:
         epochs, in_all = "", f"as often as fit into {run.args.max_minutes:g} minutes, in updates"
+    tokens = run.rows_per_epoch * length * run.args.epochs
     Logger(
         f"run: {epochs}{run.rows_per_epoch:,} rows of {length} tokens {in_all} of "
         f"{run.global_batch:,} rows ({run.global_batch * length:,} tokens) "
         f"on {distributed.world_size()} x {run.device.type}, {run.args.dtype}"
+        + (f"; {tokens / total:.1f} tokens a parameter" if not run.budget else "")
     )
+    for warning in usual_mistakes(run.args, updates, run.global_batch):
+        Logger(f"warning: {warning}")
+
+
+def usual_mistakes(args: argparse.Namespace, updates: int, global_batch: int) -> list[str]:
+    """What people regret after a run, in words; empty if nothing is unusual."""
+    found = []
+    highest = HIGHEST_RATE * 256 / args.hidden_size
+    if args.learning_rate > highest:
+        found.append(
+            f"--learning_rate {args.learning_rate:g} is high for a width of {args.hidden_size}: "
+            f"above {highest:.1g} such models often diverge"
+        )
+    if args.max_minutes is None and updates < FEWEST_UPDATES and global_batch > 8:
+        found.append(
+            f"only {updates:,} updates: a model learns little in fewer than {FEWEST_UPDATES:,}. A "
+            f"lower --accumulation_steps or --batch_size makes more of the same rows"
+        )
+    if args.max_minutes is None and args.epochs > MOST_EPOCHS:
+        found.append(
+            f"{args.epochs} passes over the data: from the fifth on they teach little, and the "
+            f"held-out loss may rise"
+        )
+    return found
 
 
 def describe_pass(run: Run) -> None:
@@ -308,6 +339,7 @@ class Metrics:
 
     def evaluation(self, scores: dict[str, float], texts: dict[str, str]) -> None:
         """Report held-out loss and continuations of fixed prompts."""
+        before = [r["heldout_loss"] for r in self.run.records if "heldout_loss" in r]
         self.write({"step": self.run.step, **scores, "continuations": texts})
         if scores:
             Logger(
@@ -317,6 +349,11 @@ class Metrics:
                     for name, score in scores.items() if name.startswith("heldout_bits_per_byte_")
                 )
             )
+            if scores["heldout_loss"] > min(before, default=math.inf) + OVERFITTING:
+                Logger(
+                    f"warning: the held-out loss was {min(before):.4f} and rises: the model learns "
+                    f"the training text by heart. More data helps, or fewer --epochs"
+                )
         for prompt, text in texts.items():
             Logger(f"  {prompt} → {text}".replace("\n", "⏎"))
 
