@@ -217,11 +217,16 @@ def main() -> None:
     parser.add_argument("--only", choices=["padded", "ours"], help="the other is not run")
     parser.add_argument("--json", type=Path, help="all points; what it holds is not run again")
     args = parser.parse_args()
+    from dataset.token_cache import build_token_cache
     from trainer.settings import default_device
+    from trainer.trainer_utils import load_tokenizer
 
     args.device = args.device or default_device()
     folder = Path(tempfile.mkdtemp())
     parts = split(args.data_path, folder)
+    tokenizer = load_tokenizer("model")
+    for part in parts:  # before any clock runs
+        build_token_cache([str(part)], tokenizer, str(folder / "cache"))
     done = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
 
     def tried(name: str, flags: dict, minutes: float, seed: int, padded: bool = False) -> Trial:
