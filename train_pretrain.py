@@ -293,6 +293,67 @@ def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
         raise SettingsError(str(error)) from None
 
 
+def open_data(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PretrainDataset:
+    """The rows, tokenized by one process of each machine while the others wait. Raises: DataError.
+    """
+    build = partial(
+        build_token_cache, args.data_path, tokenizer, args.cache_dir, bad_records=args.bad_records
+    )
+    cache = distributed.first_on_each_machine(lambda: str(build().folder))
+    data = PretrainDataset(
+        TokenCache.open(cache), tokenizer, args.max_seq_len, packing=bool(args.packing),
+        seed=args.seed, heldout_fraction=args.heldout_fraction
+    )
+    on_cuda = device.type == "cuda" and not args.num_workers
+    if on_cuda and data.num_bytes_in_use < torch.cuda.mem_get_info(device)[0] / 4:
+        data.to(device)  # rows are made where they are used: nothing there waits for this host
+    return data
+
+
+def build_run(
+    args: argparse.Namespace, config: MiniMindConfig, data: PretrainDataset, num_rows_held_out: int,
+    state: dict | None, device: torch.device
+) -> Run:
+    """Model, optimizer, precision, as at the start of a run; ``state`` is restored later.
+
+    Raises: SettingsError, CheckpointError."""
+    weight = args.from_weight if state is None else "none"
+    model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
+    dtype, num_ranks = getattr(torch, args.dtype), distributed.world_size()
+    model.attends_within = not args.dropout and can_attend_within(device, dtype, config.head_dim)
+    settled = surroundings(args, num_ranks)
+    if state is not None:
+        keep_split(args, state, num_ranks)
+    return Run(
+        args=args, config=config, surroundings=settled,
+        settings=deciding_settings(args, num_ranks, data.cache.meta["digests"]),
+        model=model, optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32), device=device,
+        rows_per_epoch=len(data), documents_of=data.documents_of, times=StepTimes(device),
+        budget=Budget(60 * args.max_minutes) if args.max_minutes else None,
+        rows_held_out=num_rows_held_out,
+        rewinds=[[None, args.skip_steps]] if args.skip_steps else []
+    )
+
+
+def make_ready(run: Run, data: PretrainDataset) -> None:
+    """Compile, and choose how many rows the device works on at once."""
+
+    def one_pass(num_rows: int) -> Tensor:
+        return forward_backward(run, data.__getitems__(list(range(num_rows))), 1.0)
+
+    if run.args.use_compile:
+        keep_compiled_code(run.args.cache_dir)
+        run.model.compile_parts()
+    if run.device.type == "cuda":
+        with torch.random.fork_rng():  # a try must not change what the run draws
+            fit_micro_batch(run, one_pass, torch.cuda.mem_get_info(run.device)[0])
+    describe_pass(run)
+
+
 # ----------------------------------------------------------------------------------------- main
 
 
@@ -326,43 +387,14 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     if args.anneal_from and not resumed:
         state = state_to_anneal(args)
 
-    # 3. Data: tokenized by one process of each machine while the others wait
-    build = partial(
-        build_token_cache, args.data_path, tokenizer, args.cache_dir, bad_records=args.bad_records
-    )
-    cache = distributed.first_on_each_machine(lambda: str(build().folder))
-    data = PretrainDataset(
-        TokenCache.open(cache), tokenizer, args.max_seq_len, packing=bool(args.packing),
-        seed=args.seed, heldout_fraction=args.heldout_fraction
-    )
-    on_cuda = device.type == "cuda" and not args.num_workers
-    if on_cuda and data.num_bytes_in_use < torch.cuda.mem_get_info(device)[0] / 4:
-        data.to(device)  # rows are made where they are used: nothing there waits for this host
+    # 3. Data, model, optimizer
+    data = open_data(args, tokenizer, device)
     held_out = data.held_out(args.eval_tokens)
-
-    # 4. Model, optimizer, precision
-    weight = args.from_weight if state is None else "none"
-    model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
-    dtype, num_ranks = getattr(torch, args.dtype), distributed.world_size()
-    model.attends_within = not args.dropout and can_attend_within(device, dtype, config.head_dim)
-    settled = surroundings(args, num_ranks)
-    if state is not None:
-        keep_split(args, state, num_ranks)
-    run = Run(
-        args=args, config=config, surroundings=settled,
-        settings=deciding_settings(args, num_ranks, data.cache.meta["digests"]),
-        model=model, optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32), device=device,
-        rows_per_epoch=len(data), documents_of=data.documents_of, times=StepTimes(device),
-        budget=Budget(60 * args.max_minutes) if args.max_minutes else None,
-        rows_held_out=len(held_out) if held_out else 0,
-        rewinds=[[None, args.skip_steps]] if args.skip_steps else []
-    )
+    run = build_run(args, config, data, len(held_out) if held_out else 0, state, device)
     setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
     describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
 
-    # 5. Go on where a state was saved, or begin
+    # 4. Go on where a state was saved, or begin
     if state is not None:
         run.restore(state)
     if run.budget and resumed:  # what was spent after the last save counts, too
@@ -377,18 +409,10 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     tracked_id = state["wandb_id"] if resumed else None
     del state  # as large as model and optimizer together
     if not args.dry_run:
-        once(folder.delete_run if not resumed else lambda: None)
+        if not resumed:
+            once(folder.delete_run)
         once(partial(folder.begin, run.step, data.cache.meta["num_bad"]))
-    if args.use_compile:
-        keep_compiled_code(args.cache_dir)
-        model.compile_parts()
-    if device.type == "cuda":
-        def one_pass(num_rows: int) -> Tensor:
-            return forward_backward(run, data.__getitems__(list(range(num_rows))), 1.0)
-
-        with torch.random.fork_rng():  # a try must not change what the run draws
-            fit_micro_batch(run, one_pass, torch.cuda.mem_get_info(device)[0])
-    describe_pass(run)
+    make_ready(run, data)
     if args.dry_run:
         rehearse(run, (
             train_step(run, window, int(distributed.totals(sum(b.num_labels for b in window))[0]))
@@ -396,7 +420,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
         ))
         return distributed.close()
 
-    # 6. Train
+    # 5. Train
     metrics = Metrics(metrics_path(args, config), run)
     metrics.tracker.id = tracked_id  # kept even if this start does not track
     if args.use_wandb and is_main_process():
