@@ -30,7 +30,7 @@ from trainer import distributed
 from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
 from trainer.metrics import (
-    Metrics, complete_files, describe, describe_pass, metrics_path, minutes_on_file, rehearse
+    Metrics, complete_files, describe, describe_pass, metrics_path, rehearse
 )
 from trainer.micro_batch import fit_micro_batch
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
@@ -397,9 +397,8 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     # 4. Go on where a state was saved, or begin
     if state is not None:
         run.restore(state)
-    if run.budget and resumed:  # what was spent after the last save counts, too
-        told = 60 * minutes_on_file(metrics_path(args, config))
-        run.budget.spent_before = max(run.seconds_spent, told)
+    if run.budget and not args.dry_run:
+        folder.seconds_spent(run.budget, resumed)
     if args.anneal_from and not resumed:
         run.anneal()
     if run.is_done and not run.evaluation_due:

@@ -200,15 +200,6 @@ def run_time() -> float:
     return time.monotonic() - process_start()
 
 
-def minutes_on_file(path: Path) -> float:
-    """What a run with a budget had spent when it last wrote metrics; more than its state knows."""
-    with contextlib.suppress(OSError, ValueError, IndexError, TypeError, AttributeError):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        spent = [json.loads(line).get("minutes_spent", 0) for line in lines[-50:]]
-        return float(max(spent))
-    return 0.0
-
-
 class Metrics:
     """Writes on the main process only. After a resume the file goes on where the state was saved.
 

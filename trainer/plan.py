@@ -61,6 +61,7 @@ class Budget:
         self.lasted: dict[str, float] = {}  # seconds of the newest evaluation, and save
         self.next_look = 0.0
         self.num_updates = 0
+        self.keep: Callable[[float], None] = lambda spent: None  # for a start after a kill
 
     def spent(self) -> float:
         """Seconds, of all starts."""
@@ -83,6 +84,7 @@ class Budget:
 
         Args: eval_updates: what an evaluation costs until one was made, in updates."""
         spent = self.spent()
+        self.keep(spent)
         self.next_look = spent + self.seconds / LOOKS
         self.marks.append((spent - self.paused, step))
         recent = [m for m in self.marks if m[0] >= self.marks[-1][0] - WINDOW * self.seconds]

@@ -282,7 +282,10 @@ class Run:
             )
         stable = 1 - args.decay_ratio
         self.plan = Plan(NOT_KNOWN if self.budget else self.rows_seen, self.rows_seen, stable)
-        if self.budget is None:
+        self.seconds_spent = 0.0  # that was another run's
+        if self.budget:
+            self.budget.spent_before = 0.0
+        else:
             self.plan_for(math.ceil(self.step * args.decay_ratio / stable))
 
     def restore(self, state: dict) -> None:
@@ -308,6 +311,8 @@ class Run:
         else:  # a rank that was not there draws numbers of its own
             setup_seed(hash((self.args.seed, state["step"], distributed.rank())) % 2**32)
         self.plan, self.seconds_spent = plan, spent
+        if self.budget:
+            self.budget.spent_before = spent
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

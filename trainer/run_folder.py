@@ -4,13 +4,15 @@ torchrun's exit status is 1 whatever a rank returned; a supervisor reads the fil
 
     {"status": "running" | "interrupted" | "complete" | "failed", "code": the exit status or null,
      "run": "pretrain_768", "step": updates saved, "reason": "...", "pid": ..., "host": ...,
-     "since": "2026-11-22 10:02:11", "bad_records": lines of the data passed over}
+     "since": "2026-11-22 10:02:11", "bad_records": lines of the data passed over,
+     "seconds_spent": of --max_minutes, by all starts}
 """
 
 import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import socket
@@ -28,6 +30,7 @@ from trainer.errors import (
     CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
 )
 from trainer.mirror import Mirror, MirrorError, fetch_newest
+from trainer.plan import Budget
 from trainer.run import check_layout
 from trainer.signals import say
 from trainer.trainer_utils import Logger, lm_checkpoint
@@ -60,7 +63,7 @@ class RunFolder:
         self.content = {
             "status": "running", "code": None, "run": self.name, "step": 0, "reason": "",
             "pid": os.getpid(), "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"), "bad_records": 0,
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"), "bad_records": 0, "seconds_spent": 0.0,
         }
 
     def __enter__(self) -> "RunFolder":
@@ -76,6 +79,9 @@ class RunFolder:
             except OSError as error:
                 raise OSError(f"cannot write to {flag} {folder}: {error.strerror}") from None
         last = read_run_state(self.folder)
+        spent = last.get("seconds_spent")
+        if last.get("run") == self.name and isinstance(spent, float) and 0 < spent < math.inf:
+            self.content["seconds_spent"] = spent
         if last.get("status") == "running":
             Logger(f"note: the last run here ended without a word (killed, or out of memory) some "
                    f"time after update {last.get('step', 0):,}")
@@ -167,6 +173,18 @@ class RunFolder:
         for path in list_states(self.folder, self.name):
             if update_of(path) > update:
                 path.rename(path.with_suffix(".abandoned"))
+
+    def seconds_spent(self, budget: Budget, resumed: bool) -> None:
+        """Let the budget know what earlier starts spent, to their last look at the clock, and keep
+        what this one spends."""
+        if resumed:
+            budget.spent_before = max(budget.spent_before, self.content["seconds_spent"])
+
+        def keep(seconds: float) -> None:
+            with contextlib.suppress(OSError):  # a full disk: only the count would suffer
+                self.write(seconds_spent=round(seconds, 3))
+
+        budget.keep = keep
 
     def begin(self, step: int, num_bad_records: int) -> None:
         """Training begins, after so many updates."""
