@@ -349,7 +349,7 @@ def make_ready(run: Run, data: PretrainDataset) -> None:
         keep_compiled_code(run.args.cache_dir)
         run.model.compile_parts()
     if run.device.type == "cuda":
-        with torch.random.fork_rng():  # a try must not change what the run draws
+        with torch.random.fork_rng([run.device]):  # a try must not change what the run draws
             fit_micro_batch(run, one_pass, torch.cuda.mem_get_info(run.device)[0])
     describe_pass(run)
 

@@ -109,3 +109,18 @@ def test_a_bad_update_is_left_out_on_the_device(tmp_path: Path, dtype: str, wher
     assert "update 3: loss or gradient is not finite (rank 0" in log.read_text()
     state = final_state(tmp_path, "pretrain_64")
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+
+
+def test_the_micro_batch_that_memory_allows_loses_what_a_small_one_loses(tmp_path: Path) -> None:
+    output = train(tmp_path / "chosen", **CUDA)
+    assert "pass: 8 rows at once, 1 times an update" in output
+    assert "pass: 2 rows at once" in train(tmp_path / "small", **CUDA, micro_batch_size=2)
+    assert losses(tmp_path / "chosen") == pytest.approx(losses(tmp_path / "small"), abs=1e-3)
+
+
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_muon_loses_on_cuda_what_it_loses_on_the_cpu(tmp_path: Path, use_moe: int) -> None:
+    settings = {"hidden_size": 64, "optimizer": "muon", "lr_schedule": "wsd", "use_moe": use_moe}
+    train(tmp_path / "cpu", **settings)
+    train(tmp_path / "cuda", **CUDA | settings)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=0.02)
