@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file'
 from scripts import benchmark  # noqa: E402
 
 HELD_OUT = 0.05  # of the documents, the last ones
-ASIDE_TOKENS = 2**17  # of them that are looked at: every so-manieth document
+ASIDE_TOKENS = 2**17  # of them that are looked at: every n-th document
 ROW_LENGTH = 340  # of the padded recipe's rows, and of those kept aside
 OURS = {
     "cpu": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 4e-3,
@@ -150,6 +150,8 @@ def run_trial(trial: Trial, args: argparse.Namespace, parts: tuple[Path, Path]) 
             while "ended" not in (point := ours.recv()):
                 trial.points.append(point)
         process.join()
+    if process.exitcode or not trial.points:
+        raise SystemExit(f"{trial.name}, seed {trial.seed}: failed, the cause is above")
     last = trial.final
     print(f"{trial.name}, seed {trial.seed}, {trial.minutes:g} minutes: {last['updates']:,} "
           f"updates, {last['tokens']:,} tokens, {last['bits_per_byte']:.4f} bits/byte",

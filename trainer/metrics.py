@@ -47,8 +47,8 @@ PEAK_FLOPS = {
 
 REHEARSED = 7  # updates of a dry run
 
-# Where to warn. Rates: width x rate of the demo's that still trained; epochs: Muennighoff et al.
-# 2023, to four passes teach nearly as new data does.
+# Where to warn: rules of thumb, not measured here. Rate: at a width of 256, inversely with it;
+# epochs: up to four passes teach nearly as much as new data (Muennighoff et al. 2023).
 HIGHEST_RATE, FEWEST_UPDATES, MOST_EPOCHS = 1e-2, 200, 4
 OVERFITTING = 0.05  # nats above the best held-out loss
 

@@ -47,14 +47,14 @@ class Budget:
 
     Args:
         seconds: of all starts together.
-        spent: seconds of earlier starts.
         clock: seconds; begun: when this start began, by that clock."""
 
     def __init__(
-        self, seconds: float, spent: float = 0.0, *,
-        clock: Callable[[], float] = time.monotonic, begun: float | None = None
+        self, seconds: float, *, clock: Callable[[], float] = time.monotonic,
+        begun: float | None = None
     ) -> None:
-        self.seconds, self.spent_before, self.clock = seconds, spent, clock
+        self.seconds, self.clock = seconds, clock
+        self.spent_before = 0.0  # by earlier starts
         self.begun = process_start() if begun is None else begun
         self.marks: list[tuple[float, int]] = []  # training seconds so far, updates
         self.paused = 0.0  # seconds that went to evaluations and saves

@@ -134,6 +134,11 @@ class Run:
         """Rows that each rank gives to an update; fewer in the last one of an epoch."""
         return self.args.batch_size * self.args.accumulation_steps
 
+    @property
+    def surroundings_now(self) -> dict:
+        """With the micro-batch that was chosen, rather than the flag."""
+        return self.surroundings | {"micro_batch_size": str(self.micro_batch)}
+
     def learning_rate(self, num_rows: int) -> float:
         """The rate of the update that takes the next ``num_rows``."""
         args = self.args
@@ -253,7 +258,7 @@ class Run:
             epoch=min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1), step=self.step,
             wandb=tracker, save_dir=args.checkpoint_dir, keep=args.keep_states, scaler=self.scaler,
             settings=self.settings,
-            surroundings=self.surroundings | {"micro_batch_size": str(self.micro_batch)},
+            surroundings=self.surroundings_now,
             counters={name: getattr(self, name) for name in COUNTERS}, latest=self.latest,
             records=self.records, rewinds=self.rewinds,
             plan=[*self.plan, self.budget.spent() if self.budget else self.seconds_spent]
@@ -318,7 +323,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         for name in (*COUNTERS, "latest", "records", "rewinds"):
             setattr(self, name, (state["counters"] | state)[name])
-        now = self.surroundings | {"micro_batch_size": str(self.micro_batch)}
+        now = self.surroundings_now
         changed = [
             f"{name} {shown(old)} (now {now.get(name)})"
             for name, old in state["surroundings"].items() if now.get(name) != old
