@@ -27,11 +27,10 @@ from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache
 from model.attention import can_attend_within
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
+from trainer.describe import describe, describe_pass, rehearse
 from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
-from trainer.metrics import (
-    Metrics, complete_files, describe, describe_pass, metrics_path, rehearse
-)
+from trainer.metrics import Metrics, complete_files, metrics_path
 from trainer.micro_batch import fit_micro_batch
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget

@@ -15,7 +15,7 @@ import train_pretrain
 from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig
 from tests.running import flags, records, run, texts, train, train_and_kill, write_corpus
-from trainer import metrics
+from trainer import describe, metrics
 from trainer.metrics import flops_per_token, peak_flops, restore_file
 from trainer.step_times import StepTimes, bottleneck, shares
 
@@ -223,7 +223,7 @@ def test_swanlab_is_imported_only_when_asked_for() -> None:
 
 def said_by(changes: dict, updates: int = 5000) -> str:
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    return "; ".join(metrics.usual_mistakes(train_pretrain.parse_flags(words), updates, 256))
+    return "; ".join(describe.usual_mistakes(train_pretrain.parse_flags(words), updates, 256))
 
 
 @pytest.mark.parametrize("preset", train_pretrain.PRESETS)

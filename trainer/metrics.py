@@ -2,13 +2,10 @@
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
-import resource
-import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +14,8 @@ from tqdm import tqdm
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import checkpoint_name, write_atomically
-from trainer.plan import NOT_KNOWN, SKIPPED, process_start
+from trainer.describe import cost, run_time
+from trainer.plan import NOT_KNOWN
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
 from trainer.tracker import NoTracker
@@ -45,12 +43,7 @@ PEAK_FLOPS = {
 }
 
 
-REHEARSED = 7  # updates of a dry run
-
-# Where to warn: rules of thumb, not measured here. Rate: at a width of 256, inversely with it;
-# epochs: up to four passes teach nearly as much as new data (Muennighoff et al. 2023).
-HIGHEST_RATE, FEWEST_UPDATES, MOST_EPOCHS = 1e-2, 200, 4
-OVERFITTING = 0.05  # nats above the best held-out loss
+OVERFITTING = 0.05  # nats above the best held-out loss, from where on it is told
 
 
 def flops_per_token(config: MiniMindConfig, active_parameters: int, row_length: int) -> float:
@@ -89,115 +82,6 @@ def restore_file(path: Path, records: list[dict]) -> None:
     if not path.exists() or path.read_bytes() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
-
-
-def describe(run: Run, corpus: dict, num_held_out: int) -> None:
-    """Print the numbers that follow from the flags, so that they can be checked by eye.
-
-    Args: corpus: the token cache's counts."""
-    total, active = get_model_params(run.model, run.config)
-    size = f"{total / 1e6:.2f}M" + (f"-A{active / 1e6:.2f}M" if active < total else "")
-    vocab_size, length = run.config.vocab_size, run.args.max_seq_len
-    Logger(
-        f"model: {size} parameters, vocabulary {vocab_size:,}: "
-        f"the first loss should be near ln {vocab_size} = {math.log(vocab_size):.2f}"
-    )
-    Logger(
-        f"data: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens, "
-        f"{corpus['num_bytes'] / corpus['num_tokens']:.2f} bytes a token; "
-        f"{num_held_out:,} documents held out; dropped {corpus['num_empty']:,} empty ones, "
-        f"found {corpus['num_control_tokens']:,} control tokens in the text"
-    )
-    if corpus.get("num_bad"):
-        Logger(
-            f"warning: passed over {corpus['num_bad']:,} bad records; the first: "
-            f"{corpus['bad_examples'][0]}"
-        )
-    updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
-    epochs, in_all = f"{run.args.epochs} x ", f"in {updates:,} updates"
-    if run.budget:
-        epochs, in_all = "", f"as often as fit into {run.args.max_minutes:g} minutes, in updates"
-    tokens = run.rows_per_epoch * length * run.args.epochs
-    Logger(
-        f"run: {epochs}{run.rows_per_epoch:,} rows of {length} tokens {in_all} of "
-        f"{run.global_batch:,} rows ({run.global_batch * length:,} tokens) "
-        f"on {distributed.world_size()} x {run.device.type}, {run.args.dtype}"
-        + (f"; {tokens / total:.1f} tokens a parameter" if not run.budget else "")
-    )
-    for warning in usual_mistakes(run.args, updates, run.global_batch):
-        Logger(f"warning: {warning}")
-
-
-def usual_mistakes(args: argparse.Namespace, updates: int, global_batch: int) -> list[str]:
-    """What people regret after a run, in words; empty if nothing is unusual."""
-    found = []
-    highest = HIGHEST_RATE * 256 / args.hidden_size
-    if args.learning_rate > highest:
-        found.append(
-            f"--learning_rate {args.learning_rate:g} is high for a width of {args.hidden_size}: "
-            f"above {highest:.1g} such models often diverge"
-        )
-    if args.max_minutes is None and updates < FEWEST_UPDATES and global_batch > 8:
-        found.append(
-            f"only {updates:,} updates: a model learns little in fewer than {FEWEST_UPDATES:,}. A "
-            f"lower --accumulation_steps or --batch_size makes more of the same rows"
-        )
-    if args.max_minutes is None and args.epochs > MOST_EPOCHS:
-        found.append(
-            f"{args.epochs} passes over the data: from the fifth on they teach little, and the "
-            f"held-out loss may rise"
-        )
-    return found
-
-
-def describe_pass(run: Run) -> None:
-    """Print how the device works: what a flag, or the device itself, decided."""
-    within = "within documents" if run.model.attends_within else "by mask"
-    Logger(
-        f"pass: {run.micro_batch:,} rows at once, {run.rows_per_device // run.micro_batch} times "
-        f"an update, {'compiled' if run.args.use_compile else 'eager'}, attention {within}"
-    )
-
-
-def cost(args: argparse.Namespace, minutes: float) -> str:
-    """What the machine costs in these minutes; nothing if no price was given."""
-    if args.price_per_hour is None:
-        return ""
-    return f", {minutes / 60 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour"
-
-
-def rehearse(run: Run, outcomes: Iterable[torch.Tensor]) -> None:
-    """--dry_run 1: what a few updates tell of time, memory and cost of the whole run.
-
-    Args: outcomes: each is an update when it is asked for."""
-    seconds, since = [], time.monotonic()
-    for outcome in itertools.islice(outcomes, REHEARSED):
-        outcome.tolist()  # waits for the device
-        seconds.append(time.monotonic() - since)
-        since = time.monotonic()
-    update, startup = statistics.median(seconds[SKIPPED:] or seconds), run_time()
-    tokens = run.global_batch * run.args.max_seq_len
-    if run.budget:
-        updates = max(1, int((run.budget.seconds - startup) / update))
-    else:
-        updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
-    minutes = (startup + updates * update) / 60
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    if run.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(run.device)
-    total, _ = get_model_params(run.model, run.config)
-    Logger(
-        f"dry run: {update:.3f} s an update (median of {len(seconds[SKIPPED:] or seconds)}), "
-        f"{tokens / update:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak\n"
-        f"dry run: {updates:,} updates, {updates * tokens:,} tokens, "
-        f"{updates * tokens / total:.1f} a parameter, in {minutes:.1f} minutes"
-        f"{cost(run.args, minutes)}; evaluations and saves come on top"
-    )
-
-
-def run_time() -> float:
-    """Seconds since this process began."""
-    return time.monotonic() - process_start()
 
 
 class Metrics:
