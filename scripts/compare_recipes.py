@@ -4,7 +4,8 @@
 
 The last 5 % of the documents are kept aside. Each run is the real program, one after another, alone
 on the machine, planned to end when its minutes are over; looking at the documents kept aside stops
-its clock. The padded recipe's rate is tuned: the best of --padded_rates at the first seed.
+its clock, and so does Ctrl-Z (`kill -TSTP` to its process group) until it goes on. The padded
+recipe's rate is tuned: the best of --padded_rates at the first seed.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import io
 import json
 import math
 import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -31,7 +34,7 @@ HELD_OUT = 0.05  # of the documents, the last ones
 ASIDE_TOKENS = 2**17  # of them that are looked at: every n-th document
 ROW_LENGTH = 340  # of the padded recipe's rows, and of those kept aside
 OURS = {
-    "cpu": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 4e-3,
+    "cpu": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 8e-3,
             "batch_size": 8, "accumulation_steps": 1},
     "cuda": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 2e-3},
 }
@@ -79,6 +82,13 @@ def child(pipe: Connection, trial: Trial, argv: list[str], kept_aside: str, look
     def clock() -> float:
         return time.monotonic() - lost
 
+    def stand_still(*_: object) -> None:
+        nonlocal lost
+        since = time.monotonic()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        lost += time.monotonic() - since
+
+    signal.signal(signal.SIGTSTP, stand_still)
     train_pretrain.Budget = partial(Budget, clock=clock, begun=begun)
     if trial.padded:
         benchmark.DATA_PATH = [argv[argv.index("--data_path") + 1]]
