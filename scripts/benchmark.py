@@ -66,6 +66,21 @@ def plain_adamw() -> None:
     train_pretrain.build_optimizer, train_pretrain.step_if_finite = unfused, step
 
 
+def muon_in_a_loop() -> None:
+    """torch.optim.Muon: one matrix after another. It takes none that are stacked."""
+    import torch
+
+    from trainer import muon
+
+    def step(self: muon.Muon, group: dict) -> None:
+        if not hasattr(self, "loop"):
+            self.loop = torch.optim.Muon(group["params"], adjust_lr_fn="match_rms_adamw")
+        self.loop.param_groups[0]["lr"] = group["lr"]
+        self.loop.step()
+
+    muon.Muon._step_matrices = step
+
+
 def rows_from_the_host() -> None:
     """Rows made by the processor and copied, as if the corpus did not fit the device."""
     import train_pretrain
@@ -183,8 +198,11 @@ def variants(args: argparse.Namespace, preset: str) -> list[Variant]:
             Variant("ours, attention by mask", patch=masked_attention),
             Variant("ours, looking at each loss", patch=waiting_for_each_loss),
         ]
+    found.append(Variant("ours with Muon", {"optimizer": "muon"}))
     if moe:
         found.append(Variant("ours, a loop over experts", {"use_compile": 0}, looping_experts))
+    else:
+        found.append(Variant("ours with torch's Muon", {"optimizer": "muon"}, muon_in_a_loop))
     return [v for v in found if not args.only or any(part in v.name for part in args.only)]
 
 

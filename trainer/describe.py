@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from trainer import distributed
-from trainer.plan import SKIPPED, process_start
+from trainer.plan import GENERATION, SKIPPED, process_start
 from trainer.run import Run
 from trainer.trainer_utils import Logger, get_model_params
 
@@ -106,13 +106,17 @@ def rehearse(run: Run, outcomes: Iterable[torch.Tensor]) -> None:
         outcome.tolist()  # waits for the device
         seconds.append(time.monotonic() - since)
         since = time.monotonic()
-    update, startup = statistics.median(seconds[SKIPPED:] or seconds), run_time()
+    update = statistics.median(seconds[SKIPPED:] or seconds)
+    startup = run_time() - len(seconds) * update  # what was compiled belongs to it
     tokens = run.global_batch * run.args.max_seq_len
+    evaluation = run.evaluation_updates * update + GENERATION
     if run.budget:
-        updates = max(1, int((run.budget.seconds - startup) / update))
+        each = update + evaluation / run.args.eval_interval
+        updates = max(1, int((run.budget.seconds - startup - evaluation) / each))
     else:
         updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
-    minutes = (startup + updates * update) / 60
+    evaluations = math.ceil(updates / run.args.eval_interval)
+    minutes = (startup + updates * update + evaluations * evaluation) / 60
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if run.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.device)
@@ -122,7 +126,7 @@ def rehearse(run: Run, outcomes: Iterable[torch.Tensor]) -> None:
         f"{tokens / update:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak\n"
         f"dry run: {updates:,} updates, {updates * tokens:,} tokens, "
         f"{updates * tokens / total:.1f} a parameter, in {minutes:.1f} minutes"
-        f"{cost(run.args, minutes)}; evaluations and saves come on top"
+        f"{cost(run.args, minutes)}; {evaluations:,} evaluations are in it, saves come on top"
     )
 
 

@@ -130,6 +130,11 @@ class Run:
         return self.rows_per_device * distributed.world_size()
 
     @property
+    def evaluation_updates(self) -> float:
+        """What an evaluation takes, in updates: about; it has no backward pass."""
+        return self.rows_held_out / (3 * self.global_batch)
+
+    @property
     def rows_per_device(self) -> int:
         """Rows that each rank gives to an update; fewer in the last one of an epoch."""
         return self.args.batch_size * self.args.accumulation_steps
@@ -155,7 +160,7 @@ class Run:
             self.pending[-1].outcome.tolist()  # waits for the device
         left = self.budget.updates_left(
             self.step, self.args.eval_interval, self.args.save_interval,
-            self.rows_held_out / (3 * self.global_batch)  # without a backward pass
+            self.evaluation_updates
         )
         return 0 if left is None else max(1, left)
 
