@@ -1,0 +1,288 @@
+"""Our weights for other tools, and theirs for ours.
+
+    python scripts/export.py --to hf --output exported             # a folder for transformers
+    python scripts/export.py --to gguf --output pretrain.gguf      # a file for llama.cpp and ollama
+    python scripts/export.py --to gguf --gguf_type q8_0 --output pretrain-q8.gguf
+    python scripts/export.py --from hf --input tuned --save_weight tuned  # -> out/tuned_768.pth
+
+The folder is an ordinary Qwen3ForCausalLM or Qwen3MoeForCausalLM, without code of ours. What was
+written is opened again and compared with the model before it gets its name.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PretrainedConfig,
+    PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+)
+from transformers.utils.logging import disable_progress_bar
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
+
+import eval_llm  # noqa: E402
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
+from trainer.errors import CheckpointError, SettingsError  # noqa: E402
+from trainer.evaluation import encode_prompt  # noqa: E402
+from trainer.settings import Parser, run_program  # noqa: E402
+from trainer.trainer_utils import load_tokenizer  # noqa: E402
+from trainer.weights import save_weights, weights_path  # noqa: E402
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    *("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+MOE_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob",
+             "router_aux_loss_coef")
+CLOSE = 1e-3  # of logits in float32, which two programs add up in another order
+
+
+# ------------------------------------------------------------------------------ to transformers
+
+
+def qwen_config(config: MiniMindConfig) -> Qwen3Config | Qwen3MoeConfig:
+    """The same architecture in transformers' words."""
+    sizes = {name: getattr(config, name) for name in SIZES}
+    sizes |= {"tie_word_embeddings": True}
+    sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    if config.use_moe:
+        return Qwen3MoeConfig(**sizes, **{name: getattr(config, name) for name in MOE_SIZES})
+    return Qwen3Config(**sizes)
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """It puts BOS first by itself, as every document begins in training."""
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos is None:
+        bos, bos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bos_id)]
+    )
+    return tokenizer
+
+
+def write_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Configuration, weights (float16, as in our file), tokenizer and settings of generation."""
+    config = qwen_config(model.config)
+    kind = Qwen3MoeForCausalLM if model.config.use_moe else Qwen3ForCausalLM
+    state = {name: weight.half() for name, weight in model.state_dict().items()}
+    twin = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float16)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    twin.generation_config = GenerationConfig(**ids)
+    twin.save_pretrained(folder)
+    begins_with_bos(tokenizer).save_pretrained(folder)
+    # What transformers 4 calls by another name, or looks for elsewhere.
+    older = {"rope_theta": model.config.rope_theta}
+    if model.config.use_moe:
+        older["num_experts"] = model.config.num_experts
+    amend(folder / "config.json", older)
+    amend(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"},
+          without=("backend", "is_local", "local_files_only"))
+
+
+def amend(path: Path, entries: dict, without: tuple[str, ...] = ()) -> None:
+    """Change a JSON file."""
+    described = json.loads(path.read_text(encoding="utf-8")) | entries
+    described = {name: value for name, value in described.items() if name not in without}
+    path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Open it as anybody would, and compare. Returns: what was found, for a line.
+
+    Raises: CheckpointError if logits or a continuation differ."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    own_tokenizer = load_tokenizer(str(folder))
+    furthest = 0.0
+    for prompt in eval_llm.PROMPTS:
+        ids = encode_prompt(tokenizer, prompt)
+        if own_tokenizer(prompt)["input_ids"] != ids[0].tolist():
+            raise CheckpointError(f"{folder}: its tokenizer reads {prompt!r} otherwise than ours")
+        furthest = max(furthest, difference(model, theirs, ids))
+        ours, other = (greedy(m, ids) for m in (model, theirs))
+        if ours != other:
+            raise CheckpointError(f"{folder}: {prompt!r} goes on as {other}, with ours as {ours}")
+    if furthest > CLOSE:
+        raise CheckpointError(f"{folder}: logits differ by {furthest:.2g}, expected {CLOSE}")
+    return f"{len(eval_llm.PROMPTS)} prompts go on alike; logits differ by {furthest:.1g} at most"
+
+
+@torch.inference_mode()
+def difference(ours: PreTrainedModel, theirs: PreTrainedModel, ids: Tensor) -> float:
+    """The largest between two models' logits."""
+    return (ours(ids).logits - theirs(ids).logits).abs().max().item()
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int = 16) -> list[int]:
+    """Always the likeliest token."""
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
+# ---------------------------------------------------------------------------- from transformers
+
+
+def minimind_config(config: PretrainedConfig) -> MiniMindConfig:
+    """A Qwen3 configuration in our words. Raises: CheckpointError for what we do not have."""
+    rope = config.rope_parameters or {}
+    unknown = {
+        "model_type": config.model_type not in ("qwen3", "qwen3_moe"),
+        "attention_bias": getattr(config, "attention_bias", False),
+        "use_sliding_window": getattr(config, "use_sliding_window", False),
+        "rope_parameters": rope.get("rope_type", "default") != "default",
+        "mlp_only_layers": getattr(config, "mlp_only_layers", None),
+        "decoder_sparse_step": getattr(config, "decoder_sparse_step", 1) != 1,
+    }
+    for name, found in unknown.items():
+        if found:
+            raise CheckpointError(
+                f"{name} is {getattr(config, name)!r}: no MiniMind model. Expected a Qwen3 or "
+                f"Qwen3-MoE of the kind that --to hf writes."
+            )
+    use_moe = config.model_type == "qwen3_moe"
+    sizes = {name: getattr(config, name) for name in SIZES + (MOE_SIZES if use_moe else ())}
+    if isinstance(sizes["eos_token_id"], list):  # chat models name several
+        sizes["eos_token_id"] = sizes["eos_token_id"][0]
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    try:
+        return MiniMindConfig(use_moe=use_moe, rope_theta=rope["rope_theta"], **sizes)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"it describes no MiniMind model: {error}") from None
+
+
+def our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers keeps two of an expert's three matrices in one."""
+    renamed = {}
+    for name, weight in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            renamed[stem + "gate_proj"], renamed[stem + "up_proj"] = weight.chunk(2, dim=1)
+        else:
+            renamed[name] = weight
+    return renamed
+
+
+def read_hf(folder: Path) -> MiniMindForCausalLM:
+    """A folder that transformers opens, as our model, compared with theirs; no code of it runs.
+
+    Raises: CheckpointError if it is none, or of another kind."""
+    try:
+        config = minimind_config(AutoConfig.from_pretrained(folder))
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"--input {folder}: {reason:.300}") from None
+    state = theirs.state_dict()
+    if not state["lm_head.weight"].equal(state["model.embed_tokens.weight"]):
+        raise CheckpointError(f"--input {folder}: its head is not its embedding (expected tied)")
+    model = MiniMindForCausalLM(config).eval()
+    model.load_state_dict(our_names(state))
+    ids = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    if (furthest := difference(model, theirs, ids)) > CLOSE:
+        raise CheckpointError(f"--input {folder}: our logits differ by {furthest:.2g}")
+    return model
+
+
+# --------------------------------------------------------------------------------------- program
+
+
+def build_parser() -> Parser:
+    """Flags; those of the weights as in eval_llm.py."""
+    parser = Parser(__doc__)
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=["hf", "gguf"], help="what to write")
+    way.add_argument("--from", dest="source", choices=["hf"], help="what to read")
+    parser.add_argument("--weight", default="pretrain", help="a name in --save_dir, or a .pth file")
+    parser.add_argument("--save_dir", default="out", help="folder of our weights")
+    parser.add_argument("--hidden_size", type=int, help="which, if there are several")
+    parser.add_argument("--use_moe", type=int, choices=[0, 1], help="likewise")
+    parser.add_argument("--tokenizer_path", default="model", help="that of the training")
+    parser.add_argument("--output", type=Path, help="with --to: a new folder, or file")
+    parser.add_argument("--gguf_type", choices=["f16", "q8_0"], default="f16",
+                        help="of matrices: two bytes a weight, or one")
+    parser.add_argument("--input", type=Path, help="with --from: the folder")
+    parser.add_argument("--save_weight", default="imported", help="with --from: the new name")
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises: SettingsError."""
+    needed = "--output" if args.to else "--input"
+    if getattr(args, needed[2:]) is None:
+        raise SettingsError(f"{needed} is missing: where to?" if args.to else
+                            f"{needed} is missing: the folder to read")
+    if args.to and args.output.exists():
+        raise SettingsError(f"--output {args.output} exists; name a new one, or remove it")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write it beside its place, compare, and only then give it its name."""
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    args.inference_rope_scaling, args.device = False, "cpu"
+    model = eval_llm.load_model(args, tokenizer).float()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".export-") as folder:
+        hf = Path(folder) / "hf"
+        write_hf(hf, model, load_tokenizer(args.tokenizer_path))
+        if args.to == "hf":
+            made, found = hf, check_hf(hf, model, tokenizer)
+        else:
+            from scripts.export_gguf import check_gguf, write_gguf
+
+            made = Path(folder) / "model.gguf"
+            write_gguf(made, model, hf, args.gguf_type)
+            found = check_gguf(made, model, tokenizer, prompt_ids(tokenizer))
+        shutil.move(made, args.output)
+    print(f"{args.output}: {found}")
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase) -> Iterable[Tensor]:
+    """Prompts to compare with."""
+    return [encode_prompt(tokenizer, prompt) for prompt in eval_llm.PROMPTS]
+
+
+def bring_back(args: argparse.Namespace) -> None:
+    """From a folder to our file."""
+    model = read_hf(args.input)
+    path = weights_path(args.save_dir, args.save_weight, model.config)
+    if path.exists():
+        raise SettingsError(f"{path} exists; choose another --save_weight, or remove it")
+    half_max = torch.finfo(torch.float16).max
+    for name, weight in model.state_dict().items():
+        if not weight.abs().max() <= half_max:
+            raise CheckpointError(f"--input {args.input}: {name} does not fit float16")
+    save_weights(path, model, {"from": str(args.input)})
+    tokens = "with its tokenizer: " if (args.input / "tokenizer.json").exists() else ""
+    print(f"{path}: logits are alike. Go on {tokens}python eval_llm.py --weight {args.save_weight} "
+          f"--save_dir {args.save_dir} --hidden_size {model.config.hidden_size}"
+          + (f" --tokenizer_path {args.input}" if tokens else ""))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 flags, 4 weights."""
+
+    def program() -> None:
+        disable_progress_bar()  # transformers': they are of no use for so small files
+        args = build_parser().parse_args(argv)
+        check_flags(args)
+        bring_back(args) if args.source else export(args)
+
+    return run_program(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""GGUF, the file of llama.cpp and ollama: written and read back by the gguf package.
+
+Sources: the format's page (github.com/ggml-org/ggml/blob/master/docs/gguf.md); the names of tensors
+are the package's."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from model.model_minimind import MiniMindForCausalLM
+from trainer.errors import CheckpointError, SettingsError
+
+try:
+    import gguf
+except ImportError:
+    raise SettingsError("--to gguf needs the gguf package: pip install gguf") from None
+
+BLOCK = 32  # weights of a row that share a scale in q8_0
+SPLITS_DIGITS = {"type": "Digits", "individual_digits": True}
+# llama.cpp's names for how a text is cut before merging; the keys: are digits cut one by one?
+SPLIT_AS = {False: "gpt-2", True: "smollm"}
+
+
+def pre_tokenizer_name(described: dict) -> str:
+    """Args: described: tokenizer.json. Raises: SettingsError for a rule llama.cpp has no name for.
+
+    An unknown one would cut other tokens there than in training."""
+    rule = described["pre_tokenizer"] or {}
+    rules = rule["pretokenizers"] if rule.get("type") == "Sequence" else [rule]
+    *before, last = rules
+    is_byte_level = last.get("type") == "ByteLevel" and last.get("use_regex", True)
+    digits = [x == SPLITS_DIGITS for x in before]
+    is_byte_level &= described["model"]["type"] == "BPE" and described["normalizer"] is None
+    if is_byte_level and not last["add_prefix_space"] and digits in ([], [True]):
+        return SPLIT_AS[bool(digits)]
+    raise SettingsError(
+        f"--to gguf: llama.cpp has no name for this tokenizer's way of cutting text "
+        f"({', '.join(x.get('type', 'none') for x in rules)}); expected byte-level BPE, with or "
+        f"without single digits"
+    )
+
+
+def tensors(model: MiniMindForCausalLM) -> Iterator[tuple[str, Tensor, list[str]]]:
+    """GGUF's name, the values, and ours that it holds; an expert layer's are one stack."""
+    config = model.config
+    arch = gguf.MODEL_ARCH.QWEN3MOE if config.use_moe else gguf.MODEL_ARCH.QWEN3
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    while state:
+        ours = [next(iter(state))]
+        stem, experts, rest = ours[0].partition(".experts.")
+        name = ours[0]
+        if experts:
+            projection = rest.split(".")[1]
+            ours = [f"{stem}.experts.{i}.{projection}.weight" for i in range(config.num_experts)]
+            name = f"{stem}.experts.{projection}.weight"
+        weights = [state.pop(key) for key in ours]
+        theirs = names.get_name(name, try_suffixes=(".weight",))
+        yield theirs, torch.stack(weights) if experts else weights[0], ours
+
+
+def kind_of(name: str, weight: Tensor, gguf_type: str) -> gguf.GGMLQuantizationType:
+    """Norms and routers stay exact; they are small."""
+    if weight.ndim < 2 or "ffn_gate_inp" in name:
+        return gguf.GGMLQuantizationType.F32
+    if gguf_type == "q8_0" and weight.shape[-1] % BLOCK == 0:
+        return gguf.GGMLQuantizationType.Q8_0
+    return gguf.GGMLQuantizationType.F16
+
+
+def write_gguf(path: Path, model: MiniMindForCausalLM, hf: Path, gguf_type: str) -> None:
+    """Args: hf: the folder of --to hf, whose tokenizer it takes. Raises: SettingsError."""
+    config = model.config
+    if config.use_moe and not config.norm_topk_prob:
+        raise SettingsError("--to gguf: llama.cpp always renormalises experts (norm_topk_prob)")
+    writer = gguf.GGUFWriter(path, "qwen3moe" if config.use_moe else "qwen3")
+    writer.add_name("MiniMind")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.use_moe:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    q8_0 = gguf_type == "q8_0"
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if q8_0 else gguf.LlamaFileType.MOSTLY_F16)
+    add_tokenizer(writer, hf, config.vocab_size)
+    for name, weight, _ in tensors(model):
+        kind = kind_of(name, weight, gguf_type)
+        writer.add_tensor(name, gguf.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, hf: Path, vocab_size: int) -> None:
+    """Entries, merges, special tokens; BOS comes first by itself."""
+    described = json.loads((hf / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    added = {token["id"]: token["special"] for token in described["added_tokens"]}
+    entries, kinds = [], []
+    for i in range(vocab_size):
+        if i >= len(tokenizer):
+            entry, kind = f"[PAD{i}]", gguf.TokenType.UNUSED
+        else:
+            entry, kind = tokenizer.convert_ids_to_tokens(i), gguf.TokenType.NORMAL
+        if i in added:
+            kind = gguf.TokenType.CONTROL if added[i] else gguf.TokenType.USER_DEFINED
+        entries.append(entry)
+        kinds.append(kind)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(described))
+    writer.add_token_list(entries)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([
+        merge if isinstance(merge, str) else " ".join(merge)
+        for merge in described["model"]["merges"]
+    ])
+    for kind in ("bos", "eos", "pad"):
+        if (token_id := getattr(tokenizer, f"{kind}_token_id")) is not None:
+            getattr(writer, f"add_{kind}_token_id")(token_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+
+
+def check_gguf(
+    path: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Tensor]
+) -> str:
+    """Read it back, compare tokens and tensors, and put them into a model. Returns: what was found.
+
+    Raises: CheckpointError if something differs by more than the type of its numbers explains."""
+    reader = gguf.GGUFReader(path)
+    entries = reader.fields["tokenizer.ggml.tokens"].contents()
+    for i, entry in enumerate(entries[: len(tokenizer)]):
+        if entry != tokenizer.convert_ids_to_tokens(i):
+            raise CheckpointError(f"{path}: token {i} is {entry!r} there")
+    read = {tensor.name: tensor for tensor in reader.tensors}
+    state = {}
+    for name, weight, ours in tensors(model):
+        kind = read[name].tensor_type
+        values = torch.from_numpy(gguf.dequantize(read[name].data, kind).copy())
+        if values.shape != weight.shape:
+            raise CheckpointError(f"{path}: {name} is {tuple(values.shape)} there")
+        allowed = torch.zeros(())
+        if kind == gguf.GGMLQuantizationType.Q8_0:  # half a step of 127, and a scale in float16
+            blocks = weight.unflatten(-1, (-1, BLOCK))
+            allowed = blocks.abs().amax(-1, keepdim=True).expand_as(blocks).flatten(-2) * 0.0045
+            allowed = allowed + 4e-6  # the smallest scales have few bits
+        if ((values - weight).abs() > allowed + 1e-7).any():
+            raise CheckpointError(f"{path}: {name} holds other numbers there")
+        state |= dict(zip(ours, values if len(ours) > 1 else [values], strict=True))
+    if len(read) != len([*tensors(model)]):
+        raise CheckpointError(f"{path}: it holds {len(read)} tensors")
+    copy = MiniMindForCausalLM(model.config).eval()
+    copy.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    alike, num = 0, 0
+    with torch.inference_mode():
+        for ids in prompts:
+            alike += int((copy(ids).logits.argmax(-1) == model(ids).logits.argmax(-1)).sum())
+            num += ids.shape[1]
+    return f"all {len(read)} tensors and {len(entries):,} tokens are there; the likeliest next " \
+           f"token is ours at {alike} of {num} positions"

@@ -1,0 +1,117 @@
+"""scripts/plot.py: curves as the metrics say, and bands that tell whether a loss is right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.plot import PANELS, PlotError, band_of, compare, curve, draw, read
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def records(offset: float = 0.0) -> list[dict]:
+    """A run of 30 updates as trainer/metrics.py writes it."""
+    found: list[dict] = []
+    for step in (10, 20, 30):
+        found.append({"step": step, "epoch": 1, "rows": 8 * step, "tokens": 900 * step,
+                      "loss": 60 / step + offset, "lr": 1e-3 / step, "grad_norm": 0.5,
+                      "tokens_per_second": 1000 + step, "eta_minutes": 0.1})
+        if step != 20:
+            found.append({"step": step, "heldout_loss": 70 / step + offset,
+                          "heldout_bits_per_byte": 30 / step + offset, "continuations": {"a": "b"}})
+    return found
+
+
+def write(path: Path, found: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in found))
+    return path
+
+
+def plot(*args: object, code: str = "") -> subprocess.CompletedProcess:
+    words = [sys.executable, *(["-c", code] if code else ["scripts/plot.py"]), *map(str, args)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_figure_holds_what_the_metrics_say(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = {"a": read(write(tmp_path / "a.jsonl", records())), "b": records(0.5)}
+    figure = draw(runs, band_of([records(), records(0.2)]))
+    assert [panel.get_title() for panel in figure.axes] == list(PANELS.values())
+    loss, held_out, rate = figure.axes[:3]
+    assert loss.lines[0].get_xydata().tolist() == [[9000, 6.0], [18000, 3.0], [27000, 2.0]]
+    assert loss.lines[1].get_xydata()[:, 1].tolist() == [6.5, 3.5, 2.5]
+    assert held_out.lines[0].get_xydata().tolist() == [[9000, 3.0], [27000, 1.0]]
+    assert rate.lines[0].get_xydata()[:, 1].tolist() == [1e-4, 5e-5, 1e-3 / 30]
+    corners = loss.collections[0].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx((1.8, 6.4))
+
+
+def test_the_program_draws_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = plot(write(tmp_path / "pretrain_256_metrics.jsonl", records()))
+    assert done.returncode == 0, done.stderr
+    png = (tmp_path / "pretrain_256.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+
+
+def test_a_band_spans_its_runs_and_their_range_again(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{i}_metrics.jsonl", records(offset))
+             for i, offset in enumerate((0.0, 0.1, 0.3))]
+    band = tmp_path / "band.json"
+    assert plot(*paths, "--write_band", band).returncode == 0
+    assert json.loads(band.read_text()) == {
+        "loss": [[10, 5.7, 6.6], [20, 2.7, 3.6], [30, 1.7, 2.6]],
+        "heldout_bits_per_byte": [[10, 2.7, 3.6], [30, 0.7, 1.6]],
+    }
+
+
+def test_it_is_told_whether_a_loss_is_right() -> None:
+    band = band_of([records(), records(0.1)])
+    assert compare(records(0.15), band) == [
+        f"{PANELS['loss']}: 3 of 3 points lie in the band",
+        f"{PANELS['heldout_bits_per_byte']}: 2 of 2 points lie in the band",
+    ]
+    assert compare(records(0.25), band)[0] == (
+        f"{PANELS['loss']}: 0 of 3 points lie in the band; "
+        f"the first outside: update 10, 6.2500, band 5.9 to 6.2"
+    )
+    other = [r | {"step": r["step"] + 1} for r in records()]
+    assert "no update of the band" in compare(other, band)[0]
+
+
+def test_the_band_of_the_demo_has_all_its_evaluations() -> None:
+    band = json.loads((ROOT / "docs/bands/demo.json").read_text())
+    steps = [step for step, *_ in band["heldout_bits_per_byte"]]
+    assert steps[:3] == [500, 1000, 1500] and len(band["loss"]) > 60
+    assert all(low < high for key in band for _, low, high in band[key])
+
+
+def test_an_evaluation_before_any_log_line_counts_no_tokens() -> None:
+    early = [{"step": 5, "heldout_bits_per_byte": 3.0}, *records()]
+    assert curve(early, "heldout_bits_per_byte") == ([0, 9000, 27000], [3.0, 3.0, 1.0])
+
+
+@pytest.mark.parametrize("text", ["", "no json\n", "[1]\n", '{"loss": 1}\n', '{"step": 1}\n'])
+def test_what_is_no_metrics_file_is_said(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a_metrics.jsonl"
+    path.write_text(text)
+    with pytest.raises(PlotError, match=r"a_metrics\.jsonl: "):
+        read(path)
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> None:
+    path = write(tmp_path / "a_metrics.jsonl", records())
+    code = ("import sys; sys.modules['matplotlib'] = None; "
+            "from scripts.plot import main; sys.exit(main())")
+    done = plot(path, code=code)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "drawing needs matplotlib: pip install matplotlib\n"
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    done = plot(tmp_path / "none_metrics.jsonl")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "none_metrics.jsonl" in done.stderr
