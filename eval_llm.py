@@ -55,7 +55,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("what to do").add_argument
     add("--prompt", action="append", help="text to continue; repeatable")
     add("--interactive", type=int, default=0, choices=[0, 1], help="1: read prompts, one a line")
-    add("--data_path", nargs="+", help="JSONL to measure the loss on instead")
+    add("--data_path", nargs="+", help="texts to measure the loss on instead")
+    add("--text_column", default="text", help="with --data_path: where the text is in a record")
     add("--max_seq_len", type=int, default=512, help="with --data_path: tokens in a row")
     add("--batch_size", type=int, default=16, help="with --data_path: rows at once")
     add("--bad_records", choices=["stop", "skip"], default="stop", help="at a line that is no text")
@@ -146,7 +147,7 @@ def measure(
     """Print the model's loss on all documents of --data_path, and by language."""
     data = PretrainDataset(
         args.data_path, tokenizer, args.max_seq_len, cache_dir=args.cache_dir,
-        bad_records=args.bad_records
+        bad_records=args.bad_records, text_column=args.text_column
     )
     sums = {}
     for language, part in data.by_language(tokenizer).items():

@@ -93,8 +93,10 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add(
-        "--data_path", nargs="+", default=["dataset/pretrain_t2t_mini.jsonl"], help="JSONL, folders"
+        "--data_path", nargs="+", default=["dataset/pretrain_t2t_mini.jsonl"],
+        help="files, folders, patterns: .jsonl, .txt, also with .gz or .zst, .parquet"
     )
+    add("--text_column", default="text", help="of JSONL and parquet: where the text is")
     add("--max_seq_len", "--max_length", type=int, default=512, help="tokens in a row")
     add("--packing", type=int, default=1, choices=[0, 1], help="0: one padded document a row")
     add("--heldout_fraction", type=float, default=0.005, help="share of documents never trained on")
@@ -298,7 +300,8 @@ def open_data(
     """The rows, tokenized by one process of each machine while the others wait. Raises: DataError.
     """
     build = partial(
-        build_token_cache, args.data_path, tokenizer, args.cache_dir, bad_records=args.bad_records
+        build_token_cache, args.data_path, tokenizer, args.cache_dir, args.bad_records,
+        args.text_column
     )
     cache = distributed.first_on_each_machine(lambda: str(build().folder))
     data = PretrainDataset(

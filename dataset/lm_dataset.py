@@ -89,7 +89,7 @@ class PretrainDataset(Dataset):
     or after ``to`` on a device, where rows are then made without this processor.
 
     Args:
-        data_path: JSONL file, several, a folder, or a cache opened before.
+        data_path: a file, several, a folder or pattern, or a cache opened before.
         tokenizer: gives the ids and, with data_path, the cache's content.
         max_length: T, tokens in a row.
         packing: slices of the stream (True) or one document a row (False).
@@ -100,11 +100,12 @@ class PretrainDataset(Dataset):
     def __init__(
         self, data_path: str | list[str] | TokenCache, tokenizer: PreTrainedTokenizerBase,
         max_length: int = 512, *, packing: bool = True, seed: int = 42,
-        heldout_fraction: float = 0.0, cache_dir: str = DEFAULT_CACHE_DIR, bad_records: str = "stop"
+        heldout_fraction: float = 0.0, cache_dir: str = DEFAULT_CACHE_DIR,
+        bad_records: str = "stop", text_column: str = "text"
     ) -> None:
         given = isinstance(data_path, TokenCache)
         self.cache = data_path if given else build_token_cache(
-            data_path, tokenizer, cache_dir, bad_records=bad_records
+            data_path, tokenizer, cache_dir, bad_records, text_column
         )
         self.bos, self.eos, self.pad = special_ids(tokenizer)
         self.row_length, self.stride = max_length, max_length

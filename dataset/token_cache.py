@@ -35,7 +35,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dataset.records import DataError, find_files, read_documents
+from dataset.records import (
+    ENDINGS, TEXT_COLUMN, DataError, find_files, kind_of, read_documents
+)
 
 FORMAT = 2  # part of every cache's name: raise it when the files' meaning changes
 BATCH_BYTES = 2 * 2**20  # text encoded in one call: enough to keep all cores busy, little to hold
@@ -60,11 +62,15 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of_files(files: list[Path]) -> str:
-    """SHA-256 of the files' sizes and bytes, in order; names and dates do not count."""
+def digest_of_files(files: list[Path], text_column: str = TEXT_COLUMN) -> str:
+    """SHA-256 of the files' bytes in order, and of how they are read; dates do not count, nor do
+    names but for their endings."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(bytes.fromhex(digest_of_file(path)))
+        kind, _ = kind_of(path)
+        if kind != "jsonl" or text_column != TEXT_COLUMN:
+            digest.update(f"{kind} {text_column if kind != 'txt' else ''}".encode())
     return digest.hexdigest()
 
 
@@ -151,12 +157,14 @@ def refuse(message: str) -> NoReturn:
     raise DataError(f"{message} Correct it, or leave such lines out: --bad_records skip.")
 
 
-def text_batches(files: list[Path], bad: BadRecords, bar: tqdm) -> Iterator[list[str]]:
+def text_batches(
+    files: list[Path], text_column: str, bad: BadRecords, bar: tqdm
+) -> Iterator[list[str]]:
     """All documents of all files in order, in lists of about BATCH_BYTES; ``bar`` counts bytes."""
     texts: list[str] = []
     for path in files:
         done = reported = 0
-        for text, done in read_documents(path, bad):
+        for text, done in read_documents(path, bad, text_column):
             texts.append(text)
             if done - reported >= BATCH_BYTES:
                 bar.update(done - reported)
@@ -186,7 +194,8 @@ def encoded_batches(
 
 
 def write_cache(
-    folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, bad: BadRecords
+    folder: Path, files: list[Path], text_column: str, tokenizer: PreTrainedTokenizerBase,
+    bad: BadRecords
 ) -> dict:
     """Tokenize ``files`` into ``folder``; returns counts. Holds a few batches, not the corpus."""
     largest_id = max(tokenizer.get_vocab().values())
@@ -201,7 +210,7 @@ def write_cache(
             tqdm(total=size, desc="tokenizing", unit="B", unit_scale=1, leave=False, disable=None)
         )
         offsets.write(array("q", [0]).tobytes())
-        batches = encoded_batches(tokenizer, text_batches(files, bad, bar))
+        batches = encoded_batches(tokenizer, text_batches(files, text_column, bad, bar))
         open_files.enter_context(contextlib.closing(batches))  # ends its thread, whatever happens
         for texts, encoded in batches:
             for text, ids in zip(texts, encoded, strict=True):
@@ -299,11 +308,12 @@ def stamp(path: Path) -> tuple[int, int]:
 
 def build_token_cache(
     data_path: str | list[str], tokenizer: PreTrainedTokenizerBase,
-    cache_dir: str | Path = DEFAULT_CACHE_DIR, bad_records: Literal["stop", "skip"] = "stop"
+    cache_dir: str | Path = DEFAULT_CACHE_DIR, bad_records: Literal["stop", "skip"] = "stop",
+    text_column: str = TEXT_COLUMN
 ) -> TokenCache:
     """The cache of these files under this tokenizer, made if there is none yet.
 
-    Lines that are no document raise (stop) or are left out and counted in ``meta`` (skip).
+    Records that are no document raise (stop) or are left out and counted in ``meta`` (skip).
 
     Raises: DataError if a file is missing, unusable or changes meanwhile, if there is a bad record
         that is not to be skipped, even if an earlier run skipped it, or if there is no document."""
@@ -312,7 +322,8 @@ def build_token_cache(
         backend.no_truncation()  # a tokenizer's file may ask for either, and documents are whole
         backend.no_padding()
     before = [stamp(path) for path in files]
-    digests = {"data": digest_of_files(files), "tokenizer": digest_of_tokenizer(tokenizer)}
+    data = digest_of_files(files, text_column)
+    digests = {"data": data, "tokenizer": digest_of_tokenizer(tokenizer)}
     key = hashlib.sha256(f"{FORMAT}{digests}".encode()).hexdigest()[:24]
     folder = Path(cache_dir) / key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +333,7 @@ def build_token_cache(
         try:
             building.mkdir()
             bad = BadRecords(skip=bad_records == "skip")
-            counts = write_cache(building, files, tokenizer, bad)
+            counts = write_cache(building, files, text_column, tokenizer, bad)
             for path, old in zip(files, before, strict=True):
                 if stamp(path) != old:  # then the digest is not that of the text which was read
                     raise DataError(f"{path} changed while it was being read. Start again.")
@@ -345,15 +356,20 @@ def build_token_cache(
 def main(argv: list[str] | None = None) -> int:
     """Make the cache that training with the same flags finds. Returns: the exit status."""
     parser = argparse.ArgumentParser(description="Tokenize a corpus ahead of its training.")
-    parser.add_argument("--data_path", nargs="+", required=True, help="JSONL, folders")
+    parser.add_argument("--data_path", nargs="+", required=True,
+                        help=f"files, folders, patterns: {', '.join(ENDINGS)}")
+    parser.add_argument("--text_column", default=TEXT_COLUMN, help="of JSONL and parquet")
     parser.add_argument("--tokenizer_path", default="model", help="any transformers tokenizer")
     parser.add_argument("--cache_dir", default=DEFAULT_CACHE_DIR, help="where the cache is kept")
     parser.add_argument("--bad_records", choices=["stop", "skip"], default="stop")
+    parser.add_argument("--report", action="store_true", help="tell what the corpus is made of")
     args = parser.parse_args(argv)
     since = time.monotonic()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
-        cache = build_token_cache(args.data_path, tokenizer, args.cache_dir, args.bad_records)
+        cache = build_token_cache(
+            args.data_path, tokenizer, args.cache_dir, args.bad_records, args.text_column
+        )
     except (DataError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 3
@@ -362,6 +378,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{cache.folder}: {counts['num_documents']:,} documents, {counts['num_tokens']:,} tokens, "
         f"{counts['num_bytes']:,} bytes of text, in {seconds:.1f} s"
     )
+    if args.report:
+        from dataset.report import report
+
+        print(report(cache, tokenizer))
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset.records import DataError, read_documents
+from dataset.records import ENDINGS, DataError, read_documents
 
 # The first ids are MiniMind's, so that its later stages (chat, tools, thinking) find theirs.
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, BOS, EOS
@@ -33,10 +33,10 @@ MAX_TOKEN_BYTES = 24  # longer entries are addresses and code of one corpus, not
 
 
 def find_texts(paths: list[str]) -> list[Path]:
-    """The files given, and the ``*.jsonl`` and ``*.txt`` of folders given."""
+    """The files given, and those of known endings in folders given."""
     files: list[Path] = []
     for given in map(Path, paths):
-        inside = [p for p in sorted(given.rglob("*")) if p.suffix in (".jsonl", ".txt")]
+        inside = [p for p in sorted(given.rglob("*")) if p.name.endswith(ENDINGS)]
         files += inside if given.is_dir() else [given]
     missing = [str(path) for path in files if not path.is_file()]
     if missing or not files:
@@ -45,8 +45,8 @@ def find_texts(paths: list[str]) -> list[Path]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Documents of a JSONL file, lines of any other."""
-    if path.suffix == ".jsonl":
+    """Documents of a file whose ending says how it is read, lines of any other."""
+    if path.name.endswith(ENDINGS):
         yield from (text for text, _ in read_documents(path))
     else:
         with path.open(encoding="utf-8", errors="replace") as lines:

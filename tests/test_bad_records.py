@@ -117,7 +117,7 @@ def test_a_bad_record_is_named_and_stops_the_build_or_is_left_out_exactly(
     path, where = file_with(tmp_path, bad, place, end)
     message = refusal(tmp_path, path)
     assert message.startswith(where + found), message
-    assert message.endswith(f". {records.EXPECTED}{HINT}")
+    assert message.endswith(f". {records.expected()}{HINT}")
     cache = build(tmp_path, path, mode="skip")
     assert contents(cache) == good
     assert cache.meta["num_documents"] == 3 and cache.meta["num_bad"] == 1
@@ -241,8 +241,8 @@ def test_empty_documents_are_dropped_and_counted_apart(
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (gzip.compress(GOOD[0]), "gzip; decompress it first"),
-        (b"\x28\xb5\x2f\xfd\x04\x00" + GOOD[0], "zstd; decompress it first"),
+        (gzip.compress(GOOD[0]), "gzip; end its name in .gz"),
+        (b"\x28\xb5\x2f\xfd\x04\x00" + GOOD[0], "zstd; end its name in .zst"),
         (codecs.BOM_UTF16_LE + GOOD[0].decode().encode("utf-16-le"), "UTF-16; convert it to UTF-8"),
         (codecs.BOM_UTF16_BE + GOOD[0].decode().encode("utf-16-be"), "UTF-16; convert it to UTF-8"),
         (codecs.BOM_UTF32_LE + GOOD[0].decode().encode("utf-32-le"), "UTF-32; convert it to UTF-8"),

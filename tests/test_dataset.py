@@ -333,7 +333,7 @@ def test_several_files_and_folders_are_read_in_order(tmp_path: Path) -> None:
     write_jsonl(inside / "b.jsonl", ["third"])
     write_jsonl(inside / "a.jsonl", ["second"])
     write_jsonl(inside / "deeper" / "c.jsonl", ["fourth"])
-    (inside / "notes.txt").write_text("no document")
+    (inside / "notes.md").write_text("no document")
     found = documents_of(build(tmp_path, first, inside))
     assert found == [encode(text) for text in ("first", "second", "third", "fourth")]
 

@@ -145,7 +145,8 @@ OLDER = {"optimizer": "adamw", "lr_schedule": "cosine", "warmup_ratio": 0.0, "de
 # with the number of ranks must match; accumulation_steps follows it.
 SPLIT = ("batch_size", "accumulation_steps", "micro_batch_size", "device", "use_compile")
 MAY_CHANGE = (
-    *("preset", "data_path", "tokenizer_path", "bad_records"),  # what they lead to must match
+    # what these lead to must match
+    *("preset", "data_path", "text_column", "tokenizer_path", "bad_records"),
     *("save_dir", "save_weight", "checkpoint_dir", "cache_dir", "checkpoint_mirror"),
     *("log_interval", "save_interval", "eval_interval", "eval_tokens", "use_wandb"),
     *("wandb_project", "num_workers", "timeout", "keep_states", "max_bad_updates"),
