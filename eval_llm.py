@@ -175,16 +175,19 @@ def typed_prompts() -> Iterator[str]:
         yield prompt
 
 
+def sampling(temperature: float, top_p: float, top_k: int = 50) -> dict:
+    """How ``generate`` draws the next token; at a temperature of 0 it takes the likeliest."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
 def continue_prompts(
     args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str]
 ) -> None:
     """Print each prompt and its continuation as it is made."""
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": False}
-    if args.temperature > 0:
-        sampling = {"do_sample": True, "temperature": args.temperature}
-        sampling |= {"top_p": args.top_p, "top_k": args.top_k}
     for prompt in prompts:
         setup_seed(args.seed)  # before each, so that a text does not depend on those before it
         ids = encode_prompt(tokenizer, prompt).to(args.device)
@@ -192,7 +195,8 @@ def continue_prompts(
         start = time.monotonic()
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
-            repetition_penalty=args.repetition_penalty, streamer=streamer, **sampling
+            repetition_penalty=args.repetition_penalty, streamer=streamer,
+            **sampling(args.temperature, args.top_p, args.top_k)
         )
         seconds = time.monotonic() - start
         print(f"[{(out.shape[1] - ids.shape[1]) / seconds:.0f} tokens/s]\n")

@@ -1,0 +1,173 @@
+"""The page for continuation and SwanLab's dashboard, in a real headless browser."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.web_demo import Continuer
+from tests.helpers import ROOT, shipped_tokenizer, tiny_model
+from trainer.weights import read_weights, save_weights
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium, chromedriver")
+QUIET = (  # no first-run page, nothing fetched from the network
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--window-size=1400,1600",
+)
+
+
+# Whether anything was drawn on a canvas in another colour than black, white and grey.
+HAS_LINE = """
+const canvas = arguments[0];
+const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+for (let i = 0; i < data.length; i += 4)
+  if (data[i + 3] > 200 && Math.abs(data[i] - data[i + 1]) > 30) return true;
+return false;
+"""
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in (*QUIET, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(word)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *words: object) -> Iterator[str]:
+    """A server of its own; gives its address once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (folder / "server.log").open("w")
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words), "--port", str(port)], cwd=ROOT, stdout=log, stderr=log,
+        env=env | {"PYTHONUNBUFFERED": "1"}
+    )
+    try:
+        until(lambda: answers(port) or process.poll() is not None)
+        assert process.poll() is None, (folder / "server.log").read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def until(found: Callable[[], Any], seconds: float = 60) -> Any:
+    """What is found, as soon as it is; pages build themselves after they have been loaded."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return value
+
+
+# ------------------------------------------------------------------------ the page's own parts
+
+
+def test_text_grows_piece_by_piece_to_what_generation_gives() -> None:
+    model = tiny_model(vocab_size=6400, max_position_embeddings=256)
+    continuer = Continuer(model, shipped_tokenizer())
+    pieces = list(continuer.text("Paris is", 20, 0, 1.0, 1))
+    assert len(pieces) > 3 and all(b.startswith(a) for a, b in itertools.pairwise(pieces))
+    assert pieces[-1] == list(continuer.text("Paris is", 20, 0, 1.0, 2))[-1]
+    drawn = {list(continuer.text("Paris is", 20, 1.0, 1.0, seed))[-1] for seed in (1, 1, 2)}
+    assert len(drawn) == 2, "the seed decides what is drawn"
+
+
+def test_a_closed_page_stops_the_generation_and_an_error_reaches_it() -> None:
+    model = tiny_model(vocab_size=6400, max_position_embeddings=4096)
+    text = Continuer(model, shipped_tokenizer()).text("a", 10**6, 1.0, 1.0, 1)
+    next(text)
+    text.close()  # returns, so the model has stopped
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        list(Continuer(model, shipped_tokenizer()).text("a", -1, 1.0, 1.0, 1))
+
+
+def test_without_gradio_one_line_says_what_to_install(tmp_path: Path) -> None:
+    save_weights(tmp_path / "pretrain_32.pth", tiny_model(vocab_size=6400), {})
+    code = ("import sys; sys.modules['gradio'] = None; from scripts.web_demo import main; "
+            f"sys.exit(main(['--save_dir', {str(tmp_path)!r}]))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the page needs gradio: pip install gradio\n"
+
+
+# ------------------------------------------------------------------------------- in the browser
+
+
+@needs_browser
+def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
+    pytest.importorskip("gradio")
+    model = tiny_model(vocab_size=6400, max_position_embeddings=512)
+    path = tmp_path / "pretrain_32.pth"
+    save_weights(path, model, {})
+    model.load_state_dict(read_weights(path))
+    expected = list(Continuer(model, shipped_tokenizer()).text("Berlin ist", 100, 0.7, 0.9, 42))[-1]
+    with serving(tmp_path, "scripts/web_demo.py", "--weight", path, "--device", "cpu") as address:
+        browser.get(address)
+        by = "css selector"
+        prompt, text = until(lambda: browser.find_elements(by, "textarea") or None)[:2]
+        prompt.clear()
+        prompt.send_keys("Berlin ist")
+        buttons = browser.find_elements(by, "button")
+        next(button for button in buttons if button.text == "Continue").click()
+        seen: list[str] = []
+
+        def complete() -> bool:
+            seen.append(text.get_property("value"))
+            return len(seen) > 1 and seen[-1] == expected
+
+        until(complete)
+        browser.save_screenshot(tmp_path / "page.png")
+    assert all(expected.startswith(part) for part in seen), "it only ever grows"
+
+
+@needs_browser
+def test_swanlab_s_dashboard_shows_the_loss_of_a_run(tmp_path: Path, browser: Any) -> None:
+    pytest.importorskip("swanboard")
+    words = ["train_pretrain.py", "--preset", "demo", "--hidden_size", 16, "--num_hidden_layers", 1,
+             "--epochs", 1, "--batch_size", 64, "--log_interval", 2, "--device", "cpu",
+             "--save_dir", tmp_path, "--checkpoint_dir", tmp_path, "--use_wandb",
+             "--cache_dir", tmp_path / "cache"]
+    env = {k: v for k, v in os.environ.items() if k != "SWANLAB_API_KEY"} | {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    watch = ["-c", "from swanlab.cli import cli; cli()", "watch", tmp_path / "swanlog"]
+    with serving(tmp_path, *watch) as address:
+        browser.get(address)
+        run = until(lambda: [
+            link for link in browser.find_elements("css selector", "a")
+            if "pretrain" in link.text
+        ])[0]
+        run.click()
+        chart = "//*[normalize-space(text())='loss']/ancestor::*[.//canvas][1]"
+        drawn = until(lambda: browser.find_elements("xpath", f"{chart}//canvas"))[0]
+        until(lambda: browser.execute_script(HAS_LINE, drawn))
+        browser.save_screenshot(tmp_path / "dashboard.png")
