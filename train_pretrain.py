@@ -31,7 +31,7 @@ from trainer.describe import describe, describe_pass, rehearse
 from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics, complete_files, metrics_path
-from trainer.micro_batch import fit_micro_batch
+from trainer.micro_batch import advise, fit_micro_batch
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
 from trainer.run import Run
@@ -393,6 +393,7 @@ def train(args: argparse.Namespace, scope: ExitStack) -> None:
     data = open_data(args, tokenizer, device)
     held_out = data.held_out(args.eval_tokens)
     run = build_run(args, config, data, len(held_out) if held_out else 0, state, device)
+    scope.push(partial(advise, run))
     setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
     describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
 

@@ -126,7 +126,7 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
     return figure
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,7 +135,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="PNG; None: beside the first metrics")
     parser.add_argument("--band", type=Path, help="of --write_band: is the loss right?")
     parser.add_argument("--write_band", type=Path, help="from these runs; nothing is drawn")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         runs = {path.stem.removesuffix("_metrics"): read(path) for path in args.metrics}
         if len(runs) < len(args.metrics):  # of one name in several folders

@@ -105,7 +105,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         part.replace(folder / name)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,7 +121,7 @@ def main() -> int:
         help="text used at most, MB; takes about 65 times that in memory",
     )
     parser.add_argument("--seed", type=int, default=42, help="which texts a sample takes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     least = len(CONTROL_TOKENS + MEDIA_TOKENS + CHAT_TOKENS + SPARE_TOKENS) + 256
     if args.vocab_size < least:
         parser.error(f"--vocab_size is {args.vocab_size}, expected {least} or more")

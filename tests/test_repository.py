@@ -1,6 +1,7 @@
 """What the repository promises of itself: flags, layers, commands, sample."""
 
 import ast
+import contextlib
 import hashlib
 import re
 import shlex
@@ -18,7 +19,7 @@ from dataset.records import read_documents
 from model.model_minimind import MiniMindConfig
 from tests.helpers import ROOT
 from tests.running import run
-from trainer.settings import default_dtype
+from trainer.settings import computes_in, default_dtype
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEFAULTS = {  # MiniMind's names, and ours
@@ -52,11 +53,27 @@ def test_flags_and_defaults_are_the_promised_ones() -> None:
 def test_products_are_in_bfloat16_except_on_a_cpu_without_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert default_dtype("cuda") == default_dtype("cuda:1") == default_dtype("mps") == "bfloat16"
     for found, dtype in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         assert train_pretrain.parse_flags(["--device", "cpu"]).dtype == dtype
     assert train_pretrain.parse_flags(["--device", "cpu", "--dtype", "float16"]).dtype == "float16"
+
+
+def test_a_card_without_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mock of torch's answers: there is no such card here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for supported, dtype in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
+        )
+        assert default_dtype("cuda") == default_dtype("cuda:1") == dtype
+
+
+def test_a_device_is_asked_whether_it_computes_in_a_type() -> None:
+    assert computes_in("cpu", torch.bfloat16) and computes_in("cpu", torch.float32)
+    assert not computes_in("cpu", torch.bool)
+    assert default_dtype("mps") in ("bfloat16", "float32")
 
 
 def test_flags_have_minimind_s_other_names() -> None:
@@ -167,19 +184,6 @@ def test_the_readme_s_first_command_trains_and_its_next_continues(tmp_path: Path
     done = run([sys.executable, *words, *extra])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s]") >= 1
-
-
-def test_every_flag_in_the_readme_exists() -> None:
-    known = {
-        option
-        for parser in (train_pretrain.build_parser(), eval_llm.build_parser())
-        for action in parser._actions
-        for option in action.option_strings
-    }
-    known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-    known |= {"--max-restarts"}  # all of torchrun's
-    known |= {"--output", "--vocab_size", "--max_megabytes", "--local-dir", "--repo-type"}
-    assert set(re.findall(r"--\w[\w-]*", README)) <= known
 
 
 def test_the_sample_is_what_its_script_writes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from trainer import distributed
 from trainer.plan import GENERATION, SKIPPED, process_start
 from trainer.run import Run
+from trainer.settings import card_has_bfloat16
 from trainer.trainer_utils import Logger, get_model_params
 
 REHEARSED = 7  # updates of a dry run
@@ -31,7 +32,8 @@ def describe(run: Run, corpus: dict, num_held_out: int) -> None:
     vocab_size, length = run.config.vocab_size, run.args.max_seq_len
     Logger(
         f"model: {size} parameters, vocabulary {vocab_size:,}: "
-        f"the first loss should be near ln {vocab_size} = {math.log(vocab_size):.2f}"
+        f"the first loss should be near ln {vocab_size} = {math.log(vocab_size):.2f}; "
+        f"{memory_of_weights(run.optimizer) / 2**30:.2f} GiB with gradients and moments"
     )
     Logger(
         f"data: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens, "
@@ -81,12 +83,27 @@ def usual_mistakes(args: argparse.Namespace, updates: int, global_batch: int) ->
     return found
 
 
+def memory_of_weights(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the weights, their gradients and the optimizer's moments: one of Muon, two of AdamW;
+    float32 all. What a pass keeps comes on top."""
+    return sum(
+        p.numel() * (12 if "momentum" in group else 16)
+        for group in optimizer.param_groups for p in group["params"]
+    )
+
+
 def describe_pass(run: Run) -> None:
     """Print how the device works: what a flag, or the device itself, decided."""
-    within = "within documents" if run.model.attends_within else "by mask"
+    within, memory = "within documents" if run.model.attends_within else "by mask", ""
+    if run.device.type == "cuda":  # a pass was tried
+        peak = torch.cuda.max_memory_allocated(run.device) / 2**30
+        whole = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+        memory = f", {peak:.1f} of {whole:.1f} GiB"
+        if run.args.dtype == "float16" and not card_has_bfloat16(run.device):
+            Logger("note: this card has no bfloat16: products in float16, gradients scaled")
     Logger(
         f"pass: {run.micro_batch:,} rows at once, {run.rows_per_device // run.micro_batch} times "
-        f"an update, {'compiled' if run.args.use_compile else 'eager'}, attention {within}"
+        f"an update, {'compiled' if run.args.use_compile else 'eager'}, attention {within}{memory}"
     )
 
 

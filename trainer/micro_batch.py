@@ -41,6 +41,16 @@ def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int
     run.micro_batch = rows
 
 
+def advise(run: Run, kind: object, error: BaseException | None, trace: object) -> None:
+    """When a run ends without memory: which flag makes its updates need less. For an ExitStack."""
+    if error is not None and is_out_of_memory(error) and run.micro_batch > 1:
+        fewer = largest_divisor(run.rows_per_device, run.micro_batch // 2)
+        error.add_note(
+            f"--micro_batch_size {fewer} (now {run.micro_batch}); --from_resume 1 goes on from the "
+            f"last save"
+        )
+
+
 def rows_that_fit(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int) -> int:
     """An estimate from what passes of one row and of two take.
 

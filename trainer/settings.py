@@ -125,11 +125,31 @@ def default_device() -> str:
 
 
 def default_dtype(device: str) -> str:
-    """bfloat16, but float32 on a CPU that would have to emulate it, up to 20 times slower."""
-    if not device.startswith("cpu"):
-        return "bfloat16"
+    """bfloat16 where the device computes in it: else float16 on a card, and float32 on a CPU, which
+    would have to emulate either, up to 20 times slower, and on MPS."""
+    if device.startswith("cuda"):
+        return "bfloat16" if card_has_bfloat16(device) else "float16"
+    if device.startswith("mps"):
+        return "bfloat16" if computes_in(device, torch.bfloat16) else "float32"
     found = getattr(torch.cpu, "get_capabilities", dict)()  # where torch cannot say: none
     return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
+
+
+def card_has_bfloat16(device: str | torch.device) -> bool:
+    """Without emulation: NVIDIA's from 2020 on."""
+    if not torch.cuda.is_available():
+        return True  # said elsewhere
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def computes_in(device: str, dtype: torch.dtype) -> bool:
+    """Whether a product of matrices comes out right; older systems of Apple's have no bfloat16."""
+    try:
+        ones = torch.ones(8, 8, device=device, dtype=dtype)
+        return bool((ones @ ones == 8).all())
+    except (RuntimeError, TypeError, AssertionError):
+        return False
 
 
 # Each flag is in one of these lists. Those that must match decide what is learnt.
@@ -239,9 +259,10 @@ def run_program(program: Callable[[], None]) -> int:
         if status == 6:
             message = f"{error}. What was saved before is intact."
         if status == 7:
+            less = " ".join(getattr(error, "__notes__", ["a lower --micro_batch_size"]))
             message = (
-                f"out of memory: {message.splitlines()[0] if message else 'main memory'} With a "
-                f"lower --micro_batch_size the same updates need less."
+                f"out of memory: {message.splitlines()[0] if message else 'main memory'} The same "
+                f"updates need less with {less}."
             )
         if getattr(error, "speaks", os.environ.get("LOCAL_RANK", "0") == "0"):  # not each rank
             say(partial(print, file=sys.stderr), f"error: {message}")
