@@ -41,14 +41,22 @@ PROMPTS = {
 }
 
 
-def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    add = parser.add_argument_group("model").add_argument
+def add_weight_flags(parser: Parser) -> argparse._ArgumentGroup:
+    """Which model is meant; other scripts ask for it in the same words. Returns: the group."""
+    group = parser.add_argument_group("model")
+    add = group.add_argument
     add("--weight", default="pretrain", help="name of the weights in --save_dir, or a .pth file")
     add("--save_dir", default="out", help="folder of the weights")
     add("--hidden_size", type=int, help="which, if --save_dir holds several of that name")
     add("--use_moe", type=int, choices=[0, 1], help="likewise")
     add("--tokenizer_path", default="model", help="the tokenizer it was trained with")
+    parser.set_defaults(inference_rope_scaling=False, device="cpu")
+    return group
+
+
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = add_weight_flags(parser).add_argument
     add("--inference_rope_scaling", action="store_true", help="stretch positions 16 times (YaRN)")
     add("--device", default=default_device(), help="cuda, mps or cpu")
 

@@ -178,10 +178,12 @@ def read_hf(folder: Path) -> MiniMindForCausalLM:
     """A folder that transformers opens, as our model, compared with theirs; no code of it runs.
 
     Raises: CheckpointError if it is none, or of another kind."""
+    if not folder.is_dir():  # a name might be looked for on a hub
+        raise CheckpointError(f"--input {folder}: no such folder")
     try:
-        config = minimind_config(AutoConfig.from_pretrained(folder))
+        config = minimind_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         theirs = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         ).eval()
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
@@ -206,11 +208,7 @@ def build_parser() -> Parser:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--to", choices=["hf", "gguf"], help="what to write")
     way.add_argument("--from", dest="source", choices=["hf"], help="what to read")
-    parser.add_argument("--weight", default="pretrain", help="a name in --save_dir, or a .pth file")
-    parser.add_argument("--save_dir", default="out", help="folder of our weights")
-    parser.add_argument("--hidden_size", type=int, help="which, if there are several")
-    parser.add_argument("--use_moe", type=int, choices=[0, 1], help="likewise")
-    parser.add_argument("--tokenizer_path", default="model", help="that of the training")
+    eval_llm.add_weight_flags(parser)
     parser.add_argument("--output", type=Path, help="with --to: a new folder, or file")
     parser.add_argument("--gguf_type", choices=["f16", "q8_0"], default="f16",
                         help="of matrices: two bytes a weight, or one")
@@ -232,7 +230,6 @@ def check_flags(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write it beside its place, compare, and only then give it its name."""
     tokenizer = load_tokenizer(args.tokenizer_path)
-    args.inference_rope_scaling, args.device = False, "cpu"
     model = eval_llm.load_model(args, tokenizer).float()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".export-") as folder:

@@ -107,12 +107,7 @@ def build_page(continuer: Continuer) -> Any:
 def build_parser() -> Parser:
     """Flags; those of the weights as in eval_llm.py."""
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--weight", default="pretrain", help="a name in --save_dir, or a .pth file")
-    add("--save_dir", default="out", help="folder of the weights")
-    add("--hidden_size", type=int, help="which, if there are several")
-    add("--use_moe", type=int, choices=[0, 1], help="likewise")
-    add("--tokenizer_path", default="model", help="that of the training")
+    add = eval_llm.add_weight_flags(parser).add_argument
     add("--device", default=eval_llm.default_device(), help="cuda, mps or cpu")
     add("--port", type=int, default=7860, help="of the page")
     return parser
@@ -120,7 +115,6 @@ def build_parser() -> Parser:
 
 def serve(args: argparse.Namespace) -> None:
     """Until Ctrl-C."""
-    args.inference_rope_scaling = False
     tokenizer = load_tokenizer(args.tokenizer_path)
     page = build_page(Continuer(eval_llm.load_model(args, tokenizer), tokenizer))
     page.queue(default_concurrency_limit=1)  # one model: pages take turns

@@ -54,9 +54,11 @@ def shown(found: object) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or this machine had no memory left; on a CPU torch has no class for it."""
+    """Whether the device or this machine had no memory left; torch has a class for it on cuda only.
+    """
+    words = ("DefaultCPUAllocator", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
