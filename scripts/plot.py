@@ -12,6 +12,7 @@ whether a run stays inside: is its loss right? Needs matplotlib, but for the ban
 import argparse
 import bisect
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,12 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
     from matplotlib import pyplot
 
     shown = [key for key in PANELS if any(curve(records, key)[1] for records in runs.values())]
-    figure, panels = pyplot.subplots(
-        1, len(shown), figsize=(4 * len(shown), 3.2), layout="constrained", squeeze=False
+    columns = min(3, len(shown))
+    figure = pyplot.figure(
+        figsize=(4 * columns, 3 * math.ceil(len(shown) / columns)), layout="constrained"
     )
-    for panel, key in zip(panels[0], shown, strict=True):
+    for number, key in enumerate(shown, start=1):
+        panel = figure.add_subplot(math.ceil(len(shown) / columns), columns, number)
         for name, records in runs.items():
             tokens, values = curve(records, key)
             panel.plot(tokens, values, label=name, linewidth=1.2,
