@@ -27,6 +27,7 @@ T = TypeVar("T")
 PATIENCE = 24 * 3600.0  # seconds; a rank may tokenize a large corpus meanwhile
 POLL = 0.02  # seconds between two looks whether that rank is done
 BUCKET_BYTES = 2**22  # of gradients that travel together; see docs/BENCHMARKS.md
+ONE_BY_ONE = ("gloo",)  # backends of which one exchange at a time is asked, see GradientSum
 ROLL_CALL = 15.0  # seconds in which ranks that are alive answer; torchrun kills them after 30
 
 _timeout = 600.0  # seconds
@@ -182,6 +183,7 @@ class GradientSum:
         self.missing: list[int] | None = None  # gradients by bucket; None: not the last pass
         if world_size() == 1:
             return
+        self.one_by_one = dist.get_backend() in ONE_BY_ONE
         size = BUCKET_BYTES
         for parameter in reversed([p for p in parameters if p.requires_grad]):
             if size >= BUCKET_BYTES:
@@ -202,17 +204,27 @@ class GradientSum:
             return
         self.missing[i] -= 1
         while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
+            if self.one_by_one and self.sent and not self.sent[-1][2].is_completed():
+                break  # the next gradient looks again
             with exchange():
                 self._send()  # in one order on all ranks, else they would add what differs
 
     def _send(self) -> None:
         sent, self.sent = self.sent, []  # if this fails, nothing may hold the group
+        self._end_last(sent)
         bucket = self.buckets[len(sent)]
         flat = torch.cat([
             (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket
         ])
         finite = torch.isfinite(flat).all()
         self.sent = [*sent, (flat, finite, dist.all_reduce(flat, async_op=True))]
+
+    def _end_last(self, sent: list[tuple[Tensor, Tensor, dist.Work]]) -> None:
+        """With gloo nothing is sent before what was sent last has arrived: if one of two exchanges
+        fails, since a rank died, gloo stops reading what comes for it (gloo/transport/tcp/pair.cc,
+        prepareRead), and the other one waits behind it until its time is over."""
+        if self.one_by_one and sent:
+            sent[-1][2].wait()
 
     def sum_over_ranks(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Send what is left, with ``sums`` (N,), and wait for all.
@@ -232,6 +244,7 @@ class GradientSum:
         culprits = torch.zeros(world_size(), device=sums.device)
         culprits[rank()] = ~finite
         last = torch.cat([sums, culprits])
+        self._end_last(sent)
         dist.all_reduce(last)
         for bucket, (flat, _, work) in zip(self.buckets, sent, strict=True):
             work.wait()
