@@ -87,7 +87,11 @@ def get_model_params(model: MiniMindForCausalLM, config: MiniMindConfig) -> tupl
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Any transformers tokenizer. Raises: SettingsError if ``path`` holds none."""
+    """Any transformers tokenizer; the shipped one, ``model``, wherever the program was started.
+
+    Raises: SettingsError if ``path`` holds none."""
+    if path == "model" and not Path(path).is_dir():
+        path = str(Path(__file__).resolve().parents[1] / path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
