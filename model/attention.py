@@ -61,6 +61,12 @@ def inverse_frequencies(config: MiniMindConfig) -> Tensor:
     return plain * (1 - stretched_share) + plain / stretch * stretched_share
 
 
+class ResidualLinear(nn.Linear):
+    """Writes into the residual stream, and begins at zero: so each layer begins as the identity.
+
+    docs/RECIPES.md has what that gains. Source: Goyal et al. 2017, 5.1, for residual networks."""
+
+
 class RotaryEmbedding(nn.Module):
     """Tables of cosines and sines, (max_position_embeddings, Dh / 2) float32.
 
@@ -198,7 +204,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.o_proj = ResidualLinear(width, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 

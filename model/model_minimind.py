@@ -20,7 +20,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from model.attention import (
-    Attention, RMSNorm, RotaryEmbedding, cache_mask, document_bounds, document_mask
+    Attention, ResidualLinear, RMSNorm, RotaryEmbedding, cache_mask, document_bounds,
+    document_mask
 )
 from model.config import MiniMindConfig
 from model.feed_forward import Experts, FeedForward, MoEFeedForward, balance_loss
@@ -134,11 +135,14 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, ResidualLinear):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, Experts):
-            for weight in module.parameters(recurse=False):
-                nn.init.normal_(weight, std=std)
+            nn.init.normal_(module.gate_proj, std=std)
+            nn.init.normal_(module.up_proj, std=std)
+            nn.init.zeros_(module.down_proj)  # as ResidualLinear
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, RotaryEmbedding):

@@ -58,22 +58,22 @@ def is_output(name: str) -> bool:
     return "o_proj" in name or "down_proj" in name
 
 
+def drawn_outputs(name: str, parameter: nn.Parameter, num_layers: int) -> None:
+    """As any other matrix."""
+    if is_output(name):
+        nn.init.normal_(parameter, std=0.02)
+
+
 def smaller_outputs(name: str, parameter: nn.Parameter, num_layers: int) -> None:
     """As GPT-2 (Radford et al. 2019), section 2.3: two of them in each layer add up."""
     if is_output(name):
-        parameter.div_(math.sqrt(2 * num_layers))
-
-
-def no_outputs(name: str, parameter: nn.Parameter, num_layers: int) -> None:
-    """Each layer begins as the identity."""
-    if is_output(name):
-        parameter.zero_()
+        nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * num_layers))
 
 
 def by_width(name: str, parameter: nn.Parameter, num_layers: int) -> None:
-    """Layers' matrices keep the size of what they multiply: deviation 1 / sqrt(columns)."""
-    if ".layers." in name and parameter.ndim >= 2:
-        parameter.mul_(1 / math.sqrt(parameter.shape[-1]) / parameter.std())
+    """Layers' other matrices keep the size of what they multiply: deviation 1 / sqrt(columns)."""
+    if ".layers." in name and parameter.ndim >= 2 and not is_output(name):
+        nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1]))
 
 
 def z_loss(weight: float) -> None:
@@ -92,8 +92,8 @@ def z_loss(weight: float) -> None:
 
 VARIANTS: dict[str, Callable[[], None]] = {
     AS_IT_IS: lambda: None,
+    "outputs drawn": lambda: initialised(drawn_outputs),
     "outputs / sqrt(2 layers)": lambda: initialised(smaller_outputs),
-    "outputs zero": lambda: initialised(no_outputs),
     "deviation by width": lambda: initialised(by_width),
     "--grad_clip inf": lambda: None,
     "--grad_clip 0.3": lambda: None,

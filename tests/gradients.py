@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 import train_pretrain
 from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from tests.helpers import stirred
 from tests.running import texts, write_corpus
 from trainer import distributed
 from trainer.run import Run
@@ -28,11 +29,12 @@ def toy_data(folder: Path, **options: object) -> PretrainDataset:
 
 
 def toy_model(use_moe: bool = False, **sizes: object) -> MiniMindForCausalLM:
-    """Two layers in float64, always the same; experts' imbalance weighs enough to be seen."""
+    """Two layers in float64, always the same, none of whose weights is zero; experts' imbalance
+    weighs enough to be seen."""
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 6400} | sizes
     config = MiniMindConfig(32, 2, use_moe, router_aux_loss_coef=0.1, **sizes)
-    return MiniMindForCausalLM(config).double()
+    return stirred(MiniMindForCausalLM(config).double(), 0.02)
 
 
 def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) -> Run:

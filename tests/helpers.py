@@ -43,13 +43,17 @@ def tiny_config(**changes: object) -> MiniMindConfig:
 
 
 @torch.no_grad()
+def stirred(model: MiniMindForCausalLM, deviation: float) -> MiniMindForCausalLM:
+    """The model, no longer as it begins: there layers add nothing, and norms multiply by one."""
+    for weight in model.parameters():
+        weight += deviation * torch.randn_like(weight)
+    return model
+
+
 def tiny_model(seed: int = 0, **changes: object) -> MiniMindForCausalLM:
     """A model in which every weight matters: none is zero, one, or too small to see."""
     torch.manual_seed(seed)
-    model = MiniMindForCausalLM(tiny_config(**changes)).eval()
-    for weight in model.parameters():
-        weight += 0.2 * torch.randn_like(weight)
-    return model
+    return stirred(MiniMindForCausalLM(tiny_config(**changes)).eval(), 0.2)
 
 
 def start_python(*arguments: object) -> subprocess.Popen:

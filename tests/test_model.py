@@ -23,7 +23,7 @@ from model import attention
 from model.attention import can_attend_within, document_bounds, inverse_frequencies
 from model.feed_forward import MoEFeedForward, balance_loss
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from tests.helpers import shipped_tokenizer, tiny_config, tiny_model, write_jsonl
+from tests.helpers import shipped_tokenizer, stirred, tiny_config, tiny_model, write_jsonl
 from tests.running import texts
 from trainer.trainer_utils import get_model_params
 
@@ -332,6 +332,18 @@ def test_first_loss_is_near_log_vocab_size() -> None:
         assert model(ids, labels=ids).loss.item() == pytest.approx(math.log(6400), abs=0.15)
 
 
+@DENSE_AND_MOE
+def test_each_layer_begins_as_the_identity_and_all_else_is_drawn(use_moe: bool) -> None:
+    torch.manual_seed(0)
+    model, ids = MiniMindForCausalLM(tiny_config(use_moe=use_moe)), random_ids(2, 9)
+    with torch.no_grad():
+        untouched = model.lm_head(model.model.norm(model.model.embed_tokens(ids)))
+        torch.testing.assert_close(model(ids).logits, untouched)
+    for name, weight in model.named_parameters():
+        if "o_proj" not in name and "down_proj" not in name and weight.ndim > 1:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.2), name
+
+
 # ------------------------------------------------------------------------------------- experts
 
 
@@ -468,6 +480,7 @@ def test_attention_within_documents_gives_what_the_mask_gives(
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = MiniMindForCausalLM(MiniMindConfig(32, 2, use_moe, **sizes)).double()
+    stirred(model, 0.02)
     for length in (5, 16, 64):
         data = PretrainDataset(
             str(corpus), shipped_tokenizer(), length, cache_dir=str(tmp_path / "cache")

@@ -1,6 +1,5 @@
 """scripts/try_variants.py: each variant changes what it says, and the table its differences."""
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -21,32 +20,32 @@ def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weights(use_moe: bool) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return dict(MiniMindForCausalLM(tiny_config(use_moe=use_moe)).named_parameters())
+    return dict(MiniMindForCausalLM(tiny_config(use_moe=use_moe)).named_parameters())  # 2 layers
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-@pytest.mark.parametrize("change, expected", [
-    (try_variants.smaller_outputs, lambda w, layers: w / math.sqrt(2 * layers)),
-    (try_variants.no_outputs, lambda w, layers: w * 0),
+@pytest.mark.parametrize(("change", "deviation"), [
+    (try_variants.drawn_outputs, 0.02), (try_variants.smaller_outputs, 0.01),
 ])
-def test_outputs_of_layers_begin_smaller_and_nothing_else(
-    use_moe: bool, change: Callable, expected: Callable
+def test_outputs_of_layers_are_drawn_and_nothing_else(
+    use_moe: bool, change: Callable, deviation: float
 ) -> None:
     before = weights(use_moe)
     try_variants.initialised(change)
-    layers = tiny_config().num_hidden_layers
     for name, now in weights(use_moe).items():
-        is_output = "o_proj" in name or "down_proj" in name
-        torch.testing.assert_close(now, expected(before[name], layers) if is_output
-                                   else before[name])
+        if "o_proj" in name or "down_proj" in name:
+            assert not before[name].any()
+            assert now.std().item() == pytest.approx(deviation, rel=0.1)
+        else:
+            assert now.equal(before[name])
 
 
 def test_by_width_matrices_keep_the_size_of_what_they_multiply() -> None:
     before = weights(False)
     try_variants.initialised(try_variants.by_width)
     for name, now in weights(False).items():
-        if ".layers." in name and now.ndim == 2:
-            assert now.std().item() == pytest.approx(now.shape[1] ** -0.5, rel=1e-3)
+        if ".layers." in name and now.ndim == 2 and before[name].any():
+            assert now.std().item() == pytest.approx(now.shape[1] ** -0.5, rel=0.1)
         else:
             assert now.equal(before[name])
 
