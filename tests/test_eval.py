@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import eval_llm
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from tests.helpers import stirred
 from tests.running import texts, train, write_corpus
 from trainer.weights import read_config, read_weights, save_weights
 
@@ -114,7 +115,7 @@ def test_saved_weights_are_half_of_what_was_trained_and_hold_each_matrix_once(
     tmp_path: Path, use_moe: bool
 ) -> None:
     config = MiniMindConfig(32, 2, use_moe, num_attention_heads=4, num_key_value_heads=2)
-    model = MiniMindForCausalLM(config)
+    model = stirred(MiniMindForCausalLM(config), 0.02)
     path = tmp_path / "w.pth"
     save_weights(path, model, {"step": 3})
     state = torch.load(path, weights_only=True)
