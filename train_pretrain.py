@@ -31,7 +31,7 @@ from trainer.describe import describe, describe_pass, rehearse
 from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics, complete_files, metrics_path
-from trainer.micro_batch import advise, fit_micro_batch
+from trainer.micro_batch import advise, fit_micro_batch, free_bytes
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
 from trainer.run import Run
@@ -350,9 +350,10 @@ def make_ready(run: Run, data: PretrainDataset) -> None:
     if run.args.use_compile:
         keep_compiled_code(run.args.cache_dir)
         run.model.compile_parts()
-    if run.device.type == "cuda":
-        with torch.random.fork_rng([run.device]):  # a try must not change what the run draws
-            fit_micro_batch(run, one_pass, torch.cuda.mem_get_info(run.device)[0])
+    if run.device.type != "cpu":  # there the system ends who takes too much: nothing fails
+        drawing = [run.device] if run.device.type == "cuda" else []
+        with torch.random.fork_rng(drawing):  # a try must not change what the run draws
+            fit_micro_batch(run, one_pass, free_bytes(run.device))
     describe_pass(run)
 
 

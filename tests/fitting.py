@@ -2,7 +2,8 @@
 
     fitting.py FOLDER FREE_MIB BELIEVED_MIB [ROWS]
 
-The last rank may take FREE_MIB more than it has; all believe in BELIEVED_MIB."""
+The last rank may take FREE_MIB more than it has; all believe in BELIEVED_MIB; if 0, they do not
+know."""
 
 import json
 import resource
@@ -36,7 +37,7 @@ if __name__ == "__main__":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + free * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    fit_micro_batch(run, one_pass, believed * 2**20)
+    fit_micro_batch(run, one_pass, believed * 2**20 or None)
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert parameter.grad is None and torch.equal(parameter, value)
     found = {"chosen": run.micro_batch, "tried": tried}

@@ -26,7 +26,8 @@ def fitted(folder: Path, *numbers: int, ranks: int = 1) -> list[dict]:
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"rank{i}.json").read_text()) for i in range(ranks)]
     notes = done.stdout.count("rows at once do not fit the memory; trying")
-    assert notes == len(found[0]["tried"]) - 1 - 2 * (len(numbers) == 2)  # two are for the estimate
+    estimated = len(numbers) == 2 and numbers[1] > 0  # by two passes
+    assert notes == len(found[0]["tried"]) - 1 - 2 * estimated
     return found
 
 
@@ -48,6 +49,12 @@ def test_rows_that_do_not_fit_are_halved_until_they_do_on_all_ranks(
     tried = found[0]["tried"]
     assert tried[0] == ROWS and tried[-1] == found[0]["chosen"] < ROWS
     assert all(after == before // 2 for before, after in itertools.pairwise(tried))
+
+
+def test_without_an_estimate_the_batch_size_is_tried(tmp_path: Path) -> None:
+    """As on MPS, which does not tell what it has left."""
+    assert fitted(tmp_path, 400, 0) == [{"chosen": 8, "tried": [8]}]
+    assert fitted(tmp_path, 60, 0) == [{"chosen": 4, "tried": [8, 4]}]
 
 
 def test_not_even_one_row_is_the_allocator_s_own_error(tmp_path: Path) -> None:

@@ -19,15 +19,21 @@ SHARE_OF_MEMORY = 0.8  # the rest is for what a pass needs for a moment, and for
 OPTIMIZER_BYTES = 12  # a parameter: gradient and two moments in float32
 
 
-def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int) -> None:
+def free_bytes(device: torch.device) -> int | None:
+    """What a device has left; None where that is unknown: MPS shares its memory with all else."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int | None) -> None:
     """Set the run's micro-batch to as many rows as are of use and fit, or to the flag's; if they
     turn out not to fit, to a half, a quarter and so on. All ranks take the same.
 
     Args:
         one_pass: forward and backward of so many rows.
-        free_bytes: the device's, with the model there, but neither gradients nor moments.
+        free_bytes: the device's, with the model there, but neither gradients nor moments; None:
+            begin with the run's own micro-batch.
     Raises: torch.OutOfMemoryError, or RuntimeError on a CPU, if not even one row fits."""
-    rows = run.args.micro_batch_size
+    rows = run.micro_batch if free_bytes is None else run.args.micro_batch_size
     if rows is None:
         fitting = min(distributed.gather(rows_that_fit(run, one_pass, free_bytes)))
         rows = min(MOST_TOKENS // run.args.max_seq_len, fitting)
@@ -96,7 +102,7 @@ def out_of_memory(run: Run, one_pass: Callable[[int], Tensor], rows: int) -> Exc
     run.optimizer.zero_grad(set_to_none=True)
     if error is not None:
         gc.collect()
-        torch.cuda.empty_cache()
+        getattr(torch, "mps" if run.device.type == "mps" else "cuda").empty_cache()
     if distributed.totals(error is not None)[0]:
         return error or torch.OutOfMemoryError("out of memory on another rank")
     return None
