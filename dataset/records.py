@@ -78,7 +78,9 @@ def find_files(data_path: str | list[str]) -> list[Path]:
             found = [p for p in map(Path, sorted(glob.glob(str(given), recursive=True)))
                      if p.is_file()]
             if not found:
-                raise DataError(f"--data_path {given}: no such file. {WAY_TO_DATA}")
+                seen_from = f"Expected a file, a folder or a pattern, seen from {Path.cwd()}."
+                way = WAY_TO_DATA if path.name.startswith("pretrain_t2t") else seen_from
+                raise DataError(f"--data_path {given}: no such file. {way}")
         files += found
     return files
 

@@ -93,9 +93,13 @@ def test_data_that_cannot_be_trained_on(
 def test_a_missing_data_file_names_the_download_and_the_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, error = refusal(flags(tmp_path, data_path=tmp_path / "no.jsonl"), capsys)
+    name = "pretrain_t2t_mini.jsonl"
+    status, error = refusal(flags(tmp_path, data_path=tmp_path / name), capsys)
     assert status == 3
-    assert "no.jsonl" in error and "minimind_dataset" in error and "--preset demo" in error
+    assert name in error and "minimind_dataset" in error and "--preset demo" in error
+    status, error = refusal(flags(tmp_path, data_path="my_own.jsonl"), capsys)
+    assert status == 3 and "my_own.jsonl: no such file. Expected a file" in error
+    assert f"seen from {Path.cwd()}" in error and "minimind_dataset" not in error
 
 
 def test_weights_of_another_shape_are_refused_with_the_sizes_that_fit(

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from dataset.records import DataError
 from scripts.train_tokenizer import find_texts, sample_texts, save, train
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
+from trainer.trainer_utils import load_tokenizer
 
 SCRIPT = ("-m", "scripts.train_tokenizer")
 
@@ -21,6 +22,13 @@ def test_the_shipped_tokenizer_has_minimind_ids() -> None:
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == control
     assert [tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token] == control
     assert tokenizer(control, add_special_tokens=False)["input_ids"] == [[0], [1], [2]]
+
+
+def test_the_shipped_tokenizer_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("model").get_vocab() == shipped_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize(
