@@ -52,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
         ({"heldout_fraction": 1}, "--heldout_fraction is 1.0"),
         ({"max_seq_len": 1}, "--max_seq_len is 1, expected 2 to 32768"),
         ({"preset": "7b"}, "--preset: invalid choice: '7b'"),
-        ({"learning_rte": 1}, "unrecognized arguments: --learning_rte"),
+        ({"learning_rte": 1}, "unrecognized arguments: --learning_rte.*mean --learning_rate\\?"),
         ({"tokenizer_path": "/nowhere"}, "--tokenizer_path /nowhere: no tokenizer there"),
     ],
 )

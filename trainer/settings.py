@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +30,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}. See --help.\n")
+        words = message.split() if message.startswith("unrecognized") else []
+        meant = [f for w in words for f in get_close_matches(w, self._option_string_actions)]
+        close = f"Did you mean {meant[0]}? " if meant else ""
+        self.exit(2, f"error: {message}. {close}See --help.\n")
 
 
 AT_LEAST_ONE = (
