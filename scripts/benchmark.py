@@ -139,15 +139,18 @@ def looping_experts() -> None:
 
 
 def padded_recipe() -> None:
-    """One document a row of 340, tokenized when it is asked for, cut and padded; plain AdamW."""
+    """One document a row of 340, tokenized when it is asked for, cut and padded; plain AdamW; all
+    matrices drawn at the start."""
     import torch
 
     import train_pretrain
     from dataset.lm_dataset import IGNORE, Batch
     from dataset.records import find_files, read_documents
+    from scripts.try_variants import drawn_outputs, initialised
 
     plain_adamw()
     looping_experts()
+    initialised(drawn_outputs)
 
     class Padded(train_pretrain.PretrainDataset):
         def __init__(self, *args: object, **kwargs: object) -> None:
