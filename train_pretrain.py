@@ -61,6 +61,7 @@ PRESETS: dict[str, dict] = {  # defaults that any flag overrides
         "batch_size": 8,
         "accumulation_steps": 1,
         "learning_rate": 2e-3,
+        "warmup_ratio": 0.05,
         "epochs": 3,
         "log_interval": 50,
         "eval_interval": 500,
