@@ -233,11 +233,20 @@ def test_no_preset_is_warned_of(preset: str) -> None:
 
 @pytest.mark.parametrize(("changes", "updates", "said"), [
     ({"learning_rate": 0.1}, 5000, "--learning_rate 0.1 is high for a width of 768: above 0.003"),
+    ({"learning_rate": 1e-3}, 5000, "AdamW at --learning_rate 0.001 without a warm-up"),
     ({"epochs": 5}, 5000, "5 passes over the data"),
     ({}, 62, "only 62 updates"),
 ])
 def test_usual_mistakes_are_told_before_the_run(changes: dict, updates: int, said: str) -> None:
     assert said in said_by(changes, updates)
+
+
+@pytest.mark.parametrize("changes", [
+    {"learning_rate": 5e-4}, {"learning_rate": 1e-3, "warmup_ratio": 0.05},
+    {"learning_rate": 1e-3, "optimizer": "muon"},
+], ids=str)
+def test_a_warm_up_is_asked_for_only_where_it_helps(changes: dict) -> None:
+    assert said_by(changes) == ""
 
 
 def test_a_held_out_loss_that_rises_is_told(

@@ -18,9 +18,10 @@ from trainer.trainer_utils import Logger, get_model_params
 
 REHEARSED = 7  # updates of a dry run
 
-# Where to warn: rules of thumb, not measured here. Rate: at a width of 256, inversely with it;
-# epochs: up to four passes teach nearly as much as new data (Muennighoff et al. 2023).
-HIGHEST_RATE, FEWEST_UPDATES, MOST_EPOCHS = 1e-2, 200, 4
+# Where to warn. Rates: at a width of 256, taken to go inversely with it; docs/RECIPES.md has what
+# was measured there. The others are rules of thumb; epochs: up to four passes teach nearly as much
+# as new data (Muennighoff et al. 2023).
+HIGHEST_RATE, WARM_UP_RATE, FEWEST_UPDATES, MOST_EPOCHS = 1e-2, 2e-3, 200, 4
 
 
 def describe(run: Run, corpus: dict, num_held_out: int) -> None:
@@ -69,6 +70,12 @@ def usual_mistakes(args: argparse.Namespace, updates: int, global_batch: int) ->
         found.append(
             f"--learning_rate {args.learning_rate:g} is high for a width of {args.hidden_size}: "
             f"above {highest:.1g} such models often diverge"
+        )
+    needs_warm_up = args.optimizer == "adamw" and args.warmup_ratio == 0
+    if needs_warm_up and args.learning_rate >= WARM_UP_RATE * 256 / args.hidden_size:
+        found.append(
+            f"AdamW at --learning_rate {args.learning_rate:g} without a warm-up loses much of its "
+            f"first updates: --warmup_ratio 0.05 helps"
         )
     if args.max_minutes is None and updates < FEWEST_UPDATES and global_batch > 8:
         found.append(
