@@ -34,8 +34,8 @@ HELD_OUT = 0.05  # of the documents, the last ones
 ASIDE_TOKENS = 2**17  # of them that are looked at: every n-th document
 ROW_LENGTH = 340  # of the padded recipe's rows, and of those kept aside
 OURS = {
-    "cpu": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 8e-3,
-            "batch_size": 8, "accumulation_steps": 1},
+    "cpu": {"optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0, "decay_ratio": 0.6,
+            "learning_rate": 8e-3, "batch_size": 8, "accumulation_steps": 1},
     "cuda": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 2e-3},
 }
 
@@ -255,7 +255,7 @@ def main() -> None:
     base = {
         "packing": 0, "max_seq_len": ROW_LENGTH, "batch_size": 32, "accumulation_steps": 8,
         "micro_batch_size": 32, "use_compile": 0, "dtype": "bfloat16" if on_cuda else "float32",
-        "num_workers": 8 if on_cuda else 0,
+        "num_workers": 8 if on_cuda else 0, "warmup_ratio": 0,
     }
     padded, ours = [], []
     if args.only != "ours":

@@ -34,7 +34,7 @@ from trainer.settings import default_device  # noqa: E402
 
 RECIPE = (
     "--preset demo --max_seq_len 340 --batch_size 8 --accumulation_steps 1 --epochs 1 "
-    "--optimizer muon --lr_schedule wsd --decay_ratio 0.6 --learning_rate 8e-3 "
+    "--optimizer muon --lr_schedule wsd --warmup_ratio 0 --decay_ratio 0.6 --learning_rate 8e-3 "
     "--heldout_fraction 0.3 --eval_tokens 131072"
 )
 AS_IT_IS = "as it is"
