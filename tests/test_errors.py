@@ -128,13 +128,13 @@ def test_another_runs_files_are_not_overwritten(
     train(tmp_path, epochs=1)
     before = files(tmp_path)
     status, error = refusal(flags(tmp_path, epochs=1), capsys)
-    assert status == 4 and "belongs to another run" in error
+    assert status == 4 and "belongs to an earlier run" in error
     assert "--from_resume 1" in error and "--overwrite 1" in error and "--save_weight" in error
     assert files(tmp_path) == before
     for state in (tmp_path / "checkpoints").glob("*.pth"):
         state.unlink()
     status, error = refusal(flags(tmp_path, epochs=1), capsys)
-    assert status == 4 and "pretrain_32.pth belongs to another run" in error
+    assert status == 4 and "pretrain_32.pth belongs to an earlier run" in error
     train(tmp_path, epochs=1, seed=1, overwrite=1)
     assert files(tmp_path) != before
 

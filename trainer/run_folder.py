@@ -131,7 +131,7 @@ class RunFolder:
                 taken += [f"{self.mirror.shown}/{name}" for name in self.mirror.states()]
         if taken and not self.args.overwrite:
             raise CheckpointError(
-                f"{taken[0]} belongs to another run. --from_resume 1 goes on with it, "
+                f"{taken[0]} belongs to an earlier run. --from_resume 1 goes on with it, "
                 f"--save_weight NAME starts one beside it, --overwrite 1 deletes it."
             )
 
