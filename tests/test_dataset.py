@@ -444,7 +444,9 @@ def test_what_other_programs_write_is_accepted(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_leads_to_the_download_and_the_demo(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.jsonl.*https://.*--preset demo"):
+    with pytest.raises(DataError, match=r"pretrain_t2t\.jsonl.*https://.*--preset demo"):
+        build(tmp_path, tmp_path / "pretrain_t2t.jsonl")
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file. Expected a file, a folder or"):
         build(tmp_path, tmp_path / "none.jsonl")
 
 

@@ -113,7 +113,7 @@ def test_a_new_run_does_not_take_another_runs_mirror(whole: Path, tmp_path: Path
     mirror = tmp_path / "mirror"
     shutil.copytree(whole / "checkpoints", mirror)
     status, log = trained(tmp_path, checkpoint_mirror=mirror)
-    assert status == 4 and f"{mirror}/pretrain_32_resume_" in log and "another run" in log
+    assert status == 4 and f"{mirror}/pretrain_32_resume_" in log and "an earlier run" in log
     status, log = trained(tmp_path, checkpoint_mirror=mirror, overwrite=1, seed=7, epochs=1)
     assert status == 0, log
     assert {p.name for p in list_states(mirror, "pretrain_32")} == {
