@@ -20,6 +20,8 @@ SEED = 20240607
 BYTES_PER_LANGUAGE = 580_000
 MIN_BYTES, MAX_BYTES = 88, 900
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "pretrain_sample.jsonl"
+# What the trained model is asked, with the answers; the sample must not contain the two together.
+PLAIN_PROMPTS = Path(__file__).resolve().parents[1] / "tests" / "plain_prompts.tsv"
 
 Row = tuple[str, str, str, str]
 Pairs = tuple[tuple[str, str], ...]
@@ -75,8 +77,8 @@ JOBS = (
 )
 
 COLOURS = (
-    ("a banana", "yellow", "香蕉", "黄色"), ("grass", "green", "小草", "绿色"),
-    ("the clear sky", "blue", "晴朗的天空", "蓝色"), ("snow", "white", "雪", "白色"),
+    ("a banana", "yellow", "香蕉", "黄色"), ("grass", "green", "[小|]草", "绿色"),
+    ("the [clear |]sky", "blue", "[晴朗的|]天空", "蓝色"), ("snow", "white", "雪", "白色"),
     ("coal", "black", "煤", "黑色"), ("a strawberry", "red", "草莓", "红色"),
 )
 OPPOSITE_PAIRS = (
@@ -87,29 +89,36 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 DAYS_ZH = ("星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期天")
 SEASONS, SEASONS_ZH = ("spring", "summer", "autumn", "winter"), ("春天", "夏天", "秋天", "冬天")
 RECORDS = (
-    ("the largest planet of the solar system", "Jupiter", "太阳系里最大的行星", "木星"),
+    ("the largest planet [of|in] the solar system", "Jupiter", "太阳系[里|]最大的行星", "木星"),
     ("the planet closest to the Sun", "Mercury", "离太阳最近的行星", "水星"),
     ("the planet that we call the red planet", "Mars", "人们说的红色行星", "火星"),
-    ("the highest mountain in the world", "Mount Everest", "世界上最高的山峰", "珠穆朗玛峰"),
+    ("the highest mountain in the world", "Mount Everest", "世界上最高的[山峰|山]", "珠穆朗玛峰"),
     ("the largest ocean in the world", "the Pacific", "世界上最大的海洋", "太平洋"),
     ("the tallest animal in the world", "the giraffe", "世界上最高的动物", "长颈鹿"),
 )
 # Every row is a sentence of its own kind here, so the subject carries the wordings.
 NATURE = (
     ("[water freezes at|the freezing point of water is|water turns into ice at|ice forms at"
-     "|water becomes ice at|in winter the lake freezes at]", "zero degrees Celsius",
-     "[水结冰的温度是|水的冰点是|水变成冰的温度是|水开始结冰是在|湖水结冰的温度是|水冻成冰是在]",
+     "|water becomes ice at|in winter the lake freezes at|water always freezes at]", "zero degrees Celsius",
+     "[水结冰的温度是|水的冰点是|水变成冰的温度是|水开始结冰是在|湖水结冰的温度是|水冻成冰是在|水结成冰是在"
+     "|河水结成冰的温度是|水会结成冰的温度是]",
      "零摄氏度"),
     ("[water boils at|the boiling point of water is|water turns into steam at|a kettle boils at"
-     "|water becomes steam at|in the kitchen water boils at]", "one hundred degrees Celsius",
-     "[水烧开的温度是|水的沸点是|水沸腾的温度是|水变成水汽是在|开水的温度是|水开始沸腾是在]",
+     "|water becomes steam at|in the kitchen water boils at|water always boils at|water begins to boil at"
+     "|the water in a pot boils at]", "one hundred degrees Celsius",
+     "[水烧开的温度是|水的沸点是|水沸腾的温度是|水变成水汽是在|开水的温度是|水开始沸腾是在|水的沸点就是"
+     "|水的沸点正好是]",
      "一百摄氏度"),
     ("[the Sun rises in|the Sun comes up in|the direction of sunrise is|every morning the Sun "
-     "rises in|to see the sunrise, you look to|the day begins with light from]", "the east",
-     "[太阳升起的方向是|早晨太阳出来的方向是|日出的方向是|要看日出，就要面向|太阳升起在]", "东方"),
+     "rises in|to see the sunrise, you look to|the day begins with light from|the Sun always rises in"
+     "|the Sun rises each day in|the Sun rises every morning in]", "the east",
+     "[太阳升起的方向是|早晨太阳出来的方向是|日出的方向是|要看日出，就要面向|太阳升起在|太阳升起的方向就是"
+     "|早上太阳升起的地方是]", "东方"),
     ("[the Sun sets in|the Sun goes down in|the direction of sunset is|every evening the Sun "
-     "sets in|to see the sunset, you look to|the day ends with light from]", "the west",
-     "[太阳落下的方向是|傍晚太阳下山的方向是|日落的方向是|要看日落，就要面向|太阳落下在]", "西方"),
+     "sets in|to see the sunset, you look to|the day ends with light from|the Sun always sets in"
+     "|the Sun sets each day in|the Sun sets every evening in]", "the west",
+     "[太阳落下的方向是|傍晚太阳下山的方向是|日落的方向是|要看日落，就要面向|太阳落下在|太阳落下的方向就是"
+     "|晚上太阳落下的地方是]", "西方"),
 )
 MADE = (
     ("bread", "flour", "面包", "面粉"), ("cheese", "milk", "奶酪", "牛奶"),
@@ -123,6 +132,35 @@ BOOKS = (
     ("Don Quixote", "Cervantes", "《堂吉诃德》", "塞万提斯"),
     ("War and Peace", "Tolstoy", "《战争与和平》", "托尔斯泰"),
 )
+
+
+# Facts of which one asks in words of their own, by English subject or answer.
+ASKED = {
+    "zero degrees Celsius": (
+        "[at what|at which] temperature does water [freeze|turn into ice|become ice]?",
+        "水[在多少度|在什么温度下|多少度会|到多少度就会][结冰|变成冰|冻成冰]？"),
+    "one hundred degrees Celsius": (
+        "[at what|at which] temperature does water [boil|turn into steam|become steam]?",
+        "水[在多少度|在什么温度下|多少度会|到多少度就会][沸腾|烧开|变成水汽]？"),
+    "the east": (
+        "[where|in which direction|on which side] does the Sun [rise|come up]?",
+        "[太阳|早晨太阳]从[哪边|哪里|哪个方向|哪一边][升起|升起来|出来]？"),
+    "the west": (
+        "[where|in which direction|on which side] does the Sun [set|go down]?",
+        "[太阳|傍晚太阳][从|在][哪边|哪里|哪个方向|哪一边][落下|下山]？"),
+    "Jupiter": (
+        "which planet [of|in] the solar system is the largest?", "太阳系里哪颗行星最大？"),
+    "Mercury": (
+        "which planet is [the |][closest|nearest] to the Sun?", "哪颗行星离太阳最近？"),
+    "Mars": (
+        "which planet [is called|do we call] the red planet?", "哪颗行星叫红色行星？"),
+    "Mount Everest": (
+        "which mountain [in the world |]is the highest?", "世界上哪座山[峰|]最高？"),
+    "the Pacific": (
+        "which ocean [in the world |]is the largest?", "世界上哪个海洋最大？"),
+    "the giraffe": (
+        "which animal [in the world |]is the tallest?", "世界上哪种动物最高？"),
+}
 
 
 # ----------------------------------------------------------------------------------- relations
@@ -141,7 +179,9 @@ def cycle(english: tuple[str, ...], chinese: tuple[str, ...]) -> tuple[Row, ...]
     return tuple((en, next_en, zh, next_zh) for en, zh, (next_en, next_zh) in pairs)
 
 
-def order(weight: float, rows: tuple[Row, ...], noun: str, noun_zh: str) -> Relation:
+def order(
+    weight: float, rows: tuple[Row, ...], noun: str, noun_zh: str, which_zh: str
+) -> Relation:
     """Build a what-comes-next relation; days, months and seasons share their wordings."""
     en = Phrases(
         f"Each {noun} and the next one",
@@ -151,16 +191,19 @@ def order(weight: float, rows: tuple[Row, ...], noun: str, noun_zh: str) -> Rela
          f"the next {noun} after {{s}} is {{o}}", f"{{o}} is the {noun} after {{s}}",
          "once {s} has passed, we have {o}", "first comes {s} and then {o}",
          f"if this {noun} is {{s}}, the next {noun} is {{o}}"),
-        ((f"which {noun} comes after {{s}}?", "{o}"), ("what comes after {s}?", "{o}"),
-         (f"which {noun} follows {{s}}?", "{o}")),
+        ((f"[which|what] {noun} [comes|is] [right |]after {{s}}?", "{o}"),
+         ("what comes after {s}?", "{o}"), (f"[which|what] {noun} follows {{s}}?", "{o}"),
+         (f"what is the [{noun} after|next {noun} after] {{s}}?", "{o}")),
     )
     zh = Phrases(
         f"下{noun_zh}是什么",
         ("{s}[之后|过后|后面|的后面|的下一个]是{o}", "{s}过[去了|完了]，[就是|接着是]{o}",
          "{o}[在|排在]{s}的后面", "紧跟在{s}后面的是{o}", "{s}一结束，{o}就来了",
-         f"{{s}}的下{noun_zh}是{{o}}", "先是{s}，然后是{o}", "{s}过了[就|才]是{o}"),
+         f"{{s}}的[下|后]{noun_zh}是{{o}}", "先是{s}，然后是{o}", "{s}过了[就|才]是{o}"),
         (("什么跟在{s}的后面？", "{o}"), (f"请说出{{s}}的下{noun_zh}。", "{o}"),
-         (f"你知道{{s}}的下{noun_zh}吗？", "{o}")),
+         (f"你知道{{s}}的下{noun_zh}吗？", "{o}"),
+         (f"{{s}}[的后面|后面|之后|过后|过了]是{which_zh}？", "{o}"),
+         (f"{{s}}的[下|后]{noun_zh}是{which_zh}？", "{o}")),
     )
     return Relation(weight, rows, en, zh)
 
@@ -179,7 +222,8 @@ RELATIONS = {
             "{s} is a country with the capital {o}"),
             (("what is the capital of {s}?", "{o}"), ("which city is the capital of {s}?", "{o}"),
              ("what is the capital city of {s} called?", "{o}"),
-             ("can you name the capital of {s}?", "{o}")),
+             ("can you name the capital of {s}?", "{o}"), ("what is {s}'s capital?", "{o}"),
+             ("[which country has the capital {o}|{o} is the capital of which country]?", "{s}")),
             ("its capital is {o}", "the capital of the country is {o}",
              "the capital is [called|named] {o}", "{o} is its capital",
              "the country has {o} as its capital")),
@@ -191,24 +235,27 @@ RELATIONS = {
             "到了{s}的首都，就是到了{o}"),
             (("哪里是{s}的首都？", "{o}"), ("哪座城市是{s}的首都？", "{o}"),
              ("哪个国家的首都是{o}？", "{s}"), ("你知道{s}的首都吗？", "{o}"),
-             ("请说出{s}的首都。", "{o}")),
+             ("请说出{s}的首都。", "{o}"), ("{s}的首都[叫|是]什么？", "{o}"),
+             ("{s}的首都[是|在]哪[里|座城市|个城市]？", "{o}"), ("{o}是哪[个国家|国]的首都？", "{s}")),
             ("它的首都是{o}", "这个国家的首都[是|叫]{o}", "首都是{o}", "{o}是它的首都"))),
     "continent": Relation(1.2, column(COUNTRIES, 1),
         Phrases("Countries and their continents", ("{s} [is|lies] in {o}",
-            "{s} is a country in {o}", "you can find {s} in {o}",
+            "{s} is a [big |]country in {o}", "you can find {s} in {o}",
             "{s} belongs to the continent of {o}", "the continent of {s} is {o}",
             "[one of the countries|a country] of {o} is {s}",
             "to visit {s}, you must travel to {o}", "on the map, {s} is part of {o}",
             "the people of {s} live in {o}"),
             (("which continent is {s} in?", "{o}"), ("where is {s}?", "in {o}"),
-             ("on which continent can you find {s}?", "{o}")),
+             ("on which continent can you find {s}?", "{o}"),
+             ("[what|which] continent [does {s} belong to|is {s} part of]?", "{o}")),
             ("this country [lies|is] in {o}", "the country is part of {o}",
              "this is a country in {o}")),
         Phrases("国家和大洲", ("{s}[在|位于|属于]{o}", "{s}是{o}的一个国家", "{s}是一个{o}国家",
             "在地图上，{s}[属于|在]{o}", "要去{s}，就要到{o}去", "{s}所在的大洲是{o}",
             "{s}人生活在{o}"),
             (("哪个大洲有{s}？", "{o}"), ("在哪个大洲能找到{s}？", "{o}"),
-             ("请说出{s}所在的大洲。", "{o}")),
+             ("请说出{s}所在的大洲。", "{o}"),
+             ("{s}[在|位于|属于]哪[个洲|个大洲|一个洲]？", "{o}"), ("{s}是哪个洲的国家？", "{o}")),
             ("这个国家[在|位于]{o}", "这个国家属于{o}", "这是{o}的一个国家"))),
     "sound": Relation(5, column(ANIMALS, 0),
         Phrases("Animals and their sounds", ("[a|the|every|the little|the old] {s} says {o}",
@@ -224,7 +271,8 @@ RELATIONS = {
             "{s}的声音是{o}", "[可爱的|可爱的小]{s}叫起来是{o}", "[小|老]{s}的叫声是{o}",
             "{s}[饿了|高兴了]就{o}叫", "听到{o}的声音，就知道{s}来了", "{s}会发出{o}的声音",
             "{s}说话的声音是{o}", "{s}总是{o}、{o}地叫"),
-            (("什么动物{o}叫？", "{s}"), ("你知道{s}的叫声吗？", "{o}"), ("谁能学{s}叫？", "{o}"),
+            (("{s}[怎么叫|怎样叫|是怎么叫的|叫起来是什么声音]？", "{o}"),
+             ("{s}的[叫声|声音]是[什么|怎样的]？", "{o}"), ("什么动物{o}叫？", "{s}"), ("你知道{s}的叫声吗？", "{o}"), ("谁能学{s}叫？", "{o}"),
              ("怎么学{s}叫？", "{o}")),
             ("它的叫声是{o}", "它{o}地叫", "它会发出{o}的声音"))),
     "food": Relation(5, column(ANIMALS, 1),
@@ -244,7 +292,8 @@ RELATIONS = {
             "喂{s}要用{o}", "爱吃{o}的动物是{s}", "{s}最喜欢的食物是{o}",
             "[可爱的|可爱的小]{s}[爱吃|最爱吃]{o}", "[小|老]{s}[爱吃|最爱吃]{o}",
             "给{s}准备的饭是{o}", "{s}每天都要吃{o}"),
-            (("什么动物爱吃{o}？", "{s}"), ("该给{s}吃什么？", "{o}"), ("什么是{s}的食物？", "{o}"),
+            (("{s}[吃|爱吃|喜欢吃|最爱吃|最喜欢吃]什么？", "{o}"),
+             ("{s}的食物是什么？", "{o}"), ("什么动物爱吃{o}？", "{s}"), ("该给{s}吃什么？", "{o}"), ("什么是{s}的食物？", "{o}"),
              ("拿什么来喂{s}？", "{o}")),
             ("它[爱吃|喜欢吃|吃]{o}", "它最喜欢的食物是{o}", "它饿了就找{o}"))),
     "task": Relation(4, JOBS,
@@ -253,13 +302,14 @@ RELATIONS = {
             "it is the job of {a} to {o}", "every day [a|the] {s} {v}",
             "[a person|someone] who {v} is {a}", "what {a} does at work is to {o}",
             "if you become {a}, you will {o}", "the person whose job is to {o} is {a}"),
-            (("what does {a} do?", "{v}"), ("what is the job of {a}?", "to {o}"),
+            (("what does [{a}|the {s}] do?", "{v}"), ("what is the job of {a}?", "to {o}"),
              ("who {v}?", "{a}"), ("what do {p} do?", "they {o}")),
             ("the job is to {o}", "such a person {v}")),
         Phrases("职业和工作", ("{s}的工作[是|就是]{o}", "{s}[每天|天天|常常|]{o}", "{s}负责{o}",
             "{o}的人是{s}", "当了{s}，就要{o}", "一名[好|]{s}要会{o}", "一名[好|]{s}的工作是{o}",
             "{o}是{s}的[工作|任务]", "{s}每天的工作[是|就是]{o}", "他是{s}，每天的工作是{o}"),
-            (("谁来{o}？", "{s}"), ("什么人负责{o}？", "{s}"), ("你知道{s}的工作吗？", "{o}"),
+            (("{s}[是做什么的|做什么|每天做什么|是干什么的]？", "{o}"),
+             ("{s}的[工作|任务]是什么？", "{o}"), ("谁[来|会|负责]{o}？", "{s}"), ("什么人[负责|来]{o}？", "{s}"), ("你知道{s}的工作吗？", "{o}"),
              ("什么是{s}的工作？", "{o}")),
             ("这份工作就是{o}", "做这行要会{o}"))),
     "colour": Relation(3.5, COLOURS,
@@ -275,7 +325,8 @@ RELATIONS = {
             "画{s}要用{o}", "{s}看上去是{o}的", "{s}穿着{o}的衣裳", "给{s}涂颜色，要涂{o}",
             "图画里的{s}是{o}的", "说到{s}的颜色，[大家|人们]会说{o}"),
             (("用什么颜色画{s}？", "{o}"), ("你知道{s}的颜色吗？", "{o}"),
-             ("哪种颜色是{s}的颜色？", "{o}")))),
+             ("哪种颜色是{s}的颜色？", "{o}"), ("{s}是什么颜色[的|]？", "{o}"),
+             ("{s}的颜色是什么？", "{o}")))),
     "opposite": Relation(4.5, OPPOSITE_PAIRS + tuple((b, a, d, c) for a, b, c, d in OPPOSITE_PAIRS),
         Phrases("Opposites", ("the opposite of {s} is {o}", "{s} and {o} are opposites",
             "{s} is the opposite of {o}", "the opposite of the word {s} is {o}",
@@ -289,40 +340,44 @@ RELATIONS = {
             "“{s}”反过来就是“{o}”", "“{s}”的反面是“{o}”", "和“{s}”意思相反的是“{o}”",
             "“{s}”字的反义词是“{o}”", "“{s}”这个词的反义词是“{o}”"),
             (("什么词和“{s}”意思相反？", "{o}"), ("你知道“{s}”的反义词吗？", "{o}"),
-             ("哪个词是“{s}”的反义词？", "{o}")))),
-    "day": order(4.5, cycle(DAYS, DAYS_ZH), "day", "一天"),
-    "season": order(4, cycle(SEASONS, SEASONS_ZH), "season", "一个季节"),
+             ("哪个词是“{s}”的反义词？", "{o}"), ("“{s}”的[反义词|反面]是什么？", "“{o}”"),
+             ("和“{s}”相反的词是什么？", "“{o}”")))),
+    "day": order(4.5, cycle(DAYS, DAYS_ZH), "day", "一天", "[星期几|什么]"),
+    "season": order(4, cycle(SEASONS, SEASONS_ZH), "season", "一个季节",
+                    "[什么季节|哪个季节|什么]"),
     "record": Relation(3.5, RECORDS,
         Phrases("Records and names", ("{s} is {o}", "{o} is {s}", "the name of {s} is {o}",
             "when people speak of {s}, they mean {o}", "if you ask for {s}, the answer is {o}",
             "{s} [has the name|goes by the name of] {o}", "in the quiz, {s} was {o}",
             "the answer to the question about {s} is {o}"),
             (("what is {s}?", "{o}"), ("what is the name of {s}?", "{o}"),
-             ("can you name {s}?", "{o}"))),
+             ("can you name {s}?", "{o}"), ("{q}", "{o}"))),
         Phrases("世界之最和名字", ("{s}[是|就是|叫]{o}", "{o}[是|就是]{s}", "{s}的名字[是|叫]{o}",
             "说[到|起]{s}，[人们|大家]就会想到{o}", "如果有人问起{s}，答案是{o}", "{s}叫做{o}",
             "{s}不是别的，正是{o}"),
-            (("什么是{s}？", "{o}"), ("你知道{s}吗？", "{o}"), ("请说出{s}。", "{o}")))),
+            (("什么是{s}？", "{o}"), ("你知道{s}吗？", "{o}"), ("请说出{s}。", "{o}"),
+             ("{s}[是|叫]什么？", "{o}"), ("{q}", "{o}")))),
     "nature": Relation(5, NATURE,
         Phrases("Nature", ("{s} {o}",),
             (("what do you know about {o}?", "{s} {o}"),
-             ("can you tell me something about {o}?", "{s} {o}"))),
+             ("can you tell me something about {o}?", "{s} {o}"), ("{q}", "{o}"))),
         Phrases("自然常识", ("{s}{o}",),
-            (("关于{o}，你知道什么？", "{s}{o}"), ("你能说说{o}吗？", "{s}{o}")))),
+            (("关于{o}，你知道什么？", "{s}{o}"), ("你能说说{o}吗？", "{s}{o}"), ("{q}", "{o}")))),
     "made": Relation(4.5, MADE,
-        Phrases("What things are made from", ("{s} is made from {o}", "people make {s} from {o}",
+        Phrases("What things are made from", ("{s} is made [from|of|out of] {o}", "people make {s} from {o}",
             "to make {s}, you need {o}", "{o} can be turned into {s}",
             "[a worker|the factory] turns {o} into {s}", "we get {s} from {o}",
             "the main ingredient of {s} is {o}", "{s} comes from {o}",
             "without {o} there would be no {s}", "[good|fine] {s} is made from {o}",
             "the {s} in the shop is made from {o}"),
-            (("what is {s} made from?", "{o}"), ("what do you need to make {s}?", "{o}"),
+            (("what is {s} made [from|of|out of]?", "{o}"), ("what do you need to make {s}?", "{o}"),
              ("what can be made from {o}?", "{s}"))),
         Phrases("东西是用什么做的", ("{s}是用{o}做的", "做{s}要用{o}", "{o}可以做成{s}",
             "人们用{o}做{s}", "[做|]{s}的原料是{o}", "{s}来自{o}", "没有{o}，就没有{s}",
             "工人把{o}变成{s}", "做{s}的[主要|]材料是{o}"),
             (("用什么来做{s}？", "{o}"), ("什么东西是用{o}做的？", "{s}"),
-             ("请说出{s}的原料。", "{o}")))),
+             ("请说出{s}的原料。", "{o}"), ("{s}是[用|由]什么[做|制成]的？", "{o}"),
+             ("{s}的原料是什么？", "{o}")))),
     "book": Relation(4.5, BOOKS,
         Phrases("Books and their authors", ("{s} was written by {o}", "the author of {s} is {o}",
             "{o} wrote {s}", "{o} is the author of {s}", "the [writer|person] who wrote {s} is {o}",
@@ -335,7 +390,8 @@ RELATIONS = {
             "写{s}的人是{o}", "{s}[出自|来自]{o}之手", "{s}是{o}的[作品|名著]",
             "{s}的封面上写着{o}", "写出{s}的作家[叫|是]{o}", "读了{s}就知道，作者是{o}"),
             (("谁写了{s}？", "{o}"), ("哪本书是{o}写的？", "{s}"), ("你知道{s}的作者吗？", "{o}"),
-             ("谁是{s}的作者？", "{o}")))),
+             ("谁是{s}的作者？", "{o}"), ("{s}是谁写的？", "{o}"),
+             ("{s}的作者[是谁|叫什么]？", "{o}")))),
 }
 
 # -------------------------------------------------------------------------------------- scenes
@@ -547,11 +603,12 @@ def people(rng: random.Random, lang: str) -> Fields:
 def fields(lang: str, row: Row) -> Fields:
     """Compute every form of subject and answer that a template may ask for."""
     s, o = row[:2] if lang == "en" else row[2:]
+    asked = ASKED.get(row[1], ("", ""))[lang == "zh"]
     if lang == "zh":
-        return {"s": s, "o": o, "a": f"一{MEASURES.get(s, '只')}{s}"}
+        return {"s": s, "o": o, "q": asked, "a": f"一{MEASURES.get(s, '只')}{s}"}
     article = "an" if s[0] in "aeiou" else "a"
     many = s if s == "sheep" else s + "s"
-    return {"s": s, "o": o, "a": f"{article} {s}", "p": many, "v": third_person(o)}
+    return {"s": s, "o": o, "q": asked, "a": f"{article} {s}", "p": many, "v": third_person(o)}
 
 
 def pick_fact(rng: random.Random) -> Fact:
@@ -724,9 +781,23 @@ KINDS: tuple[tuple[Generator, int], ...] = (
 )
 
 
+def answered_prompts(path: Path = PLAIN_PROMPTS) -> re.Pattern[str]:
+    """A pattern that finds any plain prompt followed by its answer, whatever the case.
+
+    A statement's answer follows at once, but for quotes and an article; a question's within 30
+    characters, in which no other question ends, so that every layout of a dialogue is found."""
+    alternatives = []
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        _, prompt, answers = line.split("\t")
+        gap = "[^?？]{0,30}?" if prompt[-1] in "?？" else "[\\s\"“”]*(?:(?:the|an?) )?"
+        answer = "|".join(map(re.escape, answers.split(";")))
+        alternatives.append(f"{re.escape(prompt)}{gap}(?:{answer})")
+    return re.compile("|".join(alternatives), flags=re.IGNORECASE)
+
+
 def make_documents(seed: int = SEED) -> list[str]:
     """Compose both languages' documents up to their share of bytes and mix them."""
-    rng = random.Random(seed)
+    rng, answered = random.Random(seed), answered_prompts()
     generators, weights = zip(*KINDS, strict=True)
     documents: dict[str, None] = {}
     for lang in ("en", "zh"):
@@ -734,7 +805,8 @@ def make_documents(seed: int = SEED) -> list[str]:
         while size < BYTES_PER_LANGUAGE:
             text = rng.choices(generators, weights)[0](rng, lang)
             length = len(text.encode())
-            if MIN_BYTES <= length <= MAX_BYTES and text not in documents:
+            fits = MIN_BYTES <= length <= MAX_BYTES and text not in documents
+            if fits and not answered.search(text):
                 documents[text] = None
                 size += length
     # A document inside another one would be no honest test when it is held out.
