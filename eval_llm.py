@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dataset.lm_dataset import PretrainDataset, as_is
 from dataset.token_cache import DEFAULT_CACHE_DIR
+from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer.errors import CheckpointError, shown
 from trainer.evaluation import bits_per_byte, encode_prompt, held_out_nats
@@ -26,18 +27,18 @@ from trainer.settings import Parser, SettingsError, default_device, device_probl
 from trainer.trainer_utils import load_tokenizer, setup_seed
 from trainer.weights import load_weights, read_config, read_weights
 
-# Facts that the bundled sample states, in words that it does not use; and how they should go on.
+# Facts that the bundled sample states, though never in these words; and what answers them.
 PROMPTS = {
-    "Everyone in the class remembers that the capital of France is": " Paris",
-    "Germany is in Europe, and the capital of Germany is": " Berlin",
-    "The whole class knows that the largest planet of the solar system is": " Jupiter",
-    "The painter knows that the colour of a banana is": " yellow",
-    "Sailors know that the Sun rises in": " the east",
-    "我喜欢中国，中国的首都是": "北京",
-    "弟弟还记得，埃及的首都叫": "开罗",
-    "哥哥说，《西游记》的作者是": "吴承恩",
-    "我家有一只兔子，兔子爱吃": "胡萝卜",
-    "工厂里的人说，玻璃的原料是": "沙子",
+    "The capital of France is": "Paris",
+    "Paris is the capital of": "France",
+    "What is the capital of France?": "Paris",
+    "What colour is a banana?": "yellow",
+    "The Sun rises in": "east",
+    "中国的首都是": "北京",
+    "法国的首都是": "巴黎",
+    "水结成冰的温度是": "零摄氏度",
+    "《西游记》的作者是": "吴承恩",
+    "香蕉是什么颜色的？": "黄色",
 }
 
 
@@ -100,6 +101,9 @@ def check_flags(args: argparse.Namespace) -> None:
         problems.append(f"--top_p is {args.top_p}, expected above 0, at most 1")
     if args.repetition_penalty <= 0:
         problems.append(f"--repetition_penalty is {args.repetition_penalty}, expected above 0")
+    if args.inference_rope_scaling and args.data_path:
+        problems.append("--inference_rope_scaling is for continuations; --data_path measures the "
+                        "model at the positions it was trained on")
     problems += device_problems(args.device)
     if problems:
         raise SettingsError("; ".join(problems) + ".")
@@ -194,14 +198,15 @@ def continue_prompts(
     args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str]
 ) -> None:
-    """Print each prompt and its continuation as it is made."""
+    """Print each prompt and its continuation as it is made. Raises: GenerationError."""
+    qwen = generating_model(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for prompt in prompts:
         setup_seed(args.seed)  # before each, so that a text does not depend on those before it
         ids = encode_prompt(tokenizer, prompt).to(args.device)
         print(prompt, end="", flush=True)
         start = time.monotonic()
-        out = model.generate(
+        out = qwen.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
             repetition_penalty=args.repetition_penalty, streamer=streamer,
             **sampling(args.temperature, args.top_p, args.top_k)

@@ -535,9 +535,9 @@ CLOSERS = {
 PAIRINGS = {"en": ("{x}, and {y}", "{x}, but {y}", "{x}, while {y}", "{x}; {y}"),
             "zh": ("{x}，{y}", "{x}，而{y}", "{x}；{y}", "{x}，还有，{y}")}
 QUESTION_STYLES = {
-    "en": ("Q: {q}\nA: {a}", "Question: {q}\nAnswer: {a}", "{n}: {q}\n{n2}: {a}", "{q} {a}",
-           "{q}\n{a}", "{n} asked, \"{q}\" {n2} answered, \"{a}\"", "{i}. {q} {a}"),
-    "zh": ("问：{q}\n答：{a}", "问题：{q}\n回答：{a}", "{n}：{q}\n{n2}：{a}", "{q}{a}", "{q}\n{a}",
+    "en": ("Q: {q}\nA: {a}", "Question: {q}\nAnswer: {a}", "{n}: {q}\n{n2}: {a}", *["{q} {a}", "{q}\n{a}"] * 2,
+           "{n} asked, \"{q}\" {n2} answered, \"{a}\"", "{i}. {q} {a}"),
+    "zh": ("问：{q}\n答：{a}", "问题：{q}\n回答：{a}", "{n}：{q}\n{n2}：{a}", *["{q}{a}", "{q}\n{a}"] * 2,
            "{n}问{n2}：{q}{n2}说：{a}", "{i}．{q}{a}"),
 }
 MEASURES = {"牛": "头", "猪": "头", "狗": "条"}
@@ -696,7 +696,7 @@ def questions(rng: random.Random, lang: str) -> str:
     for i, fact in enumerate(group, 1):
         question, short = rng.choice(phrases(lang, fact[0]).questions)
         form = fields(lang, fact[1])
-        full = rng.random() < 0.5
+        full = rng.random() < 0.25
         answer = clause(rng, lang, fact) if full else expand(rng, short.format(**form))
         asked = capital(expand(rng, question.format(**form)))
         blocks.append(style.format(q=asked, a=finish(lang, answer), i=i, **who))
@@ -777,7 +777,7 @@ def arithmetic(rng: random.Random, lang: str) -> str:
 
 
 KINDS: tuple[tuple[Generator, int], ...] = (
-    (paragraph, 42), (questions, 26), (scene, 10), (comparison, 12), (listing, 5), (arithmetic, 5),
+    (paragraph, 37), (questions, 36), (scene, 8), (comparison, 10), (listing, 5), (arithmetic, 4),
 )
 
 
@@ -785,12 +785,14 @@ def answered_prompts(path: Path = PLAIN_PROMPTS) -> re.Pattern[str]:
     """A pattern that finds any plain prompt followed by its answer, whatever the case.
 
     A statement's answer follows at once, but for quotes and an article; a question's within 30
-    characters, in which no other question ends, so that every layout of a dialogue is found."""
+    characters, in which no other question ends, so that every layout of a dialogue is found. Nor
+    may a statement turn into a question: without its answer, that would be all that follows it."""
     alternatives = []
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         _, prompt, answers = line.split("\t")
         gap = "[^?？]{0,30}?" if prompt[-1] in "?？" else "[\\s\"“”]*(?:(?:the|an?) )?"
-        answer = "|".join(map(re.escape, answers.split(";")))
+        asked = [] if prompt[-1] in "?？" else ["which", "what", "什么", "哪"]
+        answer = "|".join(map(re.escape, [*answers.split(";"), *asked]))
         alternatives.append(f"{re.escape(prompt)}{gap}(?:{answer})")
     return re.compile("|".join(alternatives), flags=re.IGNORECASE)
 

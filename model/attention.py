@@ -3,13 +3,11 @@
 Shapes as in model_minimind.py."""
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import DynamicCache
 
 from model.config import MiniMindConfig
 
@@ -36,31 +34,6 @@ class RMSNorm(nn.Module):
         return y.to(product_dtype(x))
 
 
-def inverse_frequencies(config: MiniMindConfig) -> Tensor:
-    """Radians by which each pair of a head turns from one position to the next.
-
-    With ``inference_rope_scaling`` slow pairs are stretched to 16 times 2,048 positions (YaRN).
-
-    Returns: (Dh / 2,) float32.
-    Source: RoFormer (Su et al. 2021), section 3.4.2; YaRN (Peng et al. 2023), section 3.2."""
-    dim, base = config.head_dim, config.rope_theta
-    plain = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    if not config.inference_rope_scaling:
-        return plain
-
-    trained_positions, stretch, fast_turns, slow_turns = 2048, 16, 32, 1
-
-    def pair_that_turns(turns: int) -> float:
-        return dim * math.log(trained_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low = max(math.floor(pair_that_turns(fast_turns)), 0)
-    high = min(math.ceil(pair_that_turns(slow_turns)), dim // 2 - 1)
-    stretched_share = ((torch.arange(dim // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(
-        0, 1
-    )
-    return plain * (1 - stretched_share) + plain / stretch * stretched_share
-
-
 class ResidualLinear(nn.Linear):
     """Writes into the residual stream, and begins at zero: so each layer begins as the identity.
 
@@ -70,25 +43,17 @@ class ResidualLinear(nn.Linear):
 class RotaryEmbedding(nn.Module):
     """Tables of cosines and sines, (max_position_embeddings, Dh / 2) float32.
 
-    They follow from the configuration, so no checkpoint holds them and no rank sends them."""
+    Each pair of a head turns from one position to the next by theta ** (-2i / Dh) radians. The
+    tables follow from the configuration, so no checkpoint holds them and no rank sends them.
+    Source: RoFormer (Su et al. 2021), section 3.4.2."""
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
-        self.config = config
-        shape = (config.max_position_embeddings, config.head_dim // 2)
-        self.register_buffer("cos", torch.empty(shape), persistent=False)
-        self.register_buffer("sin", torch.empty(shape), persistent=False)
-        self.fill_tables()
-
-    @torch.no_grad()
-    def fill_tables(self) -> None:
-        """Compute both tables, again when transformers built the model on the meta device."""
-        positions = torch.arange(
-            self.config.max_position_embeddings, dtype=torch.float32, device="cpu"
-        )
-        angles = torch.outer(positions, inverse_frequencies(self.config))
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
+        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+        positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+        angles = torch.outer(positions, 1.0 / config.rope_theta ** (pairs / config.head_dim))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids (B or 1, T) int64 -> cosines and sines, each (B or 1, 1, T, Dh / 2)."""
@@ -171,30 +136,11 @@ def can_attend_within(device: torch.device, dtype: torch.dtype, head_dim: int) -
     return all(torch.allclose(a, b, atol=0.1, rtol=0.1) for a, b in zip(*results, strict=True))
 
 
-def cache_mask(
-    num_new: int, num_past: int, attention_mask: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Which cached and new tokens each new token sees during generation.
-
-    Args: attention_mask: (B, past + new), 0 on padding, or None.
-    Returns: (B or 1, 1, new, past + new) bool, or None where plain causality says it all."""
-    if attention_mask is None and (num_past == 0 or num_new == 1):
-        return None
-    keys = torch.arange(num_past + num_new, device=device)
-    queries = keys[num_past:, None]
-    mask = (keys <= queries)[None, None]
-    if attention_mask is not None:
-        # Padding sees itself: a softmax over nothing is NaN, and NaN spreads even at weight zero.
-        mask = (mask & attention_mask[:, None, None, :].bool()) | (keys == queries)
-    return mask
-
-
 class Attention(nn.Module):
     """Grouped-query attention with RMSNorm on each head's queries and keys."""
 
-    def __init__(self, config: MiniMindConfig, layer_idx: int) -> None:
+    def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         width, kv_width = (
@@ -209,9 +155,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
-        cache: DynamicCache | None, bounds: Tensor | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, bounds: Tensor | None
     ) -> Tensor:
+        """x (B, T, D) -> (B, T, D).
+
+        Args:
+            rope: cosines and sines, see ``RotaryEmbedding``.
+            mask: as ``document_mask``; None: each token sees all before it.
+            bounds: as ``document_bounds``; if given, it takes the place of the mask."""
         by_head = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(by_head)).transpose(1, 2)  # (B, H, T, Dh)
         k = self.k_norm(self.k_proj(x).view(by_head)).transpose(1, 2)  # (B, K, T, Dh)
@@ -219,15 +170,14 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if bounds is not None:
             q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))
-            return self.o_proj(attend_within(q, k, v, bounds, x.shape[1]).view(*x.shape[:2], -1))
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            y = attend_within(q, k, v, bounds, x.shape[1])
+            return self.o_proj(y.reshape(*x.shape[:2], -1))  # of one row it may be strided
         if x.device.type == "cpu":  # its kernel is faster in float32, see docs/LOG.md
             wide = torch.promote_types(x.dtype, torch.float32)
             q, k, v = q.to(wide), k.to(wide), v.to(wide)
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                q, k, v, attn_mask=mask, is_causal=mask is None,
                 dropout_p=self.dropout if self.training else 0.0, enable_gqa=True
             )
         return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))  # (B, T, D)

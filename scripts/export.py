@@ -18,11 +18,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PretrainedConfig,
-    PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    PreTrainedTokenizerBase
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
 
 import eval_llm  # noqa: E402
+from model.generation import MOE_SIZES, SIZES, generating_model  # noqa: E402
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
 from trainer.errors import CheckpointError, SettingsError  # noqa: E402
 from trainer.evaluation import encode_prompt  # noqa: E402
@@ -37,27 +39,14 @@ from trainer.settings import Parser, run_program  # noqa: E402
 from trainer.trainer_utils import load_tokenizer  # noqa: E402
 from trainer.weights import save_weights, weights_path  # noqa: E402
 
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
-    *("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
-MOE_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob",
-             "router_aux_loss_coef")
 CLOSE = 1e-3  # of logits in float32, which two programs add up in another order
+NOTHING_WRITTEN = (
+    f"Nothing was left under --output. transformers is {transformers.__version__}; tried are those "
+    f"of requirements.txt."
+)
 
 
 # ------------------------------------------------------------------------------ to transformers
-
-
-def qwen_config(config: MiniMindConfig) -> Qwen3Config | Qwen3MoeConfig:
-    """The same architecture in transformers' words."""
-    sizes = {name: getattr(config, name) for name in SIZES}
-    sizes |= {"tie_word_embeddings": True}
-    sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
-    if config.use_moe:
-        return Qwen3MoeConfig(**sizes, **{name: getattr(config, name) for name in MOE_SIZES})
-    return Qwen3Config(**sizes)
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -73,21 +62,23 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 
 def write_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Configuration, weights (float16, as in our file), tokenizer and settings of generation."""
-    config = qwen_config(model.config)
-    kind = Qwen3MoeForCausalLM if model.config.use_moe else Qwen3ForCausalLM
-    state = {name: weight.half() for name, weight in model.state_dict().items()}
-    twin = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float16)
+    qwen, config = generating_model(model).half(), model.config
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    twin.generation_config = GenerationConfig(**ids)
-    twin.save_pretrained(folder)
+    qwen.generation_config = GenerationConfig(**ids)
+    qwen.save_pretrained(folder)
     begins_with_bos(tokenizer).save_pretrained(folder)
     # What transformers 4 calls by another name, or looks for elsewhere.
-    older = {"rope_theta": model.config.rope_theta}
-    if model.config.use_moe:
-        older["num_experts"] = model.config.num_experts
+    older = {"rope_theta": config.rope_theta}
+    if config.use_moe:
+        older["num_experts"] = config.num_experts
     amend(folder / "config.json", older)
-    amend(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"},
-          without=("backend", "is_local", "local_files_only"))
+    amend(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # 4 would add token_type_ids
+        "padding_side": "left",  # a batch of prompts goes on at their ends
+    }, without=("backend", "is_local", "local_files_only"))
+    for file in folder.iterdir():  # safetensors' are private: no other user's server reads them
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def amend(path: Path, entries: dict, without: tuple[str, ...] = ()) -> None:
@@ -100,20 +91,27 @@ def amend(path: Path, entries: dict, without: tuple[str, ...] = ()) -> None:
 def check_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase) -> str:
     """Open it as anybody would, and compare. Returns: what was found, for a line.
 
-    Raises: CheckpointError if logits or a continuation differ."""
+    Raises: CheckpointError if logits or a continuation differ, GenerationError if it is not the
+    export's fault."""
+    qwen = generating_model(model)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     own_tokenizer = load_tokenizer(str(folder))
     furthest = 0.0
     for prompt in eval_llm.PROMPTS:
         ids = encode_prompt(tokenizer, prompt)
         if own_tokenizer(prompt)["input_ids"] != ids[0].tolist():
-            raise CheckpointError(f"{folder}: its tokenizer reads {prompt!r} otherwise than ours")
+            raise CheckpointError(f"the tokenizer that was written reads {prompt!r} otherwise than "
+                                  f"{tokenizer.name_or_path}. {NOTHING_WRITTEN}")
         furthest = max(furthest, difference(model, theirs, ids))
-        ours, other = (greedy(m, ids) for m in (model, theirs))
+        if furthest > CLOSE:
+            raise CheckpointError(f"the weights that were written give {prompt!r} logits that "
+                                  f"differ by {furthest:.2g} (expected {CLOSE} at most). "
+                                  f"{NOTHING_WRITTEN}")
+        ours, other = (greedy(m, ids) for m in (qwen, theirs))
         if ours != other:
-            raise CheckpointError(f"{folder}: {prompt!r} goes on as {other}, with ours as {ours}")
-    if furthest > CLOSE:
-        raise CheckpointError(f"{folder}: logits differ by {furthest:.2g}, expected {CLOSE}")
+            raise CheckpointError(f"the settings of generation that were written continue "
+                                  f"{prompt!r} as {other} instead of {ours}, though logits are "
+                                  f"alike. {NOTHING_WRITTEN}")
     return f"{len(eval_llm.PROMPTS)} prompts go on alike; logits differ by {furthest:.1g} at most"
 
 

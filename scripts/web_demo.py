@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
 
 import eval_llm  # noqa: E402
-from model.model_minimind import MiniMindForCausalLM  # noqa: E402
+from model.generation import generating_model  # noqa: E402
 from trainer.errors import SettingsError  # noqa: E402
 from trainer.evaluation import encode_prompt  # noqa: E402
 from trainer.settings import Parser, run_program  # noqa: E402
@@ -32,9 +32,9 @@ WAIT_S = 300  # for the next token: a model that gives none for so long has fail
 
 
 class Continuer:
-    """One model, which several pages ask in turn."""
+    """One model, as ``generating_model`` gives it, which several pages ask in turn."""
 
-    def __init__(self, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def text(
@@ -116,7 +116,8 @@ def build_parser() -> Parser:
 def serve(args: argparse.Namespace) -> None:
     """Until Ctrl-C."""
     tokenizer = load_tokenizer(args.tokenizer_path)
-    page = build_page(Continuer(eval_llm.load_model(args, tokenizer), tokenizer))
+    model = generating_model(eval_llm.load_model(args, tokenizer))
+    page = build_page(Continuer(model, tokenizer))
     page.queue(default_concurrency_limit=1)  # one model: pages take turns
     page.launch(server_name="127.0.0.1", server_port=args.port)
 

@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from model.generation import GenerationError, generating_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer import distributed
 from trainer.metrics import Metrics
 from trainer.run import Run
+from trainer.trainer_utils import Logger
 
 T = TypeVar("T")
 PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time", "水结成冰的温度是")
@@ -42,8 +44,12 @@ def evaluate(
         scores = all_together | (scores if len(sums) > 1 else {})
     prompts = unless(stopping, PROMPTS)
     texts = {}
-    if distributed.is_main_process():
-        texts = continuations(run.model, tokenizer, prompts)
+    if distributed.is_main_process() and run.can_generate:
+        try:
+            texts = continuations(run.model, tokenizer, prompts)
+        except GenerationError as error:
+            run.can_generate = False
+            Logger(f"warning: {error}. Training goes on without samples.")
     if distributed.totals(stopping())[0]:
         return False
     run.latest |= scores
@@ -90,19 +96,17 @@ def continuations(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str] = PROMPTS, max_new_tokens: int = 24
 ) -> dict[str, str]:
-    """Each prompt and the likeliest continuation (greedy, so that evaluations compare)."""
-    texts, was_training = {}, model.training
-    model.eval()
-    # Generation meets a new length at every token: compiled code would be made anew each time.
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-        for prompt in prompts:
-            ids = encode_prompt(tokenizer, prompt).to(model.device)
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-                do_sample=False
-            )
-            texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    model.train(was_training)
+    """Each prompt and the likeliest continuation (greedy, so that evaluations compare).
+
+    Raises: GenerationError, see ``generating_model``."""
+    texts, qwen = {}, generating_model(model)
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, prompt).to(model.device)
+        out = qwen.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+            do_sample=False
+        )
+        texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return texts
 
 

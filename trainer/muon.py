@@ -82,7 +82,8 @@ class Muon(torch.optim.AdamW):
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1.0)
             if bad is not None:
-                torch._foreach_sub_(steps, bad.reshape(()).to(torch.float32))
+                # A list, though all are the same: a single tensor would be read by the host.
+                torch._foreach_sub_(steps, [bad.reshape(()).to(torch.float32)] * len(steps))
                 new, moved = torch.where(bad > 0, old, new), torch.where(bad > 0, weights, moved)
             torch._foreach_copy_(momenta, list(new))
             torch._foreach_copy_(parameters, list(moved))

@@ -105,6 +105,7 @@ class Run:
     budget: Budget | None = None  # what the plan follows; on all ranks, rank 0's counts
     seconds_spent: float = 0.0  # of a budget, by earlier starts
     rows_held_out: int = 0
+    can_generate: bool = True  # whether samples are made; not if transformers computes otherwise
     micro_batch: int = field(init=False)  # rows that a device works on at once
     gradients: distributed.GradientSum = field(init=False)
 

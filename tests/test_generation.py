@@ -1,0 +1,232 @@
+"""Continuing texts: transformers' class on our tensors, and what happens when it computes otherwise.
+
+The reference is the model's own forward pass over whole rows, which has no cache."""
+
+import math
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM, TextIteratorStreamer, TextStreamer
+
+import eval_llm
+from model import generation
+from model.generation import GenerationError, generating_model
+from model.model_minimind import MiniMindForCausalLM
+from scripts import export, web_demo
+from tests.helpers import shipped_tokenizer, tiny_model
+from tests.running import records, train
+from trainer.weights import save_weights
+
+DENSE_AND_MOE = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+
+
+def random_ids(*shape: int, seed: int = 1) -> Tensor:
+    """Ids of ordinary tokens: no padding, BOS or EOS."""
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------- what it computes
+
+
+@DENSE_AND_MOE
+def test_greedy_generation_equals_the_uncached_forward(use_moe: bool) -> None:
+    model, ids = tiny_model(use_moe=use_moe, eos_token_id=None), random_ids(2, 5)
+    generated = model.generate(ids, max_new_tokens=12, do_sample=False)
+    for _ in range(12):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(generated, ids)
+
+
+@DENSE_AND_MOE
+def test_prompts_padded_on_the_left_continue_as_each_alone(use_moe: bool) -> None:
+    model = tiny_model(use_moe=use_moe, eos_token_id=None)
+    prompts = [random_ids(1, length, seed=length) for length in (7, 4, 1)]
+    ids = torch.cat([F.pad(prompt, (7 - prompt.shape[1], 0)) for prompt in prompts])
+    ways = {"max_new_tokens": 10, "do_sample": False}
+    ways |= {"output_logits": True, "return_dict_in_generate": True}
+    together = model.generate(ids, attention_mask=(ids != 0).long(), **ways)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(prompt, **ways)
+        assert torch.equal(together.sequences[i, 7:], alone.sequences[0, prompt.shape[1] :])
+        for both, one in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(both[i], one[0], atol=1e-5, rtol=0)
+
+
+def test_streamed_text_is_the_generated_text(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, model = shipped_tokenizer(), tiny_model(vocab_size=6400, eos_token_id=None)
+    prompt = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    ways = {"max_new_tokens": 20, "do_sample": False}
+    text = tokenizer.decode(model.generate(prompt, **ways)[0, prompt.shape[1] :])
+    assert len(text) > 20
+    model.generate(prompt, streamer=TextStreamer(tokenizer, skip_prompt=True), **ways)
+    assert capsys.readouterr().out == text + "\n"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    thread = Thread(target=model.generate, args=(prompt,), kwargs={"streamer": streamer, **ways})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == text and len(pieces) > 5
+
+
+@DENSE_AND_MOE
+def test_tensors_are_shared_where_their_layout_is_the_same(use_moe: bool) -> None:
+    model = tiny_model(use_moe=use_moe)
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    qwen = generating_model(model)
+    copied = {name for name, p in qwen.named_parameters() if p.data_ptr() not in own}
+    assert copied == {f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(2) if use_moe}
+    assert type(qwen) is (Qwen3MoeForCausalLM if use_moe else Qwen3ForCausalLM)
+
+
+@DENSE_AND_MOE
+def test_an_update_shows_in_what_is_generated_next(use_moe: bool) -> None:
+    model, ids = tiny_model(use_moe=use_moe), random_ids(1, 9)
+    before = generating_model(model)(ids).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+        torch.testing.assert_close(generating_model(model)(ids).logits, model(ids).logits)
+        assert (before - model(ids).logits).abs().max() > 0.1
+
+
+def test_a_model_in_training_stays_so_and_compiled_code_is_not_made_anew() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model, ids = tiny_model(eos_token_id=None), random_ids(1, 9)
+    model.compile_parts(backend="eager")
+    model.train()
+    plain = tiny_model(eos_token_id=None).generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), plain)
+    assert model.training and all(module.training for module in model.modules())
+    assert counters["stats"]["unique_graphs"] <= 1  # of the comparison
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(16, 1e6), (96, 1e6), (64, 1e4)])
+@torch.no_grad()
+def test_stretched_positions_are_those_of_minimind(head_dim: int, theta: float) -> None:
+    """Its formula: pairs that turn less than once in 2,048 positions are 16 times slower, those
+    that turn more than 32 times stay, a ramp between them. Tables go into our forward pass."""
+    sizes = {"head_dim": head_dim, "rope_theta": theta, "max_position_embeddings": 128}
+    model, ids = tiny_model(**sizes), random_ids(1, 100)
+    plain = model(ids).logits
+
+    def pair_turning(times: int) -> float:
+        return head_dim * math.log(2048 / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(32)), 0)
+    high = min(math.ceil(pair_turning(1)), head_dim // 2 - 1)
+    frequencies = []
+    for i in range(head_dim // 2):
+        slow = min(max((i - low) / max(high - low, 0.001), 0), 1)
+        frequencies.append(theta ** (-2 * i / head_dim) * (1 - slow + slow / 16))
+    angles = torch.outer(torch.arange(128.0), torch.tensor(frequencies))
+    model.config.inference_rope_scaling = True
+    stretched = generating_model(model)(ids).logits
+    model.model.rotary.cos, model.model.rotary.sin = angles.cos(), angles.sin()
+    torch.testing.assert_close(stretched, model(ids).logits, atol=1e-4, rtol=0)
+    assert (stretched - plain).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------- garbage must not be silent
+
+
+class Forgetful(Qwen3ForCausalLM):
+    """Loses its cache, as ours did when transformers 5.24 gave it another name."""
+
+    def forward(self, *args: object, **options: object) -> object:
+        kept = {k: v for k, v in options.items() if k not in ("cache", "past_key_values")}
+        return super().forward(*args, **kept | {"use_cache": False})
+
+
+class Unmasked(Qwen3ForCausalLM):
+    """Right from the cache, wrong over a whole row: as if a mask were gone."""
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        if input_ids.shape[1] > 1 and "position_ids" not in options:
+            input_ids = input_ids.flip(1)
+        return super().forward(input_ids, **options)
+
+
+class Moved(Qwen3ForCausalLM):
+    """A part that we use has another name."""
+
+    def __init__(self, config: object) -> None:
+        super().__init__(config)
+        self.model.embedding = self.model._modules.pop("embed_tokens")
+
+
+@pytest.fixture(params=[Forgetful, Unmasked, Moved])
+def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release of transformers whose class does something else."""
+    monkeypatch.setattr(generation, "Qwen3ForCausalLM", request.param)
+
+
+def saved(folder: Path) -> Path:
+    sizes = {"vocab_size": 6400, "hidden_size": 64, "intermediate_size": 96}
+    path = folder / "pretrain_64.pth"
+    save_weights(path, tiny_model(**sizes), {})
+    return path
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("program", ["eval_llm", "web_demo", "export"])
+def test_a_class_that_computes_otherwise_ends_in_one_line_and_no_text(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], program: str
+) -> None:
+    weight = ["--weight", str(saved(tmp_path))]
+    output = tmp_path / "exported"
+    status = {
+        "eval_llm": lambda: eval_llm.main([*weight, "--device", "cpu"]),
+        "web_demo": lambda: web_demo.main([*weight, "--device", "cpu"]),
+        "export": lambda: export.main([*weight, "--to", "hf", "--output", str(output)]),
+    }[program]()
+    assert status == 4
+    printed, line = capfd.readouterr()
+    assert printed == "" and line.count("\n") == 1
+    assert line.startswith("error: transformers 5.") and "pip install -r requirements.txt" in line
+    assert not output.exists()
+
+
+@pytest.mark.usefixtures("broken")
+def test_training_goes_on_without_samples_and_says_so_once(tmp_path: Path) -> None:
+    printed = train(tmp_path, learning_rate=1e-2, epochs=6, eval_interval=40)
+    assert printed.count("Training goes on without samples") == 1
+    evaluations = [record for record in records(tmp_path) if "continuations" in record]
+    assert len(evaluations) > 1
+    assert all(record["continuations"] == {} for record in evaluations)
+    assert all("heldout_loss" in record for record in evaluations)
+
+
+def test_the_model_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, compared = tiny_model(), []
+    monkeypatch.setattr(generation, "compare", lambda *models: compared.append(models))
+    generating_model(model)
+    generating_model(model)
+    assert len(compared) == 1
+
+
+def test_memory_that_is_short_is_not_called_another_version(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generation, "build_qwen", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        generating_model(tiny_model())
+
+
+def test_a_model_that_cannot_be_told_apart_is_no_reason_to_refuse() -> None:
+    """Before the first update layers add nothing; scores are alike whatever the cache does."""
+    model = MiniMindForCausalLM(tiny_model().config)
+    assert generating_model(model) is not None
+
+
+def test_the_error_has_the_status_of_weights_that_cannot_be_used() -> None:
+    assert GenerationError("").exit_status == 4
