@@ -199,7 +199,7 @@ def order(
         f"下{noun_zh}是什么",
         ("{s}[之后|过后|后面|的后面|的下一个]是{o}", "{s}过[去了|完了]，[就是|接着是]{o}",
          "{o}[在|排在]{s}的后面", "紧跟在{s}后面的是{o}", "{s}一结束，{o}就来了",
-         f"{{s}}的[下|后]{noun_zh}是{{o}}", "先是{s}，然后是{o}", "{s}过了[就|才]是{o}"),
+         *[f"{{s}}的[下|后]{noun_zh}是{{o}}"] * 3, "先是{s}，然后是{o}", "{s}过了[就|才]是{o}"),
         (("什么跟在{s}的后面？", "{o}"), (f"请说出{{s}}的下{noun_zh}。", "{o}"),
          (f"你知道{{s}}的下{noun_zh}吗？", "{o}"),
          (f"{{s}}[的后面|后面|之后|过后|过了]是{which_zh}？", "{o}"),
@@ -210,8 +210,8 @@ def order(
 
 RELATIONS = {
     "capital": Relation(6, column(COUNTRIES, 0),
-        Phrases("Countries and their capitals", ("the [capital|capital city] of {s} is {o}",
-            "{o} is the [capital|capital city] of {s}", "{s} has a capital [called|named] {o}",
+        Phrases("Countries and their capitals", ("the [capital|capital|capital city] of {s} is {o}",
+            *["{o} is the [capital|capital city] of {s}"] * 3, "{s} has a capital [called|named] {o}",
             "{s}'s capital is {o}", "in {s}, the capital [|city |of the country ]is {o}",
             "the country whose capital is {o} is {s}", "the name of the capital of {s} is {o}",
             "{s} is governed from {o}", "the city that serves as the capital of {s} is {o}",
@@ -223,11 +223,11 @@ RELATIONS = {
             (("what is the capital of {s}?", "{o}"), ("which city is the capital of {s}?", "{o}"),
              ("what is the capital city of {s} called?", "{o}"),
              ("can you name the capital of {s}?", "{o}"), ("what is {s}'s capital?", "{o}"),
-             ("[which country has the capital {o}|{o} is the capital of which country]?", "{s}")),
+             ("[which country has the capital {o}|which country's capital is {o}]?", "{s}")),
             ("its capital is {o}", "the capital of the country is {o}",
              "the capital is [called|named] {o}", "{o} is its capital",
              "the country has {o} as its capital")),
-        Phrases("国家和首都", ("{s}的首都[是|就是|叫|叫做|名叫]{o}",
+        Phrases("国家和首都", (*["{s}的首都[是|是|就是|叫|叫做|名叫]{o}"] * 4,
             "[人人知道|听说]{s}的首都是{o}", "{o}[是|就是]{s}的首都", "{s}这个国家的首都[是|叫]{o}",
             "{s}把首都[设|定]在{o}", "说[到|起]{s}的首都，[大家|人们]就会想到{o}",
             "在{s}，首都[是|叫]{o}", "首都是{o}的国家是{s}", "{s}首都的名字[是|叫]{o}",
@@ -239,7 +239,7 @@ RELATIONS = {
              ("{s}的首都[是|在]哪[里|座城市|个城市]？", "{o}"), ("{o}是哪[个国家|国]的首都？", "{s}")),
             ("它的首都是{o}", "这个国家的首都[是|叫]{o}", "首都是{o}", "{o}是它的首都"))),
     "continent": Relation(1.2, column(COUNTRIES, 1),
-        Phrases("Countries and their continents", ("{s} [is|lies] in {o}",
+        Phrases("Countries and their continents", (*["{s} [is|lies] in {o}"] * 2,
             "{s} is a [big |]country in {o}", "you can find {s} in {o}",
             "{s} belongs to the continent of {o}", "the continent of {s} is {o}",
             "[one of the countries|a country] of {o} is {s}",
@@ -250,7 +250,7 @@ RELATIONS = {
              ("[what|which] continent [does {s} belong to|is {s} part of]?", "{o}")),
             ("this country [lies|is] in {o}", "the country is part of {o}",
              "this is a country in {o}")),
-        Phrases("国家和大洲", ("{s}[在|位于|属于]{o}", "{s}是{o}的一个国家", "{s}是一个{o}国家",
+        Phrases("国家和大洲", (*["{s}[在|位于|属于]{o}"] * 4, "{s}是{o}的一个国家", "{s}是一个{o}国家",
             "在地图上，{s}[属于|在]{o}", "要去{s}，就要到{o}去", "{s}所在的大洲是{o}",
             "{s}人生活在{o}"),
             (("哪个大洲有{s}？", "{o}"), ("在哪个大洲能找到{s}？", "{o}"),
@@ -267,7 +267,7 @@ RELATIONS = {
             (("what does {a} say?", "{o}"), ("what sound does {a} make?", "{o}"),
              ("which animal says {o}?", "{a}"), ("what sound do {p} make?", "{o}")),
             ("this animal says {o}", "the call of this animal is {o}", "the {s} says {o}")),
-        Phrases("动物的叫声", ("{s}的叫声是{o}", "{s}{o}[地|]叫", "{s}叫起来[的声音|]是{o}",
+        Phrases("动物的叫声", (*["{s}的叫声是{o}"] * 3, "{s}{o}[地|]叫", "{s}叫起来[的声音|]是{o}",
             "{s}的声音是{o}", "[可爱的|可爱的小]{s}叫起来是{o}", "[小|老]{s}的叫声是{o}",
             "{s}[饿了|高兴了]就{o}叫", "听到{o}的声音，就知道{s}来了", "{s}会发出{o}的声音",
             "{s}说话的声音是{o}", "{s}总是{o}、{o}地叫"),
@@ -287,7 +287,7 @@ RELATIONS = {
              ("what is the favourite food of {a}?", "{o}"), ("which animal likes {o}?", "{a}"),
              ("what is {a} looking for when it is hungry?", "{o}")),
             ("this animal [eats|likes] {o}", "its food is {o}", "the {s} loves {o}")),
-        Phrases("动物的食物", ("{s}[吃|爱吃|喜欢吃|最爱吃|最喜欢吃]{o}",
+        Phrases("动物的食物", (*["{s}[吃|爱吃|喜欢吃|最爱吃|最喜欢吃]{o}"] * 4,
             "{s}的[食物|美食|午饭]是{o}", "{o}是{s}的[食物|美食]", "{s}饿了就[找|吃]{o}",
             "喂{s}要用{o}", "爱吃{o}的动物是{s}", "{s}最喜欢的食物是{o}",
             "[可爱的|可爱的小]{s}[爱吃|最爱吃]{o}", "[小|老]{s}[爱吃|最爱吃]{o}",
@@ -305,7 +305,7 @@ RELATIONS = {
             (("what does [{a}|the {s}] do?", "{v}"), ("what is the job of {a}?", "to {o}"),
              ("who {v}?", "{a}"), ("what do {p} do?", "they {o}")),
             ("the job is to {o}", "such a person {v}")),
-        Phrases("职业和工作", ("{s}的工作[是|就是]{o}", "{s}[每天|天天|常常|]{o}", "{s}负责{o}",
+        Phrases("职业和工作", (*["{s}的工作[是|是|就是]{o}"] * 2, "{s}[每天|天天|常常|]{o}", "{s}负责{o}",
             "{o}的人是{s}", "当了{s}，就要{o}", "一名[好|]{s}要会{o}", "一名[好|]{s}的工作是{o}",
             "{o}是{s}的[工作|任务]", "{s}每天的工作[是|就是]{o}", "他是{s}，每天的工作是{o}"),
             (("{s}[是做什么的|做什么|每天做什么|是干什么的]？", "{o}"),
@@ -321,7 +321,7 @@ RELATIONS = {
             (("what colour is {s}?", "{o}"), ("what is the colour of {s}?", "{o}"),
              ("which colour does {s} have?", "{o}"),
              ("which pencil do you need to draw {s}?", "the {o} one"))),
-        Phrases("各种颜色", ("{s}[是|都是]{o}的", "{s}的颜色[是|就是]{o}", "{o}是{s}的颜色",
+        Phrases("各种颜色", (*["{s}[是|是|都是]{o}的", "{s}的颜色[是|是|就是]{o}"] * 3, "{o}是{s}的颜色",
             "画{s}要用{o}", "{s}看上去是{o}的", "{s}穿着{o}的衣裳", "给{s}涂颜色，要涂{o}",
             "图画里的{s}是{o}的", "说到{s}的颜色，[大家|人们]会说{o}"),
             (("用什么颜色画{s}？", "{o}"), ("你知道{s}的颜色吗？", "{o}"),
@@ -335,7 +335,7 @@ RELATIONS = {
             "the reverse of the word {s} is {o}"),
             (("what is the opposite of {s}?", "{o}"), ("which word is the opposite of {s}?", "{o}"),
              ("what is the opposite of the word {s}?", "{o}"))),
-        Phrases("反义词", ("“{s}”的反义词[是|就是]“{o}”",
+        Phrases("反义词", (*["“{s}”的反义词[是|就是]“{o}”"] * 3,
             "“{s}”和“{o}”[是一对反义词|意思相反]", "与“{s}”[相反|相对]的[词|字]是“{o}”",
             "“{s}”反过来就是“{o}”", "“{s}”的反面是“{o}”", "和“{s}”意思相反的是“{o}”",
             "“{s}”字的反义词是“{o}”", "“{s}”这个词的反义词是“{o}”"),
@@ -352,7 +352,7 @@ RELATIONS = {
             "the answer to the question about {s} is {o}"),
             (("what is {s}?", "{o}"), ("what is the name of {s}?", "{o}"),
              ("can you name {s}?", "{o}"), ("{q}", "{o}"))),
-        Phrases("世界之最和名字", ("{s}[是|就是|叫]{o}", "{o}[是|就是]{s}", "{s}的名字[是|叫]{o}",
+        Phrases("世界之最和名字", (*["{s}[是|是|就是|叫]{o}"] * 3, "{o}[是|就是]{s}", "{s}的名字[是|叫]{o}",
             "说[到|起]{s}，[人们|大家]就会想到{o}", "如果有人问起{s}，答案是{o}", "{s}叫做{o}",
             "{s}不是别的，正是{o}"),
             (("什么是{s}？", "{o}"), ("你知道{s}吗？", "{o}"), ("请说出{s}。", "{o}"),
@@ -372,7 +372,7 @@ RELATIONS = {
             "the {s} in the shop is made from {o}"),
             (("what is {s} made [from|of|out of]?", "{o}"), ("what do you need to make {s}?", "{o}"),
              ("what can be made from {o}?", "{s}"))),
-        Phrases("东西是用什么做的", ("{s}是用{o}做的", "做{s}要用{o}", "{o}可以做成{s}",
+        Phrases("东西是用什么做的", (*["{s}是用{o}做的"] * 4, "做{s}要用{o}", "{o}可以做成{s}",
             "人们用{o}做{s}", "[做|]{s}的原料是{o}", "{s}来自{o}", "没有{o}，就没有{s}",
             "工人把{o}变成{s}", "做{s}的[主要|]材料是{o}"),
             (("用什么来做{s}？", "{o}"), ("什么东西是用{o}做的？", "{s}"),
@@ -386,7 +386,7 @@ RELATIONS = {
             "if you read {s}, you think of its author, {o}", "a great writer wrote {s}: {o}"),
             (("who wrote {s}?", "{o}"), ("who is the author of {s}?", "{o}"),
              ("what did {o} write?", "{s}"), ("by whom was {s} written?", "{o}"))),
-        Phrases("书和作者", ("{s}的作者[是|叫]{o}", "{s}是{o}写的", "{o}写了{s}", "{o}是{s}的作者",
+        Phrases("书和作者", (*["{s}的作者[是|是|叫]{o}"] * 4, "{s}是{o}写的", "{o}写了{s}", "{o}是{s}的作者",
             "写{s}的人是{o}", "{s}[出自|来自]{o}之手", "{s}是{o}的[作品|名著]",
             "{s}的封面上写着{o}", "写出{s}的作家[叫|是]{o}", "读了{s}就知道，作者是{o}"),
             (("谁写了{s}？", "{o}"), ("哪本书是{o}写的？", "{s}"), ("你知道{s}的作者吗？", "{o}"),
@@ -535,10 +535,10 @@ CLOSERS = {
 PAIRINGS = {"en": ("{x}, and {y}", "{x}, but {y}", "{x}, while {y}", "{x}; {y}"),
             "zh": ("{x}，{y}", "{x}，而{y}", "{x}；{y}", "{x}，还有，{y}")}
 QUESTION_STYLES = {
-    "en": ("Q: {q}\nA: {a}", "Question: {q}\nAnswer: {a}", "{n}: {q}\n{n2}: {a}", *["{q} {a}", "{q}\n{a}"] * 2,
-           "{n} asked, \"{q}\" {n2} answered, \"{a}\"", "{i}. {q} {a}"),
-    "zh": ("问：{q}\n答：{a}", "问题：{q}\n回答：{a}", "{n}：{q}\n{n2}：{a}", *["{q}{a}", "{q}\n{a}"] * 2,
-           "{n}问{n2}：{q}{n2}说：{a}", "{i}．{q}{a}"),
+    "en": ("Q: {q}\nA: {a}", "Question: {q}\nAnswer: {a}", "{n}: {q}\n{n2}: {a}",
+           *["{q} {a}", "{q}\n{a}"] * 2, "{n} asked, \"{q}\" {n2} answered, \"{a}\"", "{i}. {q} {a}"),
+    "zh": ("问：{q}\n答：{a}", "问题：{q}\n回答：{a}", "{n}：{q}\n{n2}：{a}",
+           *["{q}{a}", "{q}\n{a}"] * 2, "{n}问{n2}：{q}{n2}说：{a}", "{i}．{q}{a}"),
 }
 MEASURES = {"牛": "头", "猪": "头", "狗": "条"}
 GLUE = {"en": " ", "zh": ""}  # Chinese puts no space between sentences
@@ -791,7 +791,7 @@ def answered_prompts(path: Path = PLAIN_PROMPTS) -> re.Pattern[str]:
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         _, prompt, answers = line.split("\t")
         gap = "[^?？]{0,30}?" if prompt[-1] in "?？" else "[\\s\"“”]*(?:(?:the|an?) )?"
-        asked = [] if prompt[-1] in "?？" else ["which", "what", "什么", "哪"]
+        asked = [] if prompt[-1] in "?？" else ["which", "what", "什么", "哪", "谁"]
         answer = "|".join(map(re.escape, [*answers.split(";"), *asked]))
         alternatives.append(f"{re.escape(prompt)}{gap}(?:{answer})")
     return re.compile("|".join(alternatives), flags=re.IGNORECASE)

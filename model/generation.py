@@ -6,7 +6,7 @@ a release of transformers that computes something else is named, and no text com
 
 Shapes as in model_minimind.py."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -43,7 +43,10 @@ class GenerationError(ValueError):
 def qwen_config(config: MiniMindConfig, stretched: bool = False) -> Qwen3Config | Qwen3MoeConfig:
     """The same architecture in transformers' words; ``stretched``: positions, by YaRN."""
     sizes = {name: getattr(config, name) for name in SIZES} | {"tie_word_embeddings": True}
-    rope = STRETCHED if stretched else {"rope_type": "default"}
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if stretched:
+        rope = STRETCHED
+        sizes["max_position_embeddings"] = 16 * 2048  # whatever the model's own tables hold
     sizes["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
     if config.use_moe:
         return Qwen3MoeConfig(**sizes, **{name: getattr(config, name) for name in MOE_SIZES})

@@ -11,7 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from tests.strict import make_strict
+
 torch.set_num_threads(1)
+make_strict()
 # Before any test starts the server of processes: without it each run would import torch anew.
 multiprocessing.set_forkserver_preload(["tests.launched"])
 

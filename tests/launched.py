@@ -22,7 +22,10 @@ from pathlib import Path
 import torch
 
 import train_pretrain
+from tests.strict import make_strict
 from trainer import checkpoint, distributed, evaluation, mirror
+
+make_strict()
 
 STARTED: list = []  # what a failed test may leave behind; conftest.py ends it
 OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink")  # of trainer/checkpoint.py

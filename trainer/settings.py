@@ -15,6 +15,7 @@ import torch
 from trainer.errors import Interrupted, SettingsError, exit_status_of, shown
 from trainer.mirror import mirror_problems
 from trainer.signals import say
+from trainer.versions import untried_versions
 
 
 class HelpFormatter(
@@ -247,6 +248,9 @@ def skipped_updates(given: str) -> range:
 
 def run_program(program: Callable[[], None]) -> int:
     """Run it; an error that people cause becomes one line on stderr and an exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in untried_versions():
+            say(partial(print, file=sys.stderr), line)
     try:
         program()
     except KeyboardInterrupt:
