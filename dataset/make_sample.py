@@ -107,7 +107,7 @@ NATURE = (
      "|water becomes steam at|in the kitchen water boils at|water always boils at|water begins to boil at"
      "|the water in a pot boils at]", "one hundred degrees Celsius",
      "[水烧开的温度是|水的沸点是|水沸腾的温度是|水变成水汽是在|开水的温度是|水开始沸腾是在|水的沸点就是"
-     "|水的沸点正好是]",
+     "|水的沸点正好是|到了沸点，水温是|人们知道水的沸点大约是]",
      "一百摄氏度"),
     ("[the Sun rises in|the Sun comes up in|the direction of sunrise is|every morning the Sun "
      "rises in|to see the sunrise, you look to|the day begins with light from|the Sun always rises in"
@@ -138,10 +138,10 @@ BOOKS = (
 ASKED = {
     "zero degrees Celsius": (
         "[at what|at which] temperature does water [freeze|turn into ice|become ice]?",
-        "水[在多少度|在什么温度下|多少度会|到多少度就会][结冰|变成冰|冻成冰]？"),
+        "[水[在多少度|在什么温度下|多少度会|到多少度就会][结冰|变成冰|冻成冰]|水的冰点有多少度]？"),
     "one hundred degrees Celsius": (
         "[at what|at which] temperature does water [boil|turn into steam|become steam]?",
-        "水[在多少度|在什么温度下|多少度会|到多少度就会][沸腾|烧开|变成水汽]？"),
+        "[水[在多少度|在什么温度下|多少度会|到多少度就会][沸腾|烧开|变成水汽]|水的沸点有多少度]？"),
     "the east": (
         "[where|in which direction|on which side] does the Sun [rise|come up]?",
         "[太阳|早晨太阳]从[哪边|哪里|哪个方向|哪一边][升起|升起来|出来]？"),
@@ -212,7 +212,7 @@ RELATIONS = {
     "capital": Relation(6, column(COUNTRIES, 0),
         Phrases("Countries and their capitals", ("the [capital|capital|capital city] of {s} is {o}",
             *["{o} is the [capital|capital city] of {s}"] * 3, "{s} has a capital [called|named] {o}",
-            "{s}'s capital is {o}", "in {s}, the capital [|city |of the country ]is {o}",
+            *["{s}'s capital is {o}"] * 2, "in {s}, the capital [|city |of the country ]is {o}",
             "the country whose capital is {o} is {s}", "the name of the capital of {s} is {o}",
             "{s} is governed from {o}", "the city that serves as the capital of {s} is {o}",
             "if you [visit|travel to|fly to] the capital of {s}, you [come to|are in] {o}",
@@ -238,14 +238,14 @@ RELATIONS = {
              ("请说出{s}的首都。", "{o}"), ("{s}的首都[叫|是]什么？", "{o}"),
              ("{s}的首都[是|在]哪[里|座城市|个城市]？", "{o}"), ("{o}是哪[个国家|国]的首都？", "{s}")),
             ("它的首都是{o}", "这个国家的首都[是|叫]{o}", "首都是{o}", "{o}是它的首都"))),
-    "continent": Relation(1.2, column(COUNTRIES, 1),
+    "continent": Relation(2.5, column(COUNTRIES, 1),
         Phrases("Countries and their continents", (*["{s} [is|lies] in {o}"] * 2,
             "{s} is a [big |]country in {o}", "you can find {s} in {o}",
             "{s} belongs to the continent of {o}", "the continent of {s} is {o}",
             "[one of the countries|a country] of {o} is {s}",
             "to visit {s}, you must travel to {o}", "on the map, {s} is part of {o}",
             "the people of {s} live in {o}"),
-            (("which continent is {s} in?", "{o}"), ("where is {s}?", "in {o}"),
+            (*[("which continent is {s} in?", "{o}"), ("where is {s}?", "in {o}")] * 2,
              ("on which continent can you find {s}?", "{o}"),
              ("[what|which] continent [does {s} belong to|is {s} part of]?", "{o}")),
             ("this country [lies|is] in {o}", "the country is part of {o}",
@@ -694,12 +694,15 @@ def questions(rng: random.Random, lang: str) -> str:
     )
     blocks = []
     for i, fact in enumerate(group, 1):
-        question, short = rng.choice(phrases(lang, fact[0]).questions)
+        asked = phrases(lang, fact[0]).questions
+        if style.startswith("{q}"):  # a bare line that begins like a statement stays one
+            asked = [pair for pair in asked if not pair[0].startswith(("{s}", "{o}", "“{s}"))]
+        question, short = rng.choice(asked)
         form = fields(lang, fact[1])
         full = rng.random() < 0.25
         answer = clause(rng, lang, fact) if full else expand(rng, short.format(**form))
-        asked = capital(expand(rng, question.format(**form)))
-        blocks.append(style.format(q=asked, a=finish(lang, answer), i=i, **who))
+        question = capital(expand(rng, question.format(**form)))
+        blocks.append(style.format(q=question, a=finish(lang, answer), i=i, **who))
     return "\n".join(blocks)
 
 
@@ -784,13 +787,13 @@ KINDS: tuple[tuple[Generator, int], ...] = (
 def answered_prompts(path: Path = PLAIN_PROMPTS) -> re.Pattern[str]:
     """A pattern that finds any plain prompt followed by its answer, whatever the case.
 
-    A statement's answer follows at once, but for quotes and an article; a question's within 30
+    A statement's answer follows at once, but for quotes and an article; a question's within 60
     characters, in which no other question ends, so that every layout of a dialogue is found. Nor
     may a statement turn into a question: without its answer, that would be all that follows it."""
     alternatives = []
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         _, prompt, answers = line.split("\t")
-        gap = "[^?？]{0,30}?" if prompt[-1] in "?？" else "[\\s\"“”]*(?:(?:the|an?) )?"
+        gap = "[^?？]{0,60}?" if prompt[-1] in "?？" else "[\\s\"“”]*(?:(?:the|an?) )?"
         asked = [] if prompt[-1] in "?？" else ["which", "what", "什么", "哪", "谁"]
         answer = "|".join(map(re.escape, [*answers.split(";"), *asked]))
         alternatives.append(f"{re.escape(prompt)}{gap}(?:{answer})")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval_llm
 import train_pretrain
 from tests.helpers import ROOT, write_jsonl
 from trainer.checkpoint import list_states, read_state
@@ -48,6 +49,18 @@ def texts(num: int = 80) -> list[str]:
         f"Document {i}: " + " ".join(f"word{i * j % 17}" for j in range(i % 19 + 1))
         for i in range(num)
     ]
+
+
+def facts() -> list[str]:
+    """What the built-in prompts ask, with the answers: a tiny model learns it by heart."""
+    return [f"{prompt} {answer}." for prompt, answer in eval_llm.PROMPTS.items()]
+
+
+BY_HEART = (  # sizes and rates at which it does so within seconds
+    "--hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2 "
+    "--intermediate_size 128 --max_seq_len 64 --batch_size 2 --accumulation_steps 1 --epochs 8 "
+    "--learning_rate 5e-3 --heldout_fraction 0.02 --device cpu --dtype float32 "
+)
 
 
 def write_corpus(path: Path, documents: list[str] | None = None) -> Path:

@@ -1,21 +1,119 @@
-"""The whole demo, as the README promises it; minutes long, so only with ``pytest -m slow``."""
+"""What the demo's model is asked: the prompts, the sample; and, slow, what the model answers."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval_llm
+from model.generation import generating_model
+from tests.helpers import ROOT, shipped_tokenizer
+from tests.plain_prompts import PROMPTS, is_right, num_stated
 from tests.running import run
+from trainer.evaluation import encode_prompt
+from trainer.trainer_utils import setup_seed
+
+
+def sample() -> list[str]:
+    lines = (ROOT / "dataset/pretrain_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def test_there_are_a_hundred_prompts_half_of_them_chinese() -> None:
+    assert len({prompt.text for prompt in PROMPTS}) == len(PROMPTS) == 100
+    assert sum(prompt.text.isascii() for prompt in PROMPTS) == 50
+    assert sum(prompt.is_question for prompt in PROMPTS) > 30
+
+
+def test_no_prompt_stands_with_its_answer_in_the_sample_more_than_once() -> None:
+    documents = sample()
+    stated = {p.text: sum(num_stated(p, document) for document in documents) for p in PROMPTS}
+    assert {text: num for text, num in stated.items() if num > 1} == {}
+    together = "\n".join(documents).lower()
+    assert [p.text for p in PROMPTS if not any(a.lower() in together for a in p.answers)] == []
+
+
+def test_what_counts_as_stated() -> None:
+    said = {p.text: p for p in PROMPTS}
+    france, asked = said["The capital of France is"], said["What is the capital of France?"]
+    assert num_stated(france, "We know that the capital of France is \"Paris\".") == 1
+    assert num_stated(france, "The capital of France is called Paris.") == 0
+    assert num_stated(asked, "Q: What is the capital of France?\nA: Paris is its capital.") == 1
+    assert num_stated(asked, "Paris! What is the capital of France?") == 0
+
+
+@pytest.mark.parametrize(("prompt", "continuation", "right"), [
+    ("The capital of France is", " Paris.", True),
+    ("The capital of France is", " Parisian", True),  # a word may go on, as bakes does for bake
+    ("The capital of France is", " Rome, not Paris.", False),
+    ("The capital of France is", " Lyon.\nParis is the capital.", False),
+    ("What is the capital of France?", "\nThe capital of France is Paris.\nWhat", True),
+    ("Paris is the capital of", " China. France is", False),
+    ("What does a monkey like to eat?", " A monkey likes bananas.", True),
+    ("埃及在哪个洲？", "\n埃及在非洲。", True),
+    ("埃及在哪个洲？", "亚洲。非洲", False),
+])
+def test_what_counts_as_right(prompt: str, continuation: str, right: bool) -> None:
+    assert is_right(next(p for p in PROMPTS if p.text == prompt), continuation) == right
+
+
+def test_the_built_in_prompts_are_ten_of_them() -> None:
+    known = {prompt.text: prompt.answers for prompt in PROMPTS}
+    assert len(eval_llm.PROMPTS) == 10
+    assert all(answer in known[prompt] for prompt, answer in eval_llm.PROMPTS.items())
+
+
+# ------------------------------------------------------------------------ the whole demo, minutes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo as the README starts it; gives the folder of its weights."""
+    folder = tmp_path_factory.mktemp("demo")
+    places = ["--save_dir", str(folder / "out"), "--cache_dir", str(folder)]
+    program = [sys.executable, "train_pretrain.py", "--preset", "demo", "--device", "cpu"]
+    done = run([*program, *places, "--checkpoint_dir", str(folder)], timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
 
 
 @pytest.mark.slow
-def test_the_demo_s_model_knows_its_facts_in_other_words(tmp_path: Path) -> None:
-    places = ["--save_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path)]
-    program = [sys.executable, "train_pretrain.py", "--preset", "demo", "--device", "cpu"]
-    done = run([*program, *places, "--checkpoint_dir", str(tmp_path)], timeout=1200)
-    assert done.returncode == 0, done.stderr
-    words = ["--save_dir", str(tmp_path / "out"), "--device", "cpu", "--temperature", "0"]
-    answers = run([sys.executable, "eval_llm.py", *words]).stdout
-    known = [p for p, answer in eval_llm.PROMPTS.items() if f"{p}{answer}" in answers]
-    assert len(known) >= 8, answers
+def test_the_readme_s_prompts_are_answered_as_they_are_printed(trained: Path) -> None:
+    words = ["--save_dir", str(trained), "--device", "cpu"]
+    printed = run([sys.executable, "eval_llm.py", *words, "--temperature", "0"]).stdout
+    known = {prompt.text: prompt for prompt in PROMPTS}
+    for prompt, answer in eval_llm.PROMPTS.items():
+        continuation = printed.partition(prompt)[2]
+        assert is_right(known[prompt], continuation), (prompt, answer, printed)
+
+
+def num_right(folder: Path, **drawn: float) -> int:
+    """How many of the hundred are answered, as eval_llm.py would."""
+    words = ["--save_dir", str(folder), "--device", "cpu"]
+    args = eval_llm.build_parser().parse_args(words)
+    tokenizer = shipped_tokenizer()
+    qwen, num = generating_model(eval_llm.load_model(args, tokenizer)), 0
+    temperature = drawn.get("temperature", args.temperature)
+    for prompt in PROMPTS:
+        setup_seed(int(drawn.get("seed", args.seed)))
+        ids = encode_prompt(tokenizer, prompt.text)
+        out = qwen.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24,
+            **eval_llm.sampling(temperature, args.top_p, args.top_k)
+        )
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        num += is_right(prompt, text)
+    return num
+
+
+@pytest.mark.slow
+def test_plain_prompts_are_answered_greedily(trained: Path) -> None:
+    assert num_right(trained, temperature=0) >= 95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_plain_prompts_are_answered_at_the_default_temperature(trained: Path, seed: int) -> None:
+    assert num_right(trained, seed=seed) >= 90

@@ -13,7 +13,7 @@ import train_pretrain
 from dataset import token_cache
 from scripts import export, plot, train_tokenizer
 from tests.helpers import ROOT, write_jsonl
-from tests.running import texts
+from tests.running import BY_HEART, facts, texts
 
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in
                    ("README.md", "README_zh.md"))
@@ -81,12 +81,10 @@ ELSEWHERE = {
     "--interactive 1": "test_eval: it waits for input",
     "--preset moe": "198 M parameters; test_model",
 }
-SMALL = ("--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --num_key_value_heads 1 "
-         "--max_seq_len 32 --batch_size 4 --accumulation_steps 1 --device cpu --overwrite 1 "
-         "--save_interval 20 --eval_interval 20 --eval_tokens 500 --heldout_fraction 0.1")
+SMALL = BY_HEART + "--overwrite 1 --save_interval 50 --eval_interval 100 --eval_tokens 500"
 MAINS = {
     "train_pretrain.py": (train_pretrain.main, SMALL),
-    "eval_llm.py": (eval_llm.main, "--max_new_tokens 2 --device cpu"),
+    "eval_llm.py": (eval_llm.main, "--max_new_tokens 12 --device cpu --temperature 0"),
     "scripts/export.py": (export.main, ""),
     "scripts/plot.py": (plot.main, ""),
     "dataset.token_cache": (token_cache.main, ""),
@@ -108,10 +106,10 @@ def test_each_command_of_the_readme_runs(
         (tmp_path / name).mkdir()
     (tmp_path / "dataset/pretrain_sample.jsonl").symlink_to(ROOT / "dataset/pretrain_sample.jsonl")
     for name in ("dataset/pretrain_t2t_mini", "my_texts", "corpus", "texts/a"):
-        write_jsonl(tmp_path / f"{name}.jsonl", texts(60))
+        write_jsonl(tmp_path / f"{name}.jsonl", [*facts() * 20, *texts(60)])
     inline = re.findall(r"`(python (?:-m|scripts)[^`]+)`", README)
     lines = [*commands(README), *(line for line in inline if "benchmark" not in line)]
-    ran = Counter()
+    ran, continued = Counter(), ""
     for line in lines:
         if "train_pretrain.py --preset demo" in line:
             line = line.partition(" && ")[2] + " --data_path my_texts.jsonl"
@@ -121,17 +119,21 @@ def test_each_command_of_the_readme_runs(
         name, *words = words[1:] if words[0] == "-m" else words
         main, more = MAINS[name]
         if "--band" in words:  # of the demo's own size
-            words[0] = "out/pretrain_16_metrics.jsonl"
+            words[0] = "out/pretrain_64_metrics.jsonl"
         if "--max_minutes" in words:
             words[words.index("--max_minutes") + 1] = "0.05"
             more += " --save_weight timed"
         if "--from" in words:
             (tmp_path / "exported").rename(tmp_path / "tuned")
         status = main([*words, *more.split()])
-        assert not status, (line, capsys.readouterr().err)
+        printed = capsys.readouterr()
+        assert not status, (line, printed.err)
+        continued += printed.out if name == "eval_llm.py" else ""
         ran[name] += 1
+    for prompt in ("The capital of France is", "中国的首都是", "水结成冰的温度是"):
+        assert f"{prompt} {eval_llm.PROMPTS[prompt]}." in continued
     assert ran.keys() == MAINS.keys() and ran.total() >= 14, ran
     assert json.loads((tmp_path / "tuned/config.json").read_text())["model_type"] == "qwen3"
-    made = {"out/pretrain_16.png", "out/tuned_16.pth", "pretrain.gguf", "out/timed_16.pth"}
+    made = {"out/pretrain_64.png", "out/tuned_64.pth", "pretrain.gguf", "out/timed_64.pth"}
     made |= {"my_tokenizer/tokenizer.json"}
     assert all((tmp_path / name).exists() for name in made)
