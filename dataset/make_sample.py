@@ -137,10 +137,10 @@ BOOKS = (
 # Facts of which one asks in words of their own, by English subject or answer.
 ASKED = {
     "zero degrees Celsius": (
-        "[at what|at which] temperature does water [freeze|turn into ice|become ice]?",
+        "[at what|at which] temperature does [water|the lake] [freeze|turn into ice|become ice]?",
         "[水[在多少度|在什么温度下|多少度会|到多少度就会][结冰|变成冰|冻成冰]|水的冰点有多少度]？"),
     "one hundred degrees Celsius": (
-        "[at what|at which] temperature does water [boil|turn into steam|become steam]?",
+        "[at what|at which] temperature does [water|a kettle] [boil|turn into steam|become steam]?",
         "[水[在多少度|在什么温度下|多少度会|到多少度就会][沸腾|烧开|变成水汽]|水的沸点有多少度]？"),
     "the east": (
         "[where|in which direction|on which side] does the Sun [rise|come up]?",
@@ -303,7 +303,7 @@ RELATIONS = {
             "[a person|someone] who {v} is {a}", "what {a} does at work is to {o}",
             "if you become {a}, you will {o}", "the person whose job is to {o} is {a}"),
             (("what does [{a}|the {s}] do?", "{v}"), ("what is the job of {a}?", "to {o}"),
-             ("who {v}?", "{a}"), ("what do {p} do?", "they {o}")),
+             *[("who {v}?", "{a}")] * 3, ("what do {p} do?", "they {o}")),
             ("the job is to {o}", "such a person {v}")),
         Phrases("职业和工作", (*["{s}的工作[是|是|就是]{o}"] * 2, "{s}[每天|天天|常常|]{o}", "{s}负责{o}",
             "{o}的人是{s}", "当了{s}，就要{o}", "一名[好|]{s}要会{o}", "一名[好|]{s}的工作是{o}",
@@ -360,9 +360,9 @@ RELATIONS = {
     "nature": Relation(5, NATURE,
         Phrases("Nature", ("{s} {o}",),
             (("what do you know about {o}?", "{s} {o}"),
-             ("can you tell me something about {o}?", "{s} {o}"), ("{q}", "{o}"))),
+             ("can you tell me something about {o}?", "{s} {o}"), *[("{q}", "{o}")] * 4)),
         Phrases("自然常识", ("{s}{o}",),
-            (("关于{o}，你知道什么？", "{s}{o}"), ("你能说说{o}吗？", "{s}{o}"), ("{q}", "{o}")))),
+            (("关于{o}，你知道什么？", "{s}{o}"), ("你能说说{o}吗？", "{s}{o}"), *[("{q}", "{o}")] * 4))),
     "made": Relation(4.5, MADE,
         Phrases("What things are made from", ("{s} is made [from|of|out of] {o}", "people make {s} from {o}",
             "to make {s}, you need {o}", "{o} can be turned into {s}",
@@ -699,7 +699,7 @@ def questions(rng: random.Random, lang: str) -> str:
             asked = [pair for pair in asked if not pair[0].startswith(("{s}", "{o}", "“{s}"))]
         question, short = rng.choice(asked)
         form = fields(lang, fact[1])
-        full = rng.random() < 0.25
+        full = rng.random() < 0.1
         answer = clause(rng, lang, fact) if full else expand(rng, short.format(**form))
         question = capital(expand(rng, question.format(**form)))
         blocks.append(style.format(q=question, a=finish(lang, answer), i=i, **who))

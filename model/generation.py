@@ -109,13 +109,14 @@ def compare(model: "MiniMindForCausalLM", qwen: Qwen3ForCausalLM | Qwen3MoeForCa
 
     Raises: GenerationError."""
     generator = torch.Generator().manual_seed(0)  # not the run's own
-    ids = torch.randint(model.config.vocab_size, (1, NUM_PROMPT), generator=generator)
+    num_prompt = max(1, min(NUM_PROMPT, model.config.max_position_embeddings - NUM_STEPS))
+    ids = torch.randint(model.config.vocab_size, (1, num_prompt), generator=generator)
     ids = ids.to(model.device)
     out = qwen.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_STEPS,
         min_new_tokens=NUM_STEPS, output_logits=True, return_dict_in_generate=True
     )
-    expected = model(out.sequences[:, :-1]).logits  # (1, NUM_PROMPT + NUM_STEPS - 1, V)
+    expected = model(out.sequences[:, :-1]).logits  # (1, T, V)
     found = {
         "a whole row": qwen(out.sequences[:, :-1]).logits,
         "tokens generated one by one": torch.stack(out.logits, dim=1),
