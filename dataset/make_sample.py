@@ -99,25 +99,32 @@ RECORDS = (
 # Every row is a sentence of its own kind here, so the subject carries the wordings.
 NATURE = (
     ("[water freezes at|the freezing point of water is|water turns into ice at|ice forms at"
-     "|water becomes ice at|in winter the lake freezes at|water always freezes at]", "zero degrees Celsius",
-     "[水结冰的温度是|水的冰点是|水变成冰的温度是|水开始结冰是在|湖水结冰的温度是|水冻成冰是在|水结成冰是在"
+     "|water becomes ice at|in winter the lake freezes at|water always freezes at]",
+     "zero degrees Celsius",
+     "[水结冰的温度是|水的冰点是|水变成冰的温度是|水开始结冰是在|湖水结冰的温度是|水冻成冰是在"
+     "|水结成冰是在"
      "|河水结成冰的温度是|水会结成冰的温度是]",
      "零摄氏度"),
     ("[water boils at|the boiling point of water is|water turns into steam at|a kettle boils at"
-     "|water becomes steam at|in the kitchen water boils at|water always boils at|water begins to boil at"
+     "|water becomes steam at|in the kitchen water boils at|water always boils at"
+     "|water begins to boil at"
      "|the water in a pot boils at]", "one hundred degrees Celsius",
-     "[水烧开的温度是|水的沸点是|水沸腾的温度是|水变成水汽是在|开水的温度是|水开始沸腾是在|水的沸点就是"
+     "[水烧开的温度是|水的沸点是|水沸腾的温度是|水变成水汽是在|开水的温度是|水开始沸腾是在"
+     "|水的沸点就是"
      "|水的沸点正好是|到了沸点，水温是|人们知道水的沸点大约是]",
      "一百摄氏度"),
     ("[the Sun rises in|the Sun comes up in|the direction of sunrise is|every morning the Sun "
-     "rises in|to see the sunrise, you look to|the day begins with light from|the Sun always rises in"
+     "rises in|to see the sunrise, you look to|the day begins with light from"
+     "|the Sun always rises in"
      "|the Sun rises each day in|the Sun rises every morning in]", "the east",
-     "[太阳升起的方向是|早晨太阳出来的方向是|日出的方向是|要看日出，就要面向|太阳升起在|太阳升起的方向就是"
+     "[太阳升起的方向是|早晨太阳出来的方向是|日出的方向是|要看日出，就要面向|太阳升起在"
+     "|太阳升起的方向就是"
      "|早上太阳升起的地方是]", "东方"),
     ("[the Sun sets in|the Sun goes down in|the direction of sunset is|every evening the Sun "
      "sets in|to see the sunset, you look to|the day ends with light from|the Sun always sets in"
      "|the Sun sets each day in|the Sun sets every evening in]", "the west",
-     "[太阳落下的方向是|傍晚太阳下山的方向是|日落的方向是|要看日落，就要面向|太阳落下在|太阳落下的方向就是"
+     "[太阳落下的方向是|傍晚太阳下山的方向是|日落的方向是|要看日落，就要面向|太阳落下在"
+     "|太阳落下的方向就是"
      "|晚上太阳落下的地方是]", "西方"),
 )
 MADE = (
@@ -211,7 +218,8 @@ def order(
 RELATIONS = {
     "capital": Relation(6, column(COUNTRIES, 0),
         Phrases("Countries and their capitals", ("the [capital|capital|capital city] of {s} is {o}",
-            *["{o} is the [capital|capital city] of {s}"] * 3, "{s} has a capital [called|named] {o}",
+            *["{o} is the [capital|capital city] of {s}"] * 3,
+            "{s} has a capital [called|named] {o}",
             *["{s}'s capital is {o}"] * 2, "in {s}, the capital [|city |of the country ]is {o}",
             "the country whose capital is {o} is {s}", "the name of the capital of {s} is {o}",
             "{s} is governed from {o}", "the city that serves as the capital of {s} is {o}",
@@ -236,7 +244,8 @@ RELATIONS = {
             (("哪里是{s}的首都？", "{o}"), ("哪座城市是{s}的首都？", "{o}"),
              ("哪个国家的首都是{o}？", "{s}"), ("你知道{s}的首都吗？", "{o}"),
              ("请说出{s}的首都。", "{o}"), ("{s}的首都[叫|是]什么？", "{o}"),
-             ("{s}的首都[是|在]哪[里|座城市|个城市]？", "{o}"), ("{o}是哪[个国家|国]的首都？", "{s}")),
+             ("{s}的首都[是|在]哪[里|座城市|个城市]？", "{o}"),
+             ("{o}是哪[个国家|国]的首都？", "{s}")),
             ("它的首都是{o}", "这个国家的首都[是|叫]{o}", "首都是{o}", "{o}是它的首都"))),
     "continent": Relation(2.5, column(COUNTRIES, 1),
         Phrases("Countries and their continents", (*["{s} [is|lies] in {o}"] * 2,
@@ -250,7 +259,8 @@ RELATIONS = {
              ("[what|which] continent [does {s} belong to|is {s} part of]?", "{o}")),
             ("this country [lies|is] in {o}", "the country is part of {o}",
              "this is a country in {o}")),
-        Phrases("国家和大洲", (*["{s}[在|位于|属于]{o}"] * 4, "{s}是{o}的一个国家", "{s}是一个{o}国家",
+        Phrases("国家和大洲", (*["{s}[在|位于|属于]{o}"] * 4, "{s}是{o}的一个国家",
+            "{s}是一个{o}国家",
             "在地图上，{s}[属于|在]{o}", "要去{s}，就要到{o}去", "{s}所在的大洲是{o}",
             "{s}人生活在{o}"),
             (("哪个大洲有{s}？", "{o}"), ("在哪个大洲能找到{s}？", "{o}"),
@@ -272,7 +282,8 @@ RELATIONS = {
             "{s}[饿了|高兴了]就{o}叫", "听到{o}的声音，就知道{s}来了", "{s}会发出{o}的声音",
             "{s}说话的声音是{o}", "{s}总是{o}、{o}地叫"),
             (("{s}[怎么叫|怎样叫|是怎么叫的|叫起来是什么声音]？", "{o}"),
-             ("{s}的[叫声|声音]是[什么|怎样的]？", "{o}"), ("什么动物{o}叫？", "{s}"), ("你知道{s}的叫声吗？", "{o}"), ("谁能学{s}叫？", "{o}"),
+             ("{s}的[叫声|声音]是[什么|怎样的]？", "{o}"), ("什么动物{o}叫？", "{s}"),
+             ("你知道{s}的叫声吗？", "{o}"), ("谁能学{s}叫？", "{o}"),
              ("怎么学{s}叫？", "{o}")),
             ("它的叫声是{o}", "它{o}地叫", "它会发出{o}的声音"))),
     "food": Relation(5, column(ANIMALS, 1),
@@ -293,7 +304,8 @@ RELATIONS = {
             "[可爱的|可爱的小]{s}[爱吃|最爱吃]{o}", "[小|老]{s}[爱吃|最爱吃]{o}",
             "给{s}准备的饭是{o}", "{s}每天都要吃{o}"),
             (("{s}[吃|爱吃|喜欢吃|最爱吃|最喜欢吃]什么？", "{o}"),
-             ("{s}的食物是什么？", "{o}"), ("什么动物爱吃{o}？", "{s}"), ("该给{s}吃什么？", "{o}"), ("什么是{s}的食物？", "{o}"),
+             ("{s}的食物是什么？", "{o}"), ("什么动物爱吃{o}？", "{s}"), ("该给{s}吃什么？", "{o}"),
+             ("什么是{s}的食物？", "{o}"),
              ("拿什么来喂{s}？", "{o}")),
             ("它[爱吃|喜欢吃|吃]{o}", "它最喜欢的食物是{o}", "它饿了就找{o}"))),
     "task": Relation(4, JOBS,
@@ -305,11 +317,13 @@ RELATIONS = {
             (("what does [{a}|the {s}] do?", "{v}"), ("what is the job of {a}?", "to {o}"),
              *[("who {v}?", "{a}")] * 3, ("what do {p} do?", "they {o}")),
             ("the job is to {o}", "such a person {v}")),
-        Phrases("职业和工作", (*["{s}的工作[是|是|就是]{o}"] * 2, "{s}[每天|天天|常常|]{o}", "{s}负责{o}",
+        Phrases("职业和工作", (*["{s}的工作[是|是|就是]{o}"] * 2, "{s}[每天|天天|常常|]{o}",
+            "{s}负责{o}",
             "{o}的人是{s}", "当了{s}，就要{o}", "一名[好|]{s}要会{o}", "一名[好|]{s}的工作是{o}",
             "{o}是{s}的[工作|任务]", "{s}每天的工作[是|就是]{o}", "他是{s}，每天的工作是{o}"),
             (("{s}[是做什么的|做什么|每天做什么|是干什么的]？", "{o}"),
-             ("{s}的[工作|任务]是什么？", "{o}"), ("谁[来|会|负责]{o}？", "{s}"), ("什么人[负责|来]{o}？", "{s}"), ("你知道{s}的工作吗？", "{o}"),
+             ("{s}的[工作|任务]是什么？", "{o}"), ("谁[来|会|负责]{o}？", "{s}"),
+             ("什么人[负责|来]{o}？", "{s}"), ("你知道{s}的工作吗？", "{o}"),
              ("什么是{s}的工作？", "{o}")),
             ("这份工作就是{o}", "做这行要会{o}"))),
     "colour": Relation(3.5, COLOURS,
@@ -321,7 +335,8 @@ RELATIONS = {
             (("what colour is {s}?", "{o}"), ("what is the colour of {s}?", "{o}"),
              ("which colour does {s} have?", "{o}"),
              ("which pencil do you need to draw {s}?", "the {o} one"))),
-        Phrases("各种颜色", (*["{s}[是|是|都是]{o}的", "{s}的颜色[是|是|就是]{o}"] * 3, "{o}是{s}的颜色",
+        Phrases("各种颜色", (*["{s}[是|是|都是]{o}的", "{s}的颜色[是|是|就是]{o}"] * 3,
+            "{o}是{s}的颜色",
             "画{s}要用{o}", "{s}看上去是{o}的", "{s}穿着{o}的衣裳", "给{s}涂颜色，要涂{o}",
             "图画里的{s}是{o}的", "说到{s}的颜色，[大家|人们]会说{o}"),
             (("用什么颜色画{s}？", "{o}"), ("你知道{s}的颜色吗？", "{o}"),
@@ -352,7 +367,8 @@ RELATIONS = {
             "the answer to the question about {s} is {o}"),
             (("what is {s}?", "{o}"), ("what is the name of {s}?", "{o}"),
              ("can you name {s}?", "{o}"), ("{q}", "{o}"))),
-        Phrases("世界之最和名字", (*["{s}[是|是|就是|叫]{o}"] * 3, "{o}[是|就是]{s}", "{s}的名字[是|叫]{o}",
+        Phrases("世界之最和名字", (*["{s}[是|是|就是|叫]{o}"] * 3, "{o}[是|就是]{s}",
+                            "{s}的名字[是|叫]{o}",
             "说[到|起]{s}，[人们|大家]就会想到{o}", "如果有人问起{s}，答案是{o}", "{s}叫做{o}",
             "{s}不是别的，正是{o}"),
             (("什么是{s}？", "{o}"), ("你知道{s}吗？", "{o}"), ("请说出{s}。", "{o}"),
@@ -362,15 +378,18 @@ RELATIONS = {
             (("what do you know about {o}?", "{s} {o}"),
              ("can you tell me something about {o}?", "{s} {o}"), *[("{q}", "{o}")] * 4)),
         Phrases("自然常识", ("{s}{o}",),
-            (("关于{o}，你知道什么？", "{s}{o}"), ("你能说说{o}吗？", "{s}{o}"), *[("{q}", "{o}")] * 4))),
+            (("关于{o}，你知道什么？", "{s}{o}"), ("你能说说{o}吗？", "{s}{o}"), *[("{q}",
+                "{o}")] * 4))),
     "made": Relation(4.5, MADE,
-        Phrases("What things are made from", ("{s} is made [from|of|out of] {o}", "people make {s} from {o}",
+        Phrases("What things are made from", ("{s} is made [from|of|out of] {o}",
+            "people make {s} from {o}",
             "to make {s}, you need {o}", "{o} can be turned into {s}",
             "[a worker|the factory] turns {o} into {s}", "we get {s} from {o}",
             "the main ingredient of {s} is {o}", "{s} comes from {o}",
             "without {o} there would be no {s}", "[good|fine] {s} is made from {o}",
             "the {s} in the shop is made from {o}"),
-            (("what is {s} made [from|of|out of]?", "{o}"), ("what do you need to make {s}?", "{o}"),
+            (("what is {s} made [from|of|out of]?", "{o}"), ("what do you need to make {s}?",
+                "{o}"),
              ("what can be made from {o}?", "{s}"))),
         Phrases("东西是用什么做的", (*["{s}是用{o}做的"] * 4, "做{s}要用{o}", "{o}可以做成{s}",
             "人们用{o}做{s}", "[做|]{s}的原料是{o}", "{s}来自{o}", "没有{o}，就没有{s}",
@@ -386,7 +405,8 @@ RELATIONS = {
             "if you read {s}, you think of its author, {o}", "a great writer wrote {s}: {o}"),
             (("who wrote {s}?", "{o}"), ("who is the author of {s}?", "{o}"),
              ("what did {o} write?", "{s}"), ("by whom was {s} written?", "{o}"))),
-        Phrases("书和作者", (*["{s}的作者[是|是|叫]{o}"] * 4, "{s}是{o}写的", "{o}写了{s}", "{o}是{s}的作者",
+        Phrases("书和作者", (*["{s}的作者[是|是|叫]{o}"] * 4, "{s}是{o}写的", "{o}写了{s}",
+            "{o}是{s}的作者",
             "写{s}的人是{o}", "{s}[出自|来自]{o}之手", "{s}是{o}的[作品|名著]",
             "{s}的封面上写着{o}", "写出{s}的作家[叫|是]{o}", "读了{s}就知道，作者是{o}"),
             (("谁写了{s}？", "{o}"), ("哪本书是{o}写的？", "{s}"), ("你知道{s}的作者吗？", "{o}"),
@@ -485,7 +505,8 @@ SCENES: tuple[Scene, ...] = (
      "[猜猜我是哪个国家。|猜国家的谜语。|我是哪个国家呢？][我的首都是{capital}|{capital}是我的首"
      "都]，[我在|你可以在地图上找到我，我属于|我所在的大洲是]{continent}。[答案是|我是]{s}。"),
     (("food",),
-     "[从前有一天|一天早上|放学以后]，{n}遇到了{a}，它饿极了。{n}[给它饼干|给它一碗汤|递给它一块蛋糕]"
+     "[从前有一天|一天早上|放学以后]，{n}遇到了{a}，它饿极了。{n}[给它饼干|给它一碗汤"
+     "|递给它一块蛋糕]"
      "，可是{s}[摇摇头|闻了闻就走开了|看也不看]。[“怎么回事呢？”{n}问。|{n}不知道怎么办才好。|"
      "{n}很着急。]这时{n2}[走过来|跑过来]说：“{fact}。”他们赶紧找来了{o}。{s}[吃得可香了|大口大"
      "口地吃了起来|吃饱就睡着了]，[他们三个成了好朋友|{n}学到了新知识|{n}以后天天来看它]。"),
@@ -524,7 +545,8 @@ OPENERS = {
            "|I read in a book|the book teaches|everyone can see|it is true|please remember] that ",
            "[of course, |in fact, |as you know, |as we all know, |yes, |listen: |in short, ]"),
     "zh": ("[{n}|{n2}|老师|爷爷|妈妈|姐姐|大家|同学们][知道|说|告诉我|记得]，",
-           "[我们都知道|我们学过|书上写着|书上说|请记住|不要忘记|谁都知道|其实|当然|今天我们学到]，"),
+           "[我们都知道|我们学过|书上写着|书上说|请记住|不要忘记|谁都知道|其实|当然"
+           "|今天我们学到]，"),
 }
 CLOSERS = {
     "en": ("[{n}|{n2}] [wrote this down|likes this lesson|will remember it|told a friend].",
@@ -536,7 +558,8 @@ PAIRINGS = {"en": ("{x}, and {y}", "{x}, but {y}", "{x}, while {y}", "{x}; {y}")
             "zh": ("{x}，{y}", "{x}，而{y}", "{x}；{y}", "{x}，还有，{y}")}
 QUESTION_STYLES = {
     "en": ("Q: {q}\nA: {a}", "Question: {q}\nAnswer: {a}", "{n}: {q}\n{n2}: {a}",
-           *["{q} {a}", "{q}\n{a}"] * 2, "{n} asked, \"{q}\" {n2} answered, \"{a}\"", "{i}. {q} {a}"),
+           *["{q} {a}", "{q}\n{a}"] * 2, "{n} asked, \"{q}\" {n2} answered, \"{a}\"",
+           "{i}. {q} {a}"),
     "zh": ("问：{q}\n答：{a}", "问题：{q}\n回答：{a}", "{n}：{q}\n{n2}：{a}",
            *["{q}{a}", "{q}\n{a}"] * 2, "{n}问{n2}：{q}{n2}说：{a}", "{i}．{q}{a}"),
 }

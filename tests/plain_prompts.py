@@ -1,7 +1,7 @@
 """A hundred prompts as people type them, and whether a continuation answers one.
 
-plain_prompts.tsv was written before any model was asked; the sample that the demo trains on must not
-contain a prompt together with its answer."""
+plain_prompts.tsv was written before any model was asked; the sample that the demo trains on must
+not contain a prompt together with its answer."""
 
 import re
 from pathlib import Path

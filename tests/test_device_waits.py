@@ -1,8 +1,9 @@
 """An update on a device: nobody asks it for a number, and no view of what may be strided.
 
-Without a card. Tensors without numbers (torch's FakeTensor) go through the real forward and backward
-pass, clipping and update: whoever asks for a value, as ``.item()`` does, raises, and so does a view
-of strides that the kernel's own shape function gives. What the kernels compute is not looked at."""
+Without a card. Tensors without numbers (torch's FakeTensor) go through the real forward and
+backward pass, clipping and update: whoever asks for a value, as ``.item()`` does, raises, and so
+does a view of strides that the kernel's own shape function gives. What kernels compute is not
+looked at."""
 
 import pytest
 import torch

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -88,10 +90,35 @@ def test_the_folder_holds_settings_and_no_code(tmp_path: Path, use_moe: bool) ->
     assert ids == [1, 2, 0]
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
     assert not use_moe or any(
         name == "model.layers.1.mlp.experts.3.up_proj.weight"
         for name in load_file(folder / "model.safetensors")
     )
+
+
+@DENSE_AND_MOE
+def test_a_batch_of_prompts_continues_as_each_alone(tmp_path: Path, use_moe: bool) -> None:
+    folder, model = exported(tmp_path, use_moe=use_moe)
+    theirs, tokenizer = (auto.from_pretrained(folder)
+                         for auto in (AutoModelForCausalLM, AutoTokenizer))
+    prompts = [prompt for prompt in PROMPTS if "<|" not in prompt]
+    out = theirs.float().generate(
+        **tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=12, do_sample=False
+    )
+    for prompt, row in zip(prompts, out, strict=True):
+        alone = ours_continues(model, prompt)
+        assert row[-12:].tolist()[: len(alone)] == alone, prompt
+
+
+def test_whoever_may_read_the_settings_may_read_the_weights(tmp_path: Path) -> None:
+    """By the umask, as all files here; safetensors alone would keep them to their owner."""
+    before = os.umask(0o022)
+    try:
+        folder, _ = exported(tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
 
 
 @DENSE_AND_MOE
@@ -195,7 +222,8 @@ def test_an_export_that_differs_gets_no_name(
         quantize = gguf.quantize
         monkeypatch.setattr(gguf, "quantize", lambda x, kind: quantize(
             x * 1.5 if x.shape == (64, 96) else x, kind))
-    refused(capsys, "--to", to, "--weight", path, "--output", tmp_path / "new" / "export")
+    line = refused(capsys, "--to", to, "--weight", path, "--output", tmp_path / "new" / "export")
+    assert to == "gguf" or "error: the weights that were written give" in line
     assert list((tmp_path / "new").iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Continuing texts: transformers' class on our tensors, and what happens when it computes otherwise.
+"""Continuing texts: transformers' class on our tensors, and what if it computes otherwise.
 
 The reference is the model's own forward pass over whole rows, which has no cache."""
 

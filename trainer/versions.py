@@ -19,7 +19,7 @@ def untried_versions(requirements: Path = REQUIREMENTS) -> list[str]:
             continue  # whoever needs it says so
         if not required.specifier.contains(found, prereleases=True):
             lines.append(
-                f"warning: {required.name} {found} is installed, but tried are {line}. If something "
-                f"fails: pip install -r requirements.txt"
+                f"warning: {required.name} {found} is installed, but tried are {line}. If "
+                f"something fails: pip install -r requirements.txt"
             )
     return lines
