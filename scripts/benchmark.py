@@ -330,7 +330,7 @@ def measure(args: argparse.Namespace, preset: str) -> list[dict]:
                 "preset": preset, "device": args.device, "seed": 1, "epochs": 10**6,
                 "save_dir": own / "out", "checkpoint_dir": own / "checkpoints",
                 "cache_dir": Path(folder) / "cache", "log_interval": 10, "save_interval": 10**9,
-                "eval_interval": 10**9, "heldout_fraction": 0,
+                "eval_interval": 10**9, "heldout_fraction": 0, "optimizer": "adamw",
             } | variant.flags
             argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
             result = {"name": variant.name, "turns": [], "cold": variant.cold}

@@ -100,7 +100,7 @@ def num_right(folder: Path, **drawn: float) -> int:
         setup_seed(int(drawn.get("seed", args.seed)))
         ids = encode_prompt(tokenizer, prompt.text)
         out = qwen.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40,
             **eval_llm.sampling(temperature, args.top_p, args.top_k)
         )
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
