@@ -147,6 +147,7 @@ def run_trial(trial: Trial, args: argparse.Namespace, parts: tuple[Path, Path]) 
             "max_minutes": trial.minutes, "save_dir": folder, "checkpoint_dir": folder,
             "cache_dir": parts[0].parent / "cache", "log_interval": 10**6,
             "save_interval": 10**9, "eval_interval": 10**9, "heldout_fraction": 0,
+            "optimizer": "adamw", "lr_schedule": "cosine",  # the padded recipe's
         } | trial.flags
         argv = ["--data_path", str(parts[0])]
         argv += [word for name, value in flags.items() for word in (f"--{name}", str(value))]

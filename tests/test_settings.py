@@ -68,8 +68,9 @@ def test_a_setting_that_decides_what_is_learnt_must_match(
     {"log_interval": 3, "save_interval": 2, "eval_interval": 4, "eval_tokens": 99},
     {"num_workers": 2, "timeout": 77, "keep_states": 5, "max_bad_updates": 1,
      "price_per_hour": 2.5},
-    {"preset": "demo", "warmup_ratio": 0, "bad_records": "skip", "wandb_project": "other",
-     "overwrite": 0},  # the preset's own warm-up would change the run
+    {"preset": "demo", "warmup_ratio": 0, "optimizer": "adamw", "lr_schedule": "cosine",
+     "decay_ratio": 0.4, "bad_records": "skip", "wandb_project": "other",
+     "overwrite": 0},  # the preset's own recipe would change the run
 ])
 def test_settings_that_may_change_change_nothing_that_is_learnt(
     half: Path, tmp_path: Path, changes: dict
