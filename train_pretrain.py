@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import Batch, PretrainDataset, as_is, from_loader, ignore_signals
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids
-from model.attention import can_attend_within
+from model.documents import can_attend_within
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.describe import describe, describe_pass, rehearse

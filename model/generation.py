@@ -6,18 +6,14 @@ a release of transformers that computes something else is named, and no text com
 
 Shapes as in model_minimind.py."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from model.config import MiniMindConfig
-from model.feed_forward import Experts
-
-if TYPE_CHECKING:
-    from model.model_minimind import MiniMindForCausalLM
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
@@ -40,6 +36,21 @@ class GenerationError(ValueError):
     exit_status = 4
 
 
+class TrainedModel(Protocol):
+    """MiniMindForCausalLM, as far as it is used here."""
+
+    config: MiniMindConfig
+    training: bool
+    generation_compared: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    def tensors_for_qwen(self) -> dict[str, Tensor]: ...
+    def train(self, mode: bool) -> nn.Module: ...
+    def eval(self) -> "TrainedModel": ...
+    def __call__(self, input_ids: Tensor) -> Any: ...
+
+
 def qwen_config(config: MiniMindConfig, stretched: bool = False) -> Qwen3Config | Qwen3MoeConfig:
     """The same architecture in transformers' words; ``stretched``: positions, by YaRN."""
     sizes = {name: getattr(config, name) for name in SIZES} | {"tie_word_embeddings": True}
@@ -53,39 +64,26 @@ def qwen_config(config: MiniMindConfig, stretched: bool = False) -> Qwen3Config 
     return Qwen3Config(**sizes)
 
 
-def qwen_tensors(model: "MiniMindForCausalLM") -> dict[str, Tensor]:
-    """The weights under transformers' names, not copied but for two of an expert's three matrices,
-    which transformers keeps in one."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            joined = torch.cat((module.gate_proj, module.up_proj), dim=1)  # (E, 2F, D)
-            state[f"{name}.gate_up_proj"] = joined.detach()
-            state[f"{name}.down_proj"] = module.down_proj.detach()
-    return state
-
-
 def build_qwen(
-    model: "MiniMindForCausalLM", stretched: bool = False
+    model: TrainedModel, stretched: bool = False
 ) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
     """transformers' class, holding the model's own tensors, on its device."""
     config = qwen_config(model.config, stretched)
     with torch.device("meta"):  # no memory, and no time for weights that are replaced
         qwen = (Qwen3MoeForCausalLM if model.config.use_moe else Qwen3ForCausalLM)(config)
-    qwen.load_state_dict(qwen_tensors(model), assign=True)
+    qwen.load_state_dict(model.tensors_for_qwen(), assign=True)
     rotary = type(qwen.model.rotary_emb)  # no file holds its tables, so they are made anew
     qwen.model.rotary_emb = rotary(config).to(model.device)
     return qwen.eval()
 
 
 def generating_model(
-    model: "MiniMindForCausalLM"
+    model: TrainedModel
 ) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
     """What continues texts with these weights; compared with the model when first asked for.
 
     It shares the tensors, so later updates show in it, but for a mixture of experts (see
-    ``qwen_tensors``). ``config.inference_rope_scaling`` stretches its positions.
+    ``tensors_for_qwen``). ``config.inference_rope_scaling`` stretches its positions.
 
     Raises: GenerationError if what it computes is something else, or cannot be computed."""
     was_training = model.training
@@ -104,7 +102,7 @@ def generating_model(
 
 
 @torch.no_grad()
-def compare(model: "MiniMindForCausalLM", qwen: Qwen3ForCausalLM | Qwen3MoeForCausalLM) -> None:
+def compare(model: TrainedModel, qwen: Qwen3ForCausalLM | Qwen3MoeForCausalLM) -> None:
     """Compare the scores of a whole row, and of tokens generated one by one from the cache.
 
     Raises: GenerationError."""

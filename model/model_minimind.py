@@ -17,16 +17,233 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import (
-    Attention, ResidualLinear, RMSNorm, RotaryEmbedding, document_bounds, document_mask
-)
+from transformers.activations import ACT2FN
+
 from model.config import MiniMindConfig
-from model.feed_forward import Experts, FeedForward, MoEFeedForward, balance_loss
+from model.documents import Visibility, attend_within, visibility
 from model.generation import generating_model
 
 __all__ = ["MiniMindConfig", "MiniMindForCausalLM"]  # found here by MiniMind's readers
 
 IGNORE = -100  # a label that carries no loss, as everywhere in PyTorch
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which matrix products with ``x`` are done: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32 or wider.
+
+    Its output is of the products' type: autocast would cast it anew for each of them."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
+        return y.to(product_dtype(x))
+
+
+class ResidualLinear(nn.Linear):
+    """Writes into the residual stream, and begins at zero: so each layer begins as the identity.
+
+    docs/RECIPES.md has what that gains. Source: Goyal et al. 2017, 5.1, for residual networks."""
+
+
+class RotaryEmbedding(nn.Module):
+    """Tables of cosines and sines, (max_position_embeddings, Dh / 2) float32.
+
+    Each pair of a head turns from one position to the next by theta ** (-2i / Dh) radians. The
+    tables follow from the configuration, so no checkpoint holds them and no rank sends them.
+    Source: RoFormer (Su et al. 2021), section 3.4.2."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+        positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+        angles = torch.outer(positions, 1.0 / config.rope_theta ** (pairs / config.head_dim))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids (B or 1, T) int64 -> cosines and sines, each (B or 1, 1, T, Dh / 2)."""
+        return self.cos[position_ids].unsqueeze(1), self.sin[position_ids].unsqueeze(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + Dh / 2) of x (B, heads, T, Dh) by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RMSNorm on each head's queries and keys."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        width, kv_width = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = ResidualLinear(width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visibility
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D). Args: rope: cosines and sines, see ``RotaryEmbedding``."""
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(by_head)).transpose(1, 2)  # (B, H, T, Dh)
+        k = self.k_norm(self.k_proj(x).view(by_head)).transpose(1, 2)  # (B, K, T, Dh)
+        v = self.v_proj(x).view(by_head).transpose(1, 2)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if visible.bounds is not None:
+            q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))
+            y = attend_within(q, k, v, visible.bounds, x.shape[1])
+            return self.o_proj(y.reshape(*x.shape[:2], -1))  # of one row it may be strided
+        if x.device.type == "cpu":  # its kernel is faster in float32, see docs/LOG.md
+            wide = torch.promote_types(x.dtype, torch.float32)
+            q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible.mask, is_causal=visible.mask is None,
+                dropout_p=self.dropout if self.training else 0.0, enable_gqa=True
+            )
+        return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(act(gate(x)) * up(x)). Source: GLU variants (Shazeer 2020)."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each group of x's rows with its own matrix.
+
+    Args:
+        x: (N, in), rows sorted by group.
+        weight: (E, out, in), one matrix a group.
+        ends: (E,) int32, where each group ends in x.
+    Returns: (N, out)."""
+    device, dtype = x.device.type, product_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    has_kernel = dtype == torch.bfloat16 and device != "mps"
+    has_kernel |= (device, dtype) == ("cpu", torch.float32) and not torch.compiler.is_compiling()
+    if has_kernel and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    sizes = ends.diff(
+        prepend=ends.new_zeros(1)
+    ).tolist()  # waits for the device: other types have no kernel
+    return torch.cat([rows @ matrix.T for rows, matrix in zip(x.split(sizes), weight, strict=True)])
+
+
+class Experts(nn.Module):
+    """The experts' SwiGLU weights, stacked for one multiplication per projection.
+
+    Files keep MiniMind's names, one matrix an expert: ``experts.0.gate_proj.weight`` and so on."""
+
+    PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        num, dim, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = nn.Parameter(torch.empty(num, width, dim))
+        self.up_proj = nn.Parameter(torch.empty(num, width, dim))
+        self.down_proj = nn.Parameter(torch.empty(num, dim, width))
+        self.act = ACT2FN[config.hidden_act]
+        self.register_state_dict_post_hook(Experts._unstack)
+        self.register_load_state_dict_pre_hook(Experts._stack)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (N, D) sorted by expert, ends (E,) as in ``grouped_linear`` -> (N, D)."""
+        gate = self.act(grouped_linear(x, self.gate_proj, ends))
+        return grouped_linear(gate * grouped_linear(x, self.up_proj, ends), self.down_proj, ends)
+
+    @staticmethod
+    def _unstack(module: "Experts", state: dict, prefix: str, metadata: dict) -> None:
+        for name in Experts.PROJECTIONS:
+            for i, weight in enumerate(state.pop(prefix + name)):
+                state[f"{prefix}{i}.{name}.weight"] = weight
+
+    @staticmethod
+    def _stack(module: "Experts", state: dict, prefix: str, *args) -> None:
+        for name in Experts.PROJECTIONS:
+            keys = [f"{prefix}{i}.{name}.weight" for i in range(len(getattr(module, name)))]
+            if all(key in state for key in keys):
+                state[prefix + name] = torch.stack([state.pop(key) for key in keys])
+
+
+class MoEFeedForward(nn.Module):
+    """Sends each token through its likeliest experts and adds their outputs, weighted."""
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__()
+        self.num_experts, self.num_used = config.num_experts, config.num_experts_per_tok
+        self.renormalise = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> output (B, T, D), probabilities (B, T, E), experts used (B, T, k)."""
+        tokens = x.flatten(0, 1)  # (N, D)
+        logits = self.gate(tokens)
+        probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)  # (N, E)
+        weight, used = probs.topk(self.num_used, dim=-1)  # (N, k)
+        if self.renormalise:
+            weight = weight / weight.sum(-1, keepdim=True)
+        # Sorted by expert, each one's tokens lie together: no loop, no question to the device.
+        order = used.flatten().argsort(stable=True)  # (N * k,)
+        ends = (
+            (used.flatten()[:, None] == torch.arange(self.num_experts, device=x.device))
+            .sum(0)
+            .cumsum(0)
+        )
+        y = self.experts(tokens[order // self.num_used], ends.to(torch.int32))[order.argsort()]
+        y = (y.view(*used.shape, -1) * weight.unsqueeze(-1)).sum(1).to(x.dtype)
+        by_row = x.shape[:2]
+        return y.view_as(x), probs.view(*by_row, -1), used.view(*by_row, -1)
+
+
+def balance_loss(probs: Tensor, used: Tensor, real: Tensor, num_labels: Tensor) -> Tensor:
+    """How unevenly a layer's router spreads tokens over the experts; k when evenly.
+
+    Measured within each row, so that it does not depend on which rows share a micro-batch.
+
+    Args:
+        probs: (B, T, E) the router's probabilities.
+        used: (B, T, k) int64, the experts chosen.
+        real: (B, T) bool, False on padding.
+        num_labels: (B,) int64, the weight of each row.
+    Returns: (), mean over rows of E * sum over experts of (share of tokens) * (mean probability).
+    Source: Switch Transformers (Fedus et al. 2021), section 2.2."""
+    num_experts = probs.shape[-1]
+    real = real.unsqueeze(-1).to(probs.dtype)  # (B, T, 1)
+    num_real = real.sum(1).clamp(min=1)  # (B, 1)
+    row_share = num_labels.to(probs.dtype) / num_labels.sum().clamp(min=1)  # (B,)
+    sent = (F.one_hot(used, num_experts).sum(2) * real).sum(1) / num_real  # (B, E)
+    mean_prob = (probs * real).sum(1) / num_real  # (B, E)
+    return num_experts * (row_share * (sent * mean_prob).sum(-1)).sum()
 
 
 class Block(nn.Module):
@@ -41,15 +258,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, bounds: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """x (B, T, D) -> x, and what the router did (see ``MoEFeedForward``) or None."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, bounds))
+        self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visibility
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x (B, T, D) -> x, and what the router did (see ``MoEFeedForward``), if there is one."""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, visible))
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoEFeedForward):
             y, *routing = self.mlp(normed)
         else:
-            y, routing = self.mlp(normed), None
+            y, routing = self.mlp(normed), []
         return x + self.dropout(y), routing
 
 
@@ -65,18 +282,15 @@ class MiniMindModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, bounds: Tensor | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """input_ids (B, T) -> hidden states (B, T, D), and each expert layer's routing.
-
-        Args: positions: (B or 1, T) int64; mask, bounds: see ``Attention``."""
+        self, input_ids: Tensor, visible: Visibility
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        """input_ids (B, T) -> hidden states (B, T, D), and what each layer's router did."""
         x = self.dropout(self.embed_tokens(input_ids))
-        rope = self.rotary(positions)
+        rope = self.rotary(visible.positions)
         routings = []
         for layer in self.layers:
-            x, routing = layer(x, rope, mask, bounds)
-            if routing is not None:
-                routings.append(routing)
+            x, routing = layer(x, rope, visible)
+            routings.append(routing)
         return self.norm(x), routings
 
 
@@ -153,6 +367,18 @@ class MiniMindForCausalLM(nn.Module):
             nn.init.normal_(module.up_proj, std=std)
             nn.init.zeros_(module.down_proj)  # as ResidualLinear
 
+    def tensors_for_qwen(self) -> dict[str, Tensor]:
+        """The weights under transformers' names, not copied but for two of an expert's three
+        matrices, which transformers keeps in one."""
+        state = self.state_dict()
+        for name, module in self.named_modules():
+            if isinstance(module, Experts):
+                state = {k: v for k, v in state.items() if not k.startswith(f"{name}.")}
+                joined = torch.cat((module.gate_proj, module.up_proj), dim=1)  # (E, 2F, D)
+                state[f"{name}.gate_up_proj"] = joined.detach()
+                state[f"{name}.down_proj"] = module.down_proj.detach()
+        return state
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue texts: transformers' ``generate``, with its arguments and what it returns.
 
@@ -173,15 +399,8 @@ class MiniMindForCausalLM(nn.Module):
             max_documents: at least as many as the rows hold, counted by row, and their stretches
                 of padding; where the device can, attention then skips what lies between documents.
         """
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        mask = bounds = None
-        if document_starts is not None:
-            positions = positions - document_starts
-            if self.attends_within and max_documents is not None:
-                bounds = document_bounds(document_starts, max_documents)
-            else:
-                mask = document_mask(document_starts)
-        hidden, routings = self.model(input_ids, positions, mask, bounds)
+        visible = visibility(input_ids, document_starts, max_documents, self.attends_within)
+        hidden, routings = self.model(input_ids, visible)
         out = CausalLMOutput(self.lm_head(hidden))
         if labels is None:
             return out
@@ -191,7 +410,7 @@ class MiniMindForCausalLM(nn.Module):
         real = labels != IGNORE if document_starts is None else document_starts >= 0
         aux_loss = hidden.new_zeros(())
         out.expert_load = hidden.new_zeros(self.num_experts, dtype=torch.float32)
-        for probs, used in routings:
+        for probs, used in filter(None, routings):
             aux_loss = aux_loss + balance_loss(probs, used, real, num_labels)
             sent = F.one_hot(used, self.num_experts).sum(2) * real.unsqueeze(-1)  # (B, T, E)
             out.expert_load = out.expert_load + sent.sum((0, 1))

@@ -113,9 +113,9 @@ def looping_experts() -> None:
     """One expert after another: each asks the device which tokens are its own."""
     import torch
 
-    from model import feed_forward
+    from model import model_minimind
 
-    def loop(self: feed_forward.MoEFeedForward, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def loop(self: model_minimind.MoEFeedForward, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens = x.flatten(0, 1)
         probs = self.gate(tokens).float().softmax(-1)
         weight, used = probs.topk(self.num_used, dim=-1)
@@ -135,7 +135,7 @@ def looping_experts() -> None:
         rows = x.shape[:2]
         return y.view_as(x), probs.view(*rows, -1), used.view(*rows, -1)
 
-    feed_forward.MoEFeedForward.forward = loop
+    model_minimind.MoEFeedForward.forward = loop
 
 
 def padded_recipe() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_pretrain
-from model.attention import can_attend_within
+from model.documents import can_attend_within
 from tests import launched
 from tests.test_dataset import open_rows
 from tests.running import (

@@ -16,10 +16,11 @@ from transformers import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from dataset.lm_dataset import PretrainDataset
-from model import attention
-from model.attention import can_attend_within, document_bounds
-from model.feed_forward import MoEFeedForward, balance_loss
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model import documents
+from model.documents import can_attend_within, document_bounds
+from model.model_minimind import (
+    MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_loss
+)
 from tests.helpers import shipped_tokenizer, stirred, tiny_config, tiny_model, write_jsonl
 from tests.running import texts
 from trainer.trainer_utils import get_model_params
@@ -409,7 +410,7 @@ def test_attention_within_documents_gives_what_the_mask_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_moe: bool
 ) -> None:
     """Loss and gradients, over whole epochs with documents cut by rows, and padding."""
-    monkeypatch.setattr(attention, "varlen_attn", attend_in_a_loop)
+    monkeypatch.setattr(documents, "varlen_attn", attend_in_a_loop)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", texts())
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
