@@ -23,7 +23,10 @@ from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer.errors import CheckpointError, shown
 from trainer.evaluation import bits_per_byte, encode_prompt, held_out_nats
-from trainer.settings import Parser, SettingsError, default_device, device_problems, run_program
+from trainer.device import default_device, device_problems
+from trainer.errors import SettingsError
+from trainer.flags import Parser
+from trainer.program import run_program
 from trainer.trainer_utils import load_tokenizer, setup_seed
 from trainer.weights import load_weights, read_config, read_weights
 

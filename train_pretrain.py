@@ -9,7 +9,6 @@ One clock runs the program: the number of rows consumed. The learning rate, the 
 and resume follow from it. This file tells the story; its parts are in dataset/, model/, trainer/.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -23,24 +22,23 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import Batch, PretrainDataset, as_is, from_loader, ignore_signals
-from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids
+from dataset.token_cache import TokenCache, build_token_cache, special_ids
 from model.documents import can_attend_within
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.describe import describe, describe_pass, rehearse
 from trainer.errors import Interrupted, SettingsError
 from trainer.evaluation import evaluate
+from trainer.flags import (
+    TrainConfig, deciding_settings, keep_split, parse_flags, rounding_settings
+)
 from trainer.metrics import Metrics, complete_files, metrics_path
 from trainer.micro_batch import advise, fit_micro_batch, free_bytes
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
+from trainer.program import run_program
 from trainer.run import Run
 from trainer.run_folder import RunFolder, blame, find_state, state_to_anneal
-from trainer.schedule import SCHEDULES
-from trainer.settings import (
-    Parser, check_flags, deciding_settings, default_device, default_dtype, keep_split,
-    run_program, surroundings
-)
 from trainer.signals import StopSignals
 from trainer.step_times import StepTimes
 from trainer.tracker import SwanLabTracker
@@ -48,134 +46,6 @@ from trainer.trainer_utils import (
     Logger, SkipBatchSampler, init_distributed_mode, init_model, is_main_process,
     keep_compiled_code, keep_freed_memory, load_tokenizer, setup_seed
 )
-
-# ---------------------------------------------------------------------------------------- flags
-
-PRESETS: dict[str, dict] = {  # defaults that any flag overrides
-    "demo": {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "data_path": ["dataset/pretrain_sample.jsonl"],
-        "heldout_fraction": 0.02,
-        "max_seq_len": 128,
-        "batch_size": 8,
-        "accumulation_steps": 1,
-        "optimizer": "muon",
-        "learning_rate": 5e-3,
-        "lr_schedule": "wsd",
-        "warmup_ratio": 0.05,
-        "decay_ratio": 0.9,
-        "epochs": 4,
-        "log_interval": 50,
-        "eval_interval": 500,
-        "save_interval": 500,
-    },
-    "26m": {"hidden_size": 512, "num_key_value_heads": 2, "intermediate_size": 1408},
-    "64m": {},
-    "104m": {"num_hidden_layers": 16, "num_key_value_heads": 2, "intermediate_size": 2048},
-    "moe": {"use_moe": 1},
-}
-
-
-def build_parser() -> Parser:
-    """Every flag, once: its default, its unit, its reason."""
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="64m", help="sizes and data; see README"
-    )
-
-    add = parser.add_argument_group("model").add_argument
-    add("--hidden_size", type=int, default=768, help="width of the model")
-    add("--num_hidden_layers", type=int, default=8, help="depth of the model")
-    add("--num_attention_heads", type=int, default=8, help="query heads")
-    add("--num_key_value_heads", type=int, default=4, help="heads that queries share")
-    add("--intermediate_size", type=int, help="feed-forward width; None: hidden_size * pi")
-    add("--dropout", type=float, default=0.0, help="share of activations dropped in training")
-    add("--use_moe", type=int, default=0, choices=[0, 1], help="1: mixture of experts")
-    add("--tokenizer_path", default="model", help="folder of any transformers tokenizer")
-    add("--from_weight", default="none", help="start from the weights of this name in --save_dir")
-
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data_path", nargs="+", default=["dataset/pretrain_t2t_mini.jsonl"],
-        help="files, folders, patterns: .jsonl, .txt, also with .gz or .zst, .parquet"
-    )
-    add("--text_column", default="text", help="of JSONL and parquet: where the text is")
-    add("--max_seq_len", "--max_length", type=int, default=512, help="tokens in a row")
-    add("--packing", type=int, default=1, choices=[0, 1], help="0: one padded document a row")
-    add("--heldout_fraction", type=float, default=0.005, help="share of documents never trained on")
-    add(
-        "--num_workers", type=int, default=0, help="loader processes; 0 is enough but on slow disks"
-    )
-    add("--bad_records", choices=["stop", "skip"], default="stop", help="at a line that is no text")
-    add("--cache_dir", default=DEFAULT_CACHE_DIR, help="where tokenized data is kept")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=1, help="passes over the data")
-    add("--batch_size", type=int, default=32, help="rows; times accumulation_steps: those that a "
-        "device gives to an update")
-    add("--accumulation_steps", type=int, default=8, help="batches whose gradients make one update")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw",
-        help="muon moves the layers' matrices, AdamW the rest, at the same rates")
-    add("--learning_rate", "--lr", type=float, default=5e-4, help="at the peak")
-    add("--lr_schedule", choices=SCHEDULES, default="cosine",
-        help="cosine falls to a tenth; wsd stays, then falls to zero")
-    add("--warmup_ratio", type=float, default=0.0, help="share of the run in which the rate rises")
-    add("--decay_ratio", type=float, default=0.4, help="share of the run in which wsd falls")
-    add("--max_minutes", type=float, help="plan the run to end after this time, all its starts "
-        "together; the data is repeated as often as fits, whatever --epochs says")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of a gradient")
-    add("--max_bad_updates", type=int, default=20,
-        help="in a row whose loss or gradient is not finite; they are not applied")
-    add("--seed", type=int, default=42, help="decides initial weights and the order of data")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default=default_device(), help="cuda, mps or cpu")
-    add("--dtype", choices=["bfloat16", "float16", "float32"],
-        help="of matrix products; None: bfloat16, or float32 on a CPU without it")
-    add("--use_compile", type=int, choices=[0, 1], help="compile the model; None: only on cuda")
-    add("--micro_batch_size", type=int, help="rows a device works on at once, the updates staying "
-        "the same; None: batch_size, on cuda as many as are of use and fit")
-    add("--timeout", type=int, default=600,
-        help="seconds after which a rank or loader process without a sign of life is given up")
-
-    add = parser.add_argument_group("files").add_argument
-    add("--save_dir", default="out", help="weights and metrics")
-    add("--save_weight", default="pretrain", help="first part of the files' names")
-    add("--checkpoint_dir", default="checkpoints", help="states to resume from")
-    add("--checkpoint_mirror", help="folder or address that gets a copy of each state; see README")
-    add("--save_interval", type=int, default=1000, help="updates between saves")
-    add("--keep_states", type=int, default=2, help="newest states that stay")
-    add("--from_resume", type=int, default=0, choices=[0, 1], help="1: go on if there is a state")
-    add("--resume_step", type=int, help="go back to the state of this update")
-    add("--skip_steps", help="FIRST:END, updates to leave out, END not among them; past a spike")
-    add("--anneal_from", help="a state of the stable phase of a wsd run: from there the rate falls")
-    add("--overwrite", type=int, default=0, choices=[0, 1], help="1: delete the last run's files")
-
-    add = parser.add_argument_group("watching").add_argument
-    add("--log_interval", type=int, default=10, help="updates between log lines")
-    add("--eval_interval", type=int, default=250, help="updates between held-out evaluations")
-    add("--eval_tokens", type=int, default=2**18, help="held-out tokens read at most")
-    add("--price_per_hour", type=float, help="of the machine; the run then shows what it costs")
-    add("--dry_run", type=int, default=0, choices=[0, 1],
-        help="1: tell size, memory, time and cost from a few updates; nothing is saved")
-    add("--use_wandb", action="store_true", help="log to SwanLab: the cloud if logged in")
-    add("--wandb_project", default="MiniMind-Pretrain", help="SwanLab's project")
-    return parser
-
-
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, over the preset's defaults. Raises: SettingsError; exits 2 on unknown flags."""
-    parser = build_parser()
-    preset, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[preset.preset])
-    args = parser.parse_args(argv)
-    check_flags(args)
-    args.dtype = args.dtype or default_dtype(args.device)
-    if args.use_compile is None:
-        args.use_compile = int(args.device.startswith("cuda"))
-    return args
-
 
 # ------------------------------------------------------------------------------------- training
 
@@ -283,7 +153,7 @@ def train_epoch(
 # ---------------------------------------------------------------------------------------- build
 
 
-def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindConfig:
+def build_config(args: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> MiniMindConfig:
     """The architecture that the flags describe. Raises: SettingsError if sizes do not fit."""
     bos, eos, pad = special_ids(tokenizer)
     try:
@@ -299,7 +169,7 @@ def build_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
 
 
 def open_data(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    args: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> PretrainDataset:
     """The rows, tokenized by one process of each machine while the others wait. Raises: DataError.
     """
@@ -319,7 +189,7 @@ def open_data(
 
 
 def build_run(
-    args: argparse.Namespace, config: MiniMindConfig, data: PretrainDataset, num_rows_held_out: int,
+    args: TrainConfig, config: MiniMindConfig, data: PretrainDataset, num_rows_held_out: int,
     state: dict | None, device: torch.device
 ) -> Run:
     """Model, optimizer, precision, as at the start of a run; ``state`` is restored later.
@@ -329,11 +199,11 @@ def build_run(
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
     dtype, num_ranks = getattr(torch, args.dtype), distributed.world_size()
     model.attends_within = not args.dropout and can_attend_within(device, dtype, config.head_dim)
-    settled = surroundings(args, num_ranks)
+    rounding = rounding_settings(args, num_ranks)
     if state is not None:
-        keep_split(args, state, num_ranks)
+        args = keep_split(args, state, num_ranks)
     return Run(
-        args=args, config=config, surroundings=settled,
+        args=args, config=config, rounding=rounding,
         settings=deciding_settings(args, num_ranks, data.cache.meta["digests"]),
         model=model, optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
@@ -364,7 +234,7 @@ def make_ready(run: Run, data: PretrainDataset) -> None:
 # ----------------------------------------------------------------------------------------- main
 
 
-def train(args: argparse.Namespace, scope: ExitStack) -> None:
+def train(args: TrainConfig, scope: ExitStack) -> None:
     """From flags to a trained model. Raises: the errors of trainer/errors.py, DataError, OSError.
 
     Args: scope: closes what must learn how the run ends."""
@@ -472,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def program() -> None:
         with ExitStack() as scope:
-            train(parse_flags(argv), scope)
+            train(parse_flags(argv, __doc__), scope)
 
     return run_program(program)
 

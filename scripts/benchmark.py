@@ -382,10 +382,9 @@ class Child:
 
 def preset_data(preset: str) -> list[str]:
     """The preset's own corpus."""
-    import train_pretrain
+    from trainer.flags import PRESETS, DataFlags
 
-    default = train_pretrain.build_parser().get_default("data_path")
-    return train_pretrain.PRESETS[preset].get("data_path", default)
+    return PRESETS[preset].get("data_path", DataFlags().data_path)
 
 
 def table(args: argparse.Namespace, results: list[dict]) -> str:
@@ -455,7 +454,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="variants whose names contain one of these")
     parser.add_argument("--json", help="file for all that was measured")
     args = parser.parse_args()
-    from trainer.settings import default_device
+    from trainer.device import default_device
 
     args.device = args.device or default_device()
     print(surroundings(args))

@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="all points; what it holds is not run again")
     args = parser.parse_args()
     from dataset.token_cache import build_token_cache
-    from trainer.settings import default_device
+    from trainer.device import default_device
     from trainer.trainer_utils import load_tokenizer
 
     args.device = args.device or default_device()

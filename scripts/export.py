@@ -35,7 +35,8 @@ from model.generation import MOE_SIZES, SIZES, generating_model  # noqa: E402
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
 from trainer.errors import CheckpointError, SettingsError  # noqa: E402
 from trainer.evaluation import encode_prompt  # noqa: E402
-from trainer.settings import Parser, run_program  # noqa: E402
+from trainer.flags import Parser  # noqa: E402
+from trainer.program import run_program  # noqa: E402
 from trainer.trainer_utils import load_tokenizer  # noqa: E402
 from trainer.weights import save_weights, weights_path  # noqa: E402
 

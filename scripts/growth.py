@@ -87,7 +87,7 @@ def update_cost(batch_size: int, hidden_size: int, length: int, device: str) -> 
 
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
     from trainer.optimizer import build_optimizer
-    from trainer.settings import default_dtype
+    from trainer.device import default_dtype
     from trainer.trainer_utils import keep_freed_memory
 
     keep_freed_memory()

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file'
 import train_pretrain  # noqa: E402
 from model import model_minimind  # noqa: E402
 from scripts.benchmark import surroundings  # noqa: E402
-from trainer.settings import default_device  # noqa: E402
+from trainer.device import default_device  # noqa: E402
 
 RECIPE = (
     "--preset demo --max_seq_len 340 --batch_size 8 --accumulation_steps 1 --epochs 1 "

@@ -1,6 +1,5 @@
 """The gradient that one update uses, for any way to split its rows."""
 
-import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from tests.helpers import stirred
 from tests.running import texts, write_corpus
 from trainer import distributed
+from trainer.flags import TrainConfig
 from trainer.run import Run
 from trainer.step_times import StepTimes
 
@@ -42,7 +42,7 @@ def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) 
     defaults = {"epochs": 1, "num_workers": 0, "device": "cpu", "timeout": 9}
     defaults |= {"grad_clip": float("inf"), "micro_batch_size": None}
     return Run(
-        args=argparse.Namespace(**defaults | flags),
+        args=TrainConfig(**defaults | flags),
         config=model.config,
         settings={},
         model=model,
@@ -51,7 +51,7 @@ def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) 
         autocast=nullcontext(),
         device=torch.device("cpu"),
         rows_per_epoch=len(data),
-        surroundings={},
+        rounding={},
         documents_of=data.documents_of,
         times=StepTimes(torch.device("cpu")),
     )

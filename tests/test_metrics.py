@@ -16,6 +16,7 @@ from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig
 from tests.running import flags, records, run, texts, train, train_and_kill, write_corpus
 from trainer import describe, metrics
+from trainer.flags import PRESETS, parse_flags
 from trainer.metrics import flops_per_token, peak_flops, restore_file
 from trainer.step_times import StepTimes, bottleneck, shares
 
@@ -193,7 +194,7 @@ def test_swanlab_shows_every_step_once_also_after_a_kill(tmp_path: Path) -> None
     assert newest == pytest.approx(losses)
     configs = list((tmp_path / "out" / "swanlog").rglob("config.yaml"))
     text = configs[-1].read_text()
-    assert all(name in text for name in vars(train_pretrain.parse_flags([])))
+    assert all(name in text for name in vars(parse_flags([])))
     ids = {p.name.split("-")[-1] for p in (tmp_path / "out" / "swanlog").glob("run-*")}
     assert len(ids) == 1, "the resumed run took another id"
 
@@ -223,10 +224,10 @@ def test_swanlab_is_imported_only_when_asked_for() -> None:
 
 def said_by(changes: dict, updates: int = 5000) -> str:
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    return "; ".join(describe.usual_mistakes(train_pretrain.parse_flags(words), updates, 256))
+    return "; ".join(describe.usual_mistakes(parse_flags(words), updates, 256))
 
 
-@pytest.mark.parametrize("preset", train_pretrain.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_no_preset_is_warned_of(preset: str) -> None:
     assert said_by({"preset": preset}) == ""
 

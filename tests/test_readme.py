@@ -14,6 +14,7 @@ from dataset import token_cache
 from scripts import export, plot, train_tokenizer
 from tests.helpers import ROOT, write_jsonl
 from tests.running import BY_HEART, facts, texts
+from trainer.flags import build_parser
 
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in
                    ("README.md", "README_zh.md"))
@@ -62,7 +63,7 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
 
 
 def test_every_flag_in_the_readme_exists() -> None:
-    parsers = (train_pretrain.build_parser(), eval_llm.build_parser(), export.build_parser())
+    parsers = (build_parser(), eval_llm.build_parser(), export.build_parser())
     known = {option for parser in parsers for a in parser._actions for option in a.option_strings}
     known |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     known |= {"--max-restarts"}  # all of torchrun's

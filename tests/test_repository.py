@@ -19,7 +19,8 @@ from dataset.records import read_documents
 from model.model_minimind import MiniMindConfig
 from tests.helpers import ROOT
 from tests.running import BY_HEART, facts, run, texts, write_corpus
-from trainer.settings import computes_in, default_dtype
+from trainer.device import computes_in, default_dtype
+from trainer.flags import parse_flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEFAULTS = {  # MiniMind's names, and ours
@@ -43,7 +44,7 @@ DEFAULTS = {  # MiniMind's names, and ours
 
 
 def test_flags_and_defaults_are_the_promised_ones() -> None:
-    args = vars(train_pretrain.parse_flags([]))
+    args = vars(parse_flags([]))
     device = args.pop("device")
     assert args.pop("use_compile") == int(device == "cuda")
     assert args.pop("dtype") == default_dtype(device)
@@ -55,8 +56,8 @@ def test_products_are_in_bfloat16_except_on_a_cpu_without_it(
 ) -> None:
     for found, dtype in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
-        assert train_pretrain.parse_flags(["--device", "cpu"]).dtype == dtype
-    assert train_pretrain.parse_flags(["--device", "cpu", "--dtype", "float16"]).dtype == "float16"
+        assert parse_flags(["--device", "cpu"]).dtype == dtype
+    assert parse_flags(["--device", "cpu", "--dtype", "float16"]).dtype == "float16"
 
 
 def test_a_card_without_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,13 +78,13 @@ def test_a_device_is_asked_whether_it_computes_in_a_type() -> None:
 
 
 def test_flags_have_minimind_s_other_names() -> None:
-    args = train_pretrain.parse_flags(["--lr", "0.1", "--max_length", "77"])
+    args = parse_flags(["--lr", "0.1", "--max_length", "77"])
     assert (args.learning_rate, args.max_seq_len) == (0.1, 77)
 
 
 def test_a_flag_overrides_its_preset_wherever_it_stands() -> None:
     for words in (["--epochs", "9", "--preset", "demo"], ["--preset", "demo", "--epochs", "9"]):
-        args = train_pretrain.parse_flags(words)
+        args = parse_flags(words)
         assert (args.epochs, args.hidden_size) == (9, 256)
 
 
@@ -99,7 +100,7 @@ def test_a_flag_overrides_its_preset_wherever_it_stands() -> None:
 )
 def test_presets_have_the_promised_sizes(preset: str, sizes: tuple) -> None:
     tokenizer = train_pretrain.load_tokenizer("model")
-    args = train_pretrain.parse_flags(["--preset", preset])
+    args = parse_flags(["--preset", preset])
     config = train_pretrain.build_config(args, tokenizer)
     assert isinstance(config, MiniMindConfig) and config.vocab_size == 6400
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads")

@@ -10,8 +10,8 @@ from packaging.requirements import Requirement
 import eval_llm
 from tests.helpers import ROOT
 from tests.strict import Announcement
-from trainer import settings
-from trainer.versions import untried_versions
+from trainer import program
+from trainer.program import untried_versions
 
 FILES = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
 LINES = [line for file in FILES for line in file.read_text(encoding="utf-8").splitlines()]
@@ -57,7 +57,7 @@ def test_a_program_says_so_in_one_line_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_requirements(tmp_path, "torch>=99,<100")
-    monkeypatch.setattr(settings, "untried_versions", lambda: untried_versions(path))
+    monkeypatch.setattr(program, "untried_versions", lambda: untried_versions(path))
     assert eval_llm.main(["--save_dir", str(tmp_path), "--device", "cpu"]) == 4
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: torch ") and "torch>=99,<100" in warning

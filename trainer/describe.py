@@ -1,6 +1,5 @@
 """What a run tells before it begins: sizes, usual mistakes, time and cost."""
 
-import argparse
 import itertools
 import math
 import resource
@@ -13,7 +12,8 @@ import torch
 from trainer import distributed
 from trainer.plan import GENERATION, SKIPPED, process_start
 from trainer.run import Run
-from trainer.settings import card_has_bfloat16
+from trainer.device import card_has_bfloat16
+from trainer.flags import TrainConfig
 from trainer.trainer_utils import Logger, get_model_params
 
 REHEARSED = 7  # updates of a dry run
@@ -62,7 +62,7 @@ def describe(run: Run, corpus: dict, num_held_out: int) -> None:
         Logger(f"warning: {warning}")
 
 
-def usual_mistakes(args: argparse.Namespace, updates: int, global_batch: int) -> list[str]:
+def usual_mistakes(args: TrainConfig, updates: int, global_batch: int) -> list[str]:
     """What people regret after a run, in words; empty if nothing is unusual."""
     found = []
     highest = HIGHEST_RATE * 256 / args.hidden_size
@@ -114,7 +114,7 @@ def describe_pass(run: Run) -> None:
     )
 
 
-def cost(args: argparse.Namespace, minutes: float) -> str:
+def cost(args: TrainConfig, minutes: float) -> str:
     """What the machine costs in these minutes; nothing if no price was given."""
     if args.price_per_hour is None:
         return ""

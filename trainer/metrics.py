@@ -1,6 +1,5 @@
 """What a run says of itself: a console line, the same numbers as JSONL, and to the tracker."""
 
-import argparse
 import contextlib
 import json
 import math
@@ -15,6 +14,7 @@ from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import checkpoint_name, write_atomically
 from trainer.describe import cost, run_time
+from trainer.flags import TrainConfig
 from trainer.plan import NOT_KNOWN
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
@@ -65,7 +65,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def metrics_path(args: argparse.Namespace, config: MiniMindConfig) -> Path:
+def metrics_path(args: TrainConfig, config: MiniMindConfig) -> Path:
     """``out/pretrain_768_metrics.jsonl``."""
     return Path(args.save_dir) / f"{checkpoint_name(args.save_weight, config)}_metrics.jsonl"
 

@@ -1,6 +1,5 @@
 """The run: all that an update reads or changes, how it is saved, and how it goes on."""
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from trainer.errors import BadUpdateError, CheckpointError, SettingsError, shown
 from trainer.optimizer import expected_state, load_optimizer
 from trainer.plan import NOT_KNOWN, Budget, Plan
 from trainer.schedule import learning_rate
-from trainer.settings import check_same_settings, skipped_updates
+from trainer.flags import TrainConfig, check_same_settings, skipped_updates
 from trainer.step_times import StepTimes
 from trainer.tracker import NoTracker
 from trainer.trainer_utils import Logger, lm_checkpoint, setup_seed
@@ -76,10 +75,10 @@ class Update(NamedTuple):
 class Run:
     """It changes only between updates, so every save can resume."""
 
-    args: argparse.Namespace
+    args: TrainConfig
     config: MiniMindConfig
     settings: dict  # those that decide the result; a resumed run must have the same
-    surroundings: dict  # those that decide its last bits
+    rounding: dict  # those that decide its last bits
     model: MiniMindForCausalLM
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -141,9 +140,9 @@ class Run:
         return self.args.batch_size * self.args.accumulation_steps
 
     @property
-    def surroundings_now(self) -> dict:
+    def rounding_now(self) -> dict:
         """With the micro-batch that was chosen, rather than the flag."""
-        return self.surroundings | {"micro_batch_size": str(self.micro_batch)}
+        return self.rounding | {"micro_batch_size": str(self.micro_batch)}
 
     def learning_rate(self, num_rows: int) -> float:
         """The rate of the update that takes the next ``num_rows``."""
@@ -264,7 +263,7 @@ class Run:
             epoch=min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1), step=self.step,
             wandb=tracker, save_dir=args.checkpoint_dir, keep=args.keep_states, scaler=self.scaler,
             settings=self.settings,
-            surroundings=self.surroundings_now,
+            surroundings=self.rounding_now,
             counters={name: getattr(self, name) for name in COUNTERS}, latest=self.latest,
             records=self.records, rewinds=self.rewinds,
             plan=[*self.plan, self.budget.spent() if self.budget else self.seconds_spent]
@@ -329,7 +328,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         for name in (*COUNTERS, "latest", "records", "rewinds"):
             setattr(self, name, (state["counters"] | state)[name])
-        now = self.surroundings_now
+        now = self.rounding_now
         changed = [
             f"{name} {shown(old)} (now {now.get(name)})"
             for name, old in state["surroundings"].items() if now.get(name) != old

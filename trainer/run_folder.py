@@ -8,7 +8,6 @@ torchrun's exit status is 1 whatever a rank returned; a supervisor reads the fil
      "seconds_spent": of --max_minutes, by all starts}
 """
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -29,6 +28,7 @@ from trainer.checkpoint import (
 from trainer.errors import (
     CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
 )
+from trainer.flags import TrainConfig
 from trainer.mirror import Mirror, MirrorError, fetch_newest
 from trainer.plan import Budget
 from trainer.run import check_layout
@@ -49,7 +49,7 @@ class RunFolder:
 
     Raises: SettingsError if another run holds a folder, OSError if one cannot be written to."""
 
-    def __init__(self, args: argparse.Namespace, config: MiniMindConfig) -> None:
+    def __init__(self, args: TrainConfig, config: MiniMindConfig) -> None:
         self.args, self.name = args, checkpoint_name(args.save_weight, config)
         self.folder, self.save_dir = Path(args.checkpoint_dir), Path(args.save_dir)
         self.weights = weights_path(args.save_dir, args.save_weight, config)
@@ -240,7 +240,7 @@ def blame(folder: str, kind: object, error: BaseException | None, trace: object)
             write_atomically(Path(folder) / FILE, json.dumps(content, indent=1).encode())
 
 
-def state_to_anneal(args: argparse.Namespace) -> dict:
+def state_to_anneal(args: TrainConfig) -> dict:
     """The state that --anneal_from names, on every rank; how long its run was to be is forgotten.
 
     Raises: CheckpointError if it cannot be used."""
@@ -258,7 +258,7 @@ def state_to_anneal(args: argparse.Namespace) -> dict:
 
 
 def find_state(
-    args: argparse.Namespace, config: MiniMindConfig, folder: RunFolder
+    args: TrainConfig, config: MiniMindConfig, folder: RunFolder
 ) -> dict | None:
     """The state to go on from, on every rank; None if there is none and the run is a new one.
 

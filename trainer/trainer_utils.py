@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import itertools
-import math
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from trainer.checkpoint import (
 )
 from trainer.distributed import init_distributed_mode, is_main_process
 from trainer.errors import SettingsError
+from trainer.schedule import get_lr
 from trainer.signals import say
 from trainer.weights import load_weights, weights_path
 
@@ -43,11 +43,6 @@ def Logger(content: str) -> None:
     """Print a line, on the main process only, above the progress bar if there is one."""
     if is_main_process():
         say(tqdm.write, content)
-
-
-def get_lr(current: float, total: float, lr: float) -> float:
-    """The learning rate at ``current`` of ``total``: a cosine from ``lr`` to a tenth of it."""
-    return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * current / total)))
 
 
 def setup_seed(seed: int) -> None:

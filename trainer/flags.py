@@ -1,0 +1,434 @@
+"""The flags of train_pretrain.py, each declared once: default, help, bounds, meaning on resume.
+
+The command line, the checks and the comparison with a saved run follow from the dataclasses below.
+Names are MiniMind's where it has one; intervals count optimizer updates.
+"""
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from trainer.device import default_device, default_dtype, device_problems
+from trainer.errors import SettingsError, shown
+from trainer.mirror import mirror_problems
+from trainer.schedule import SCHEDULES
+
+DECIDES = "decides"  # what is learnt: a resumed run must have the same
+SPLITS = "splits"  # an update's rows, or computes them: the same run but for rounding
+FREE = "free"  # may change on resume
+
+
+def flag(
+    default: Any, help: str, *, resume: str = FREE, older: Any = None, alias: str | None = None,
+    choices: typing.Iterable | None = None, least: float | None = None,
+    above: float | None = None, most: float | None = None, below: float | None = None
+) -> Any:
+    """A field of a dataclass that becomes a flag.
+
+    Args:
+        default: the value, or a function that gives it.
+        resume: DECIDES, SPLITS or FREE.
+        older: what a state holds that was saved before there was the flag.
+        alias: another name for it.
+        least, above, most, below: bounds; ``above`` and ``below`` are not allowed values."""
+    metadata = {
+        "help": help, "resume": resume, "older": older, "alias": alias, "choices": choices,
+        "least": least, "above": above, "most": most, "below": below,
+    }
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def default_corpus() -> list[str]:
+    """MiniMind's."""
+    return ["dataset/pretrain_t2t_mini.jsonl"]
+
+
+# Defaults that any flag overrides.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "data_path": ["dataset/pretrain_sample.jsonl"],
+        "max_seq_len": 128,
+        "batch_size": 8,
+        "accumulation_steps": 1,
+        "optimizer": "muon",
+        "learning_rate": 5e-3,
+        "lr_schedule": "wsd",
+        "warmup_ratio": 0.05,
+        "decay_ratio": 0.9,
+        "epochs": 4,
+        "log_interval": 50,
+        "eval_interval": 500,
+        "save_interval": 500,
+    },
+    "26m": {"hidden_size": 512, "num_key_value_heads": 2, "intermediate_size": 1408},
+    "64m": {},
+    "104m": {"num_hidden_layers": 16, "num_key_value_heads": 2, "intermediate_size": 2048},
+    "moe": {"use_moe": 1},
+}
+
+
+@dataclass
+class ModelFlags:
+    """model"""
+
+    preset: str = flag("64m", "sizes and data; see README", choices=PRESETS)
+    hidden_size: int = flag(768, "width of the model", resume=DECIDES, least=1)
+    num_hidden_layers: int = flag(8, "depth of the model", resume=DECIDES, least=1)
+    num_attention_heads: int = flag(8, "query heads", resume=DECIDES, least=1)
+    num_key_value_heads: int = flag(4, "heads that queries share", resume=DECIDES, least=1)
+    intermediate_size: int | None = flag(
+        None, "feed-forward width; None: hidden_size * pi", resume=DECIDES, least=1
+    )
+    dropout: float = flag(
+        0.0, "share of activations dropped in training", resume=DECIDES, least=0, below=1
+    )
+    use_moe: int = flag(0, "1: mixture of experts", resume=DECIDES, choices=[0, 1])
+    tokenizer_path: str = flag("model", "folder of any transformers tokenizer")
+    from_weight: str = flag(
+        "none", "start from the weights of this name in --save_dir", resume=DECIDES
+    )
+
+
+@dataclass
+class DataFlags:
+    """data"""
+
+    data_path: list[str] = flag(  # noqa: RUF009
+        default_corpus, "files, folders, patterns: .jsonl, .txt, also with .gz or .zst, .parquet"
+    )
+    text_column: str = flag("text", "of JSONL and parquet: where the text is")
+    max_seq_len: int = flag(
+        512, "tokens in a row", alias="max_length", resume=DECIDES, least=2, most=32768
+    )
+    packing: int = flag(1, "0: one padded document a row", resume=DECIDES, choices=[0, 1])
+    heldout_fraction: float = flag(
+        0.005, "share of documents never trained on", resume=DECIDES, least=0, below=1
+    )
+    num_workers: int = flag(0, "loader processes; 0 is enough except on slow disks", least=0)
+    bad_records: str = flag(
+        "stop", "what to do with a record that cannot be read", choices=["stop", "skip"]
+    )
+    cache_dir: str = flag("dataset/cache", "where tokenized data is kept")
+
+
+@dataclass
+class TrainingFlags:
+    """training"""
+
+    epochs: int = flag(1, "passes over the data", resume=DECIDES, least=1)
+    batch_size: int = flag(
+        32, "rows per micro-step on each device; an update takes batch_size x accumulation_steps x "
+        "devices", resume=SPLITS, least=1
+    )
+    accumulation_steps: int = flag(
+        8, "micro-steps whose gradients make one update", resume=SPLITS, least=1
+    )
+    optimizer: str = flag(
+        "adamw", "muon moves the layers' matrices, AdamW the rest, at the same rates",
+        resume=DECIDES, older="adamw", choices=["adamw", "muon"]
+    )
+    learning_rate: float = flag(5e-4, "at the peak", alias="lr", resume=DECIDES, above=0)
+    lr_schedule: str = flag(
+        "cosine", "cosine falls to a tenth; wsd stays, then falls to zero",
+        resume=DECIDES, older="cosine", choices=SCHEDULES
+    )
+    warmup_ratio: float = flag(
+        0.0, "share of the run in which the rate rises",
+        resume=DECIDES, older=0.0, least=0, below=1
+    )
+    decay_ratio: float = flag(
+        0.4, "share of the run in which wsd falls", resume=DECIDES, older=0.4, above=0, most=1
+    )
+    max_minutes: float | None = flag(
+        None, "plan the run to end after this time, all its starts together; the data is repeated "
+        "as often as fits, whatever --epochs says", above=0, below=1e6
+    )
+    grad_clip: float = flag(1.0, "largest norm of a gradient; inf: none", resume=DECIDES, above=0)
+    max_bad_updates: int = flag(
+        20, "in a row whose loss or gradient is not finite; they are not applied", least=0
+    )
+    seed: int = flag(42, "decides initial weights and the order of data", resume=DECIDES)
+
+
+@dataclass
+class MachineFlags:
+    """machine"""
+
+    device: str = flag(default_device, "cuda, mps or cpu", resume=SPLITS)
+    dtype: str | None = flag(
+        None, "of matrix products; None: bfloat16, or float32 on a CPU without it",
+        resume=DECIDES, choices=["bfloat16", "float16", "float32"]
+    )
+    use_compile: int | None = flag(
+        None, "compile the model; None: only on cuda", resume=SPLITS, choices=[0, 1]
+    )
+    micro_batch_size: int | None = flag(
+        None, "rows a device works on at once, the updates staying the same; None: batch_size, on "
+        "cuda as many as are useful and fit", resume=SPLITS, least=1
+    )
+    timeout: int = flag(
+        600, "seconds after which a rank or loader process without a sign of life is given up",
+        least=1
+    )
+
+
+@dataclass
+class FileFlags:
+    """files"""
+
+    save_dir: str = flag("out", "weights and metrics")
+    save_weight: str = flag("pretrain", "first part of the files' names")
+    checkpoint_dir: str = flag("checkpoints", "states to resume from")
+    checkpoint_mirror: str | None = flag(
+        None, "folder or address that gets a copy of each state; see README"
+    )
+    save_interval: int = flag(1000, "updates between saves", least=1)
+    keep_states: int = flag(2, "newest states that stay", least=1)
+    from_resume: int = flag(0, "1: resume if there is a state", choices=[0, 1])
+    resume_step: int | None = flag(None, "go back to the state of this update")
+    skip_steps: str | None = flag(
+        None, "FIRST:END, updates to skip, END not among them; past a spike"
+    )
+    anneal_from: str | None = flag(
+        None, "a state of the stable phase of a wsd run: from there the rate falls"
+    )
+    overwrite: int = flag(0, "1: delete the last run's files", choices=[0, 1])
+
+
+@dataclass
+class WatchingFlags:
+    """watching"""
+
+    log_interval: int = flag(10, "updates between log lines", least=1)
+    eval_interval: int = flag(250, "updates between held-out evaluations", least=1)
+    eval_tokens: int = flag(2**18, "held-out tokens read at most", least=1)
+    price_per_hour: float | None = flag(
+        None, "of the machine; the run then shows what it costs", least=0, below=1e9
+    )
+    dry_run: int = flag(
+        0, "1: report size, memory, time and cost from a few updates; nothing is saved",
+        choices=[0, 1]
+    )
+    use_wandb: bool = flag(False, "log to SwanLab: the cloud if logged in")
+    wandb_project: str = flag("MiniMind-Pretrain", "SwanLab's project")
+
+
+GROUPS = (ModelFlags, DataFlags, TrainingFlags, MachineFlags, FileFlags, WatchingFlags)
+
+
+@dataclass
+class TrainConfig(*reversed(GROUPS)):
+    """All flags, checked."""
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+class HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Shows every default, and the description as it is written."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like all others here."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        words = message.split() if message.startswith("unrecognized") else []
+        meant = [f for w in words for f in get_close_matches(w, self._option_string_actions)]
+        close = f"Did you mean {meant[0]}? " if meant else ""
+        self.exit(2, f"error: {message}. {close}See --help.\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: tuple[type, ...] = GROUPS) -> None:
+    """Give a parser one flag for each field of these dataclasses, in a group for each class."""
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__)
+        kinds = typing.get_type_hints(group)
+        for declared in fields(group):
+            said = declared.metadata
+            names = [f"--{name}" for name in (declared.name, said.get("alias")) if name]
+            default = declared.default
+            if default is dataclasses.MISSING:
+                default = declared.default_factory()
+            kind = kinds[declared.name]
+            if isinstance(kind, types.UnionType):  # int | None
+                kind = typing.get_args(kind)[0]
+            if kind is bool:
+                section.add_argument(*names, action="store_true", help=said["help"])
+            elif kind == list[str]:
+                section.add_argument(*names, nargs="+", default=default, help=said["help"])
+            else:
+                section.add_argument(*names, type=kind, default=default,
+                                     choices=said.get("choices"), help=said["help"])
+
+
+def build_parser(description: str | None = None) -> Parser:
+    """The command line of train_pretrain.py."""
+    parser = Parser(description)
+    add_flags(parser)
+    return parser
+
+
+def parse_flags(argv: list[str] | None, description: str | None = None) -> TrainConfig:
+    """The flags, over the preset's defaults. Raises: SettingsError; exits 2 on unknown flags."""
+    parser = build_parser(description)
+    preset, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[preset.preset])
+    config = TrainConfig(**vars(parser.parse_args(argv)))
+    check_flags(config)
+    if config.dtype is None:
+        config.dtype = default_dtype(config.device)
+    if config.use_compile is None:
+        config.use_compile = int(config.device.startswith("cuda"))
+    return config
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def range_problems(flags: Any) -> Iterator[str]:
+    """What is out of the bounds that its field declares, in words."""
+    for declared in fields(flags):
+        said, value = declared.metadata, getattr(flags, declared.name)
+        least, above, most, below = (said.get(b) for b in ("least", "above", "most", "below"))
+        if value is None or (least, above, most, below) == (None,) * 4:
+            continue
+        inside = (least is None or value >= least) and (above is None or value > above)
+        if inside and (most is None or value <= most) and (below is None or value < below):
+            continue
+        if least is not None and most is not None:
+            expected = f"{least:g} to {most:g}"
+        else:
+            words = (("{:g} or more", least), ("above {:g}", above), ("at most {:g}", most),
+                     ("below {:g}", below))
+            expected = ", ".join(w.format(b) for w, b in words if b is not None)
+        yield f"--{declared.name} is {value}, expected {expected}"
+
+
+def check_flags(config: TrainConfig) -> None:
+    """Raises: SettingsError listing every flag that cannot be used."""
+    problems = [*range_problems(config)]
+
+    def expect(holds: object, problem: str) -> None:
+        if not holds:
+            problems.append(problem)
+
+    rows, micro = config.batch_size * config.accumulation_steps, config.micro_batch_size
+    divides = micro is None or micro < 1 or rows % micro == 0
+    expect(divides, f"--micro_batch_size is {micro}, expected a divisor of batch_size x "
+           f"accumulation_steps = {rows}")
+    warm, decay = config.warmup_ratio, config.decay_ratio
+    expect(decay + max(warm, 0) <= 1 or decay > 1, f"--decay_ratio is {decay}, expected at most 1 "
+           f"together with warmup_ratio ({warm})")
+    expect(decay < 1 or not config.anneal_from, "--anneal_from needs a --decay_ratio below 1")
+    name = config.save_weight
+    named = re.fullmatch(r"\w[\w.+-]*", name)  # in a pattern for files, each stands for itself
+    expect(named, f"--save_weight is {name!r}, expected a name of letters, digits and ._+-")
+    rewinds = config.resume_step is None or config.from_resume
+    expect(rewinds, "--resume_step is given, but --from_resume is 0; expected 1")
+    try:
+        skipped_updates(config.skip_steps)
+    except ValueError:
+        problems.append(f"--skip_steps is {config.skip_steps!r}, expected FIRST:END, as 1207:1210")
+    if config.checkpoint_mirror:
+        problems += mirror_problems(config.checkpoint_mirror)
+        there = Path(config.checkpoint_mirror.removeprefix("file://")).resolve()
+        elsewhere = there != Path(config.checkpoint_dir).resolve()
+        expect(elsewhere, "--checkpoint_mirror is --checkpoint_dir, expected another disk")
+    problems += device_problems(config.device)
+    if problems:
+        raise SettingsError("; ".join(problems) + ".")
+
+
+def skipped_updates(given: str | None) -> range:
+    """``1207:1210`` -> updates 1207, 1208 and 1209. Raises: ValueError if it is no such pair."""
+    first, end = map(int, (given or "0:0").split(":"))
+    if not 0 <= first <= end:
+        raise ValueError(given)
+    return range(first, end)
+
+
+# ------------------------------------------------------------------------------------- resume
+
+
+def names_of(resume: str) -> list[str]:
+    """The flags that mean this on resume."""
+    return [f.name for f in fields(TrainConfig) if f.metadata["resume"] == resume]
+
+
+def deciding_settings(config: TrainConfig, num_ranks: int, digests: dict[str, str]) -> dict:
+    """Whatever changes the result of a run if it changes; saved, and compared on resume."""
+    return {name: getattr(config, name) for name in names_of(DECIDES)} | {
+        "rows per update": config.batch_size * config.accumulation_steps * num_ranks,
+        "content of data_path": digests["data"][:16],
+        "content of tokenizer_path": digests["tokenizer"][:16],
+    }
+
+
+def check_same_settings(saved: dict, given: dict) -> None:
+    """Raises: SettingsError with a table of the settings that the saved run had otherwise."""
+    older = {f.name: f.metadata["older"] for f in fields(TrainConfig) if f.metadata.get("older")
+             is not None}
+    saved = older | saved
+    rows = [
+        (key, f"{shown(saved.get(key)):.60}", f"{shown(given.get(key)):.60}")
+        for key in sorted(saved.keys() | given.keys())
+        if saved.get(key) != given.get(key)
+    ]
+    if rows:
+        table = [("setting", "saved", "given"), *rows]
+        widths = [max(len(row[column]) for row in table) for column in range(3)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+        raise SettingsError(
+            "--from_resume 1: these settings differ from the saved run's. Give the saved ones, or "
+            "start another run with --save_weight NAME.\n  " + "\n  ".join(lines)
+        )
+
+
+def rounding_settings(config: TrainConfig, num_ranks: int) -> dict[str, str]:
+    """What a result depends on in its last bits only; saved, and named if it differs on resume."""
+    return {name: str(getattr(config, name)) for name in names_of(SPLITS)} | {
+        "ranks": str(num_ranks), "torch": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def keep_split(config: TrainConfig, state: dict, num_ranks: int) -> TrainConfig:
+    """The flags with the accumulation that follows from the number of ranks and the batch size,
+    whose product with it was saved: the updates stay those of the run. With the same flags,
+    micro-batches stay, too.
+
+    Raises: SettingsError naming the numbers of ranks that would do."""
+    saved = state["surroundings"]
+    rows, batch = state["settings"].get("rows per update"), config.batch_size
+    micro = re.fullmatch(r"[1-9]\d{0,8}", saved.get("micro_batch_size", ""))
+    if micro and config.micro_batch_size is None and saved.get("batch_size") == str(batch):
+        config = dataclasses.replace(config, micro_batch_size=int(micro[0]))
+    asked = str(config.accumulation_steps) != saved.get("accumulation_steps")
+    if asked or not isinstance(rows, int) or rows < 1:
+        return config  # whether it fits shows in the settings
+    if rows % (batch * num_ranks):
+        fitting = [n for n in range(1, min(rows // batch, 9999) + 1) if rows % (batch * n) == 0]
+        others = f"{', '.join(map(str, fitting))} ranks would do, or" if fitting else "give"
+        raise SettingsError(
+            f"--from_resume 1: an update of {rows} rows does not divide into batches of {batch} on "
+            f"{num_ranks} ranks: {others} another --batch_size."
+        )
+    return dataclasses.replace(config, accumulation_steps=rows // (batch * num_ranks))
