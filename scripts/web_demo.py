@@ -91,7 +91,8 @@ def build_page(continuer: Continuer) -> Any:
         with gradio.Row():
             settings = [
                 gradio.Slider(1, 512, value=100, step=1, label="Tokens at most"),
-                gradio.Slider(0, 2, value=0.7, label="Temperature (0: the likeliest token)"),
+                gradio.Slider(0, 2, value=eval_llm.TEMPERATURE,
+                              label="Temperature (0: the likeliest token)"),
                 gradio.Slider(0.05, 1, value=0.9, label="Top p"),
                 gradio.Number(42, precision=0, label="Seed"),
             ]

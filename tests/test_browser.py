@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import eval_llm
 from scripts.web_demo import Continuer
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
 from trainer.weights import read_weights, save_weights
@@ -127,7 +128,9 @@ def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
     path = tmp_path / "pretrain_32.pth"
     save_weights(path, model, {})
     model.load_state_dict(read_weights(path))
-    expected = list(Continuer(model, shipped_tokenizer()).text("Berlin ist", 100, 0.7, 0.9, 42))[-1]
+    expected = list(Continuer(model, shipped_tokenizer()).text(
+        "Berlin ist", 100, eval_llm.TEMPERATURE, 0.9, 42
+    ))[-1]
     with serving(tmp_path, "scripts/web_demo.py", "--weight", path, "--device", "cpu") as address:
         browser.get(address)
         by = "css selector"
