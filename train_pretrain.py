@@ -37,6 +37,7 @@ from trainer.micro_batch import advise, fit_micro_batch, free_bytes
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
 from trainer.program import run_program
+from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.run_folder import RunFolder, blame, find_state, state_to_anneal
 from trainer.signals import StopSignals
@@ -84,7 +85,7 @@ def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]
 def forward_backward(run: Run, batch: Batch, share: float) -> Tensor:
     """Add the gradient of this micro-batch's mean loss, times ``share``, to the model's.
 
-    Returns: (2 + E,) nats, aux loss * labels and the tokens that each expert had."""
+    Returns: (2 + E,) nats, aux loss * labels and the tokens that each expert had, in this batch."""
     batch = batch.to(run.device)
     with run.autocast:
         out = run.model(
@@ -96,13 +97,9 @@ def forward_backward(run: Run, batch: Batch, share: float) -> Tensor:
     return torch.cat((losses, out.expert_load))
 
 
-def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
+def train_step(run: Run, window: list[Batch], num_labels: int) -> Outcome:
     """One update. The loss is the window's sum over the window's labels, on all ranks together: how
-    it is split into batches and ranks changes nothing. If it is not finite, nothing is applied.
-
-    Returns: (3 + E + world_size,) nats, aux loss * labels and the tokens that each expert had,
-    summed over all ranks; the norm of the gradient before clipping; not zero for each rank whose
-    own gradient was not finite."""
+    it is split into batches and ranks changes nothing. If it is not finite, nothing is applied."""
     sums = torch.zeros(2 + run.model.num_experts, device=run.device)
     for i, batch in enumerate(window, 1):
         if i == len(window):
@@ -115,7 +112,7 @@ def train_step(run: Run, window: list[Batch], num_labels: int) -> Tensor:
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip)
     step_if_finite(run.optimizer, run.scaler, sums, grad_norm)
     run.times.mark("optimizer")
-    return torch.cat([sums, grad_norm[None], culprits])
+    return Outcome(sums[0], sums[1], sums[2:], grad_norm, culprits)
 
 
 def train_epoch(

@@ -132,7 +132,9 @@ def child(pipe: Connection, trial: Trial, argv: list[str], kept_aside: str, look
             super().close()
 
     train_pretrain.train_step, train_pretrain.Metrics = counted, Last
-    train_pretrain.evaluate = lambda run, *_: setattr(run, "evaluated_step", run.step) or True
+    train_pretrain.evaluate = lambda run, *_: (
+        setattr(run.progress, "evaluated_step", run.step) or True
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         status = train_pretrain.main(argv)
     pipe.send({"ended": status})

@@ -13,6 +13,7 @@ from tests.helpers import stirred
 from tests.running import texts, write_corpus
 from trainer import distributed
 from trainer.flags import TrainConfig
+from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.step_times import StepTimes
 
@@ -57,7 +58,7 @@ def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) 
     )
 
 
-def step(run: Run, window: list) -> tuple[torch.Tensor, int]:
+def step(run: Run, window: list) -> tuple[Outcome, int]:
     """One update; its outcome, and its labels on all ranks."""
     num_labels = int(distributed.totals(sum(batch.num_labels for batch in window))[0])
     return train_pretrain.train_step(run, window, num_labels), num_labels
@@ -80,4 +81,4 @@ def window_gradient(
     assert {len(batch.input_ids) for batch in window} == {micro_batch_size or batch_size}
     outcome, num_labels = step(run, window)
     gradient = {name: before[name] - p.detach() for name, p in model.named_parameters()}
-    return gradient | {"losses": outcome[:2] / num_labels}
+    return gradient | {"losses": torch.stack(outcome[:2]) / num_labels}

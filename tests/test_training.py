@@ -109,7 +109,7 @@ def test_a_gradient_is_clipped_to_its_norm(tmp_path: Path) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     run_ = toy_run(data, model, batch_size=16, accumulation_steps=1, grad_clip=0.01)
     ((window, _),) = train_pretrain.windows(run_, data)
-    norm = step(run_, window)[0][2]
+    norm = step(run_, window)[0].grad_norm
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)])
     assert norm > 0.01
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)

@@ -11,6 +11,7 @@ import torch
 
 from trainer import distributed
 from trainer.plan import GENERATION, SKIPPED, process_start
+from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.device import card_has_bfloat16
 from trainer.flags import TrainConfig
@@ -121,13 +122,13 @@ def cost(args: TrainConfig, minutes: float) -> str:
     return f", {minutes / 60 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour"
 
 
-def rehearse(run: Run, outcomes: Iterable[torch.Tensor]) -> None:
+def rehearse(run: Run, outcomes: Iterable[Outcome]) -> None:
     """--dry_run 1: what a few updates tell of time, memory and cost of the whole run.
 
     Args: outcomes: each is an update when it is asked for."""
     seconds, since = [], time.monotonic()
     for outcome in itertools.islice(outcomes, REHEARSED):
-        outcome.tolist()  # waits for the device
+        outcome.grad_norm.item()  # waits for the device
         seconds.append(time.monotonic() - since)
         since = time.monotonic()
     update = statistics.median(seconds[SKIPPED:] or seconds)

@@ -53,7 +53,7 @@ def evaluate(
     if distributed.totals(stopping())[0]:
         return False
     run.latest |= scores
-    run.evaluated_step = run.step
+    run.progress.evaluated_step = run.step
     metrics.evaluation(scores, texts)
     return True
 

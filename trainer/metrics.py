@@ -180,14 +180,14 @@ class Metrics:
             "step": run.step,
             "epoch": epoch,
             "rows": run.rows_seen,
-            "tokens": run.tokens_seen,
+            "tokens": run.progress.tokens_seen,
         }
         record |= {**losses, "lr": lr}
         if grad_norm is not None and math.isfinite(grad_norm):
             record["grad_norm"] = grad_norm
         record |= {f"load_expert_{i}": round(share, 4) for i, share in enumerate(load)}
-        if run.bad_updates:
-            record["bad_updates"] = run.bad_updates
+        if run.progress.bad_updates:
+            record["bad_updates"] = run.progress.bad_updates
         record |= {"tokens_per_second": round(speed), "eta_minutes": round(minutes_left, 2)}
         if run.budget:
             record["minutes_spent"] = round(run.budget.spent() / 60, 3)

@@ -17,6 +17,7 @@ from trainer.checkpoint import restore_rng
 from trainer.errors import BadUpdateError, CheckpointError, SettingsError, shown
 from trainer.optimizer import expected_state, load_optimizer
 from trainer.plan import NOT_KNOWN, Budget, Plan
+from trainer.progress import Outcome, Progress, look_at
 from trainer.schedule import learning_rate
 from trainer.flags import TrainConfig, check_same_settings, skipped_updates
 from trainer.step_times import StepTimes
@@ -24,11 +25,6 @@ from trainer.tracker import NoTracker
 from trainer.trainer_utils import Logger, lm_checkpoint, setup_seed
 from trainer.untrusted import check_fits
 from trainer.weights import describes, save_weights, weights_path
-
-COUNTERS = (
-    *("rows_seen", "step", "tokens_seen", "evaluated_step", "bad_updates", "bad_in_a_row"),
-    *("interval_labels", "interval_nats", "interval_aux"),
-)
 
 # What every state holds, of whatever model; looked at before there is a run to compare with.
 LAYOUT = {
@@ -68,7 +64,7 @@ class Update(NamedTuple):
     first_row: int  # of the epoch
     num_rows: int
     num_labels: int
-    outcome: Tensor  # (3 + E + world_size,) see train_step
+    outcome: Outcome
 
 
 @dataclass
@@ -87,15 +83,7 @@ class Run:
     rows_per_epoch: int
     documents_of: Callable[[Iterable[int]], list[int]]  # rows of this epoch -> their documents
     times: StepTimes
-    rows_seen: int = 0  # the clock
-    step: int = 0  # updates done
-    tokens_seen: int = 0  # tokens learnt from: labels that carried loss
-    evaluated_step: int = 0  # after which the last evaluation was made
-    bad_updates: int = 0  # not applied, since loss or gradient was not finite
-    bad_in_a_row: int = 0
-    interval_labels: int = 0  # since the last log line
-    interval_nats: float = 0.0
-    interval_aux: float = 0.0  # aux loss * labels
+    progress: Progress = field(default_factory=Progress)
     pending: list[Update] = field(default_factory=list)
     records: list[dict] = field(default_factory=list)  # what the metrics file holds; on rank 0
     latest: dict = field(default_factory=dict)  # newest loss and held-out loss
@@ -113,6 +101,16 @@ class Run:
         self.micro_batch = largest_divisor(self.rows_per_device, given)
         self.gradients = distributed.GradientSum(self.model.parameters())
         self.plan = Plan(NOT_KNOWN if self.budget else self.rows_per_epoch * self.args.epochs)
+
+    @property
+    def rows_seen(self) -> int:
+        """The clock: rows consumed."""
+        return self.progress.rows_seen
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.progress.step
 
     @property
     def total_rows(self) -> int:
@@ -157,7 +155,7 @@ class Run:
         if self.budget is None or not distributed.is_main_process() or not self.budget.due():
             return 0
         if self.pending:
-            self.pending[-1].outcome.tolist()  # waits for the device
+            self.pending[-1].outcome.grad_norm.item()  # waits for the device
         left = self.budget.updates_left(
             self.step, self.args.eval_interval, self.args.save_interval,
             self.evaluation_updates
@@ -184,17 +182,17 @@ class Run:
     @property
     def evaluation_due(self) -> bool:
         """Whether this update's evaluation is still to be made; a signal may have put it off."""
-        return self.due(self.args.eval_interval) and self.evaluated_step < self.step
+        return self.due(self.args.eval_interval) and self.progress.evaluated_step < self.step
 
     def skips_next(self) -> bool:
         """Whether --skip_steps, now or before a rewind, leaves out the next update."""
         return any(self.step + 1 in skipped_updates(skipped) for _, skipped in self.rewinds)
 
-    def advance(self, num_rows: int, num_labels: int = 0, outcome: Tensor | None = None) -> None:
+    def advance(self, num_rows: int, num_labels: int = 0, outcome: Outcome | None = None) -> None:
         """One update is done, or passed over if it has no outcome."""
         first_row = self.rows_seen % self.rows_per_epoch
-        self.rows_seen += num_rows
-        self.step += 1
+        self.progress.rows_seen += num_rows
+        self.progress.step += 1
         if outcome is not None:
             self.pending.append(Update(self.step, first_row, num_rows, num_labels, outcome))
 
@@ -204,24 +202,19 @@ class Run:
         Returns: the norm of the newest gradient, None if there was no update, and the share of
         tokens that each expert had in it.
         Raises: BadUpdateError once more than --max_bad_updates in a row were not finite."""
-        outcomes = torch.stack([u.outcome for u in self.pending]).tolist() if self.pending else []
-        grad_norm, load, num_experts = None, [], self.model.num_experts
-        for update, (nats, aux, *rest) in zip(self.pending, outcomes, strict=True):
-            load, (grad_norm, *culprits) = rest[:num_experts], rest[num_experts:]
-            if math.isfinite(nats + aux + grad_norm):
-                self.bad_in_a_row = 0
-                self.tokens_seen += update.num_labels
-                self.interval_labels += update.num_labels
-                self.interval_nats += nats
-                self.interval_aux += aux
-            else:
-                self._count_bad(update, [rank for rank, bad in enumerate(culprits) if bad])
+        seen = look_at([update.outcome for update in self.pending])
+        for update, outcome in zip(self.pending, seen, strict=True):
+            self.progress.add(outcome, update.num_labels)
+            if not outcome.is_finite:
+                self._report_bad(update, outcome.culprits)
         self.pending.clear()
-        return grad_norm, [tokens / max(sum(load), 1) for tokens in load]
+        if not seen:
+            return None, []
+        load = seen[-1].expert_load
+        return seen[-1].grad_norm, [tokens / max(sum(load), 1) for tokens in load]
 
-    def _count_bad(self, update: Update, ranks: list[int]) -> None:
-        self.bad_updates += 1
-        self.bad_in_a_row += 1
+    def _report_bad(self, update: Update, ranks: list[int]) -> None:
+        """Say which documents an update that was not applied had read. Raises: BadUpdateError."""
         ranks = ranks or ([0] if distributed.world_size() == 1 else [])
         documents = sorted({d for rank in ranks for d in self.documents_of(rows_of(
             rank, update, self.micro_batch, distributed.world_size()
@@ -231,10 +224,11 @@ class Run:
             "only in the sum over all ranks"
         )
         found = f"update {update.step:,}: loss or gradient is not finite ({where})"
-        if self.bad_in_a_row > self.args.max_bad_updates:
-            first = update.step - self.bad_in_a_row + 1
+        in_a_row = self.progress.bad_in_a_row
+        if in_a_row > self.args.max_bad_updates:
+            first = update.step - in_a_row + 1
             raise BadUpdateError(
-                f"{found}, as in each of the last {self.bad_in_a_row:,} updates. None was applied: "
+                f"{found}, as in each of the last {in_a_row:,} updates. None was applied: "
                 f"the weights are those of update {first - 1:,}. Go on with --from_resume 1 "
                 f"--skip_steps {first}:{update.step + 1}, or begin with a lower --learning_rate."
             )
@@ -242,12 +236,7 @@ class Run:
 
     def close_interval(self) -> dict[str, float]:
         """Mean losses since the last call, none if nothing was learnt; ``settle`` first."""
-        losses = {}
-        if self.interval_labels:
-            losses["loss"] = self.interval_nats / self.interval_labels
-            if self.config.use_moe:
-                losses["aux_loss"] = self.interval_aux / self.interval_labels
-        self.interval_labels, self.interval_nats, self.interval_aux = 0, 0.0, 0.0
+        losses = self.progress.close_interval(with_aux=self.config.use_moe)
         self.latest |= losses
         return losses
 
@@ -264,7 +253,7 @@ class Run:
             wandb=tracker, save_dir=args.checkpoint_dir, keep=args.keep_states, scaler=self.scaler,
             settings=self.settings,
             surroundings=self.rounding_now,
-            counters={name: getattr(self, name) for name in COUNTERS}, latest=self.latest,
+            counters=self.progress.to_dict(), latest=self.latest,
             records=self.records, rewinds=self.rewinds,
             plan=[*self.plan, self.budget.spent() if self.budget else self.seconds_spent]
         )
@@ -274,7 +263,7 @@ class Run:
     def export(self) -> None:
         """Write the weights and their description, unless they are those of this update."""
         path = weights_path(self.args.save_dir, self.args.save_weight, self.config)
-        done = {"step": self.step, "tokens": self.tokens_seen, **self.latest}
+        done = {"step": self.step, "tokens": self.progress.tokens_seen, **self.latest}
         summary = done | {"settings": self.settings}
         if not describes(path, summary):
             save_weights(path, self.model, summary)
@@ -303,16 +292,16 @@ class Run:
 
         Raises: SettingsError if settings differ, CheckpointError if a part does not fit."""
         check_same_settings(state["settings"], self.settings)
-        counters = {name: getattr(self, name) for name in COUNTERS}
         check_fits(state["model"], self.model.state_dict(), "model")
         check_fits(state["optimizer"]["state"], expected_state(self.optimizer), "optimizer")
         rates = [group.get("lr") for group in state["optimizer"]["param_groups"]]
         own_rates = dict.fromkeys(range(len(self.optimizer.param_groups)), 0.0)
         check_fits(dict(enumerate(rates)), own_rates, "optimizer.lr")
         check_fits(state["scaler"], self.scaler.state_dict(), "scaler")
-        check_fits(state["counters"], counters, "counters")
+        check_fits(state["counters"], Progress().to_dict(), "counters")
+        progress = Progress(**state["counters"])
         plan, spent = self._check_plan(*state["plan"]) if state["plan"] else (self.plan, 0.0)
-        self._check_counters(state["step"], plan.total_rows, **state["counters"])
+        progress.check(state["step"], plan.total_rows, self.rows_per_epoch, self.global_batch)
         self._check_scaler(**state["scaler"])
         if not state["rng"]:
             raise CheckpointError("the state does not fit: it has no random generators.")
@@ -326,8 +315,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        for name in (*COUNTERS, "latest", "records", "rewinds"):
-            setattr(self, name, (state["counters"] | state)[name])
+        self.progress, self.latest = progress, state["latest"]
+        self.records, self.rewinds = state["records"], state["rewinds"]
         now = self.rounding_now
         changed = [
             f"{name} {shown(old)} (now {now.get(name)})"
@@ -355,22 +344,6 @@ class Run:
             f"the state does not fit: its plan is {shown([*numbers][:5])}, expected rows in all, "
             f"row and share of the last change, seconds spent."
         )
-
-    def _check_counters(
-        self, saved_step: int, total_rows: int, *, rows_seen: int, step: int, **others: float
-    ) -> None:
-        """Raises: CheckpointError unless a run could have counted so: rows make updates."""
-        epochs, rows = divmod(rows_seen, self.rows_per_epoch)
-        updates = epochs * math.ceil(self.rows_per_epoch / self.global_batch)
-        updates += rows / self.global_batch
-        if not 0 <= rows_seen <= total_rows or not saved_step == step == updates:
-            raise CheckpointError(
-                f"the state does not fit: it saw {rows_seen:,} of {total_rows:,} rows in "
-                f"{step:,} updates of {self.global_batch:,}, and was saved after {saved_step:,}."
-            )
-        for name, count in others.items():
-            if not 0 <= count < math.inf or (name == "evaluated_step" and count > step):
-                raise CheckpointError(f"the state does not fit: counters.{name} is {count:,}.")
 
     def _check_scaler(
         self, *, scale: float = 1.0, _growth_tracker: int = 0, **fixed: float
