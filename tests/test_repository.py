@@ -108,6 +108,21 @@ def test_presets_have_the_promised_sizes(preset: str, sizes: tuple) -> None:
     assert tuple(getattr(config, name) for name in names) == sizes
 
 
+def test_the_demo_s_recipe_is_the_one_whose_losses_the_bands_hold() -> None:
+    """Each setting decides what is learnt; docs/bands/demo.json was made with these."""
+    demo = {
+        "data_path": ["dataset/pretrain_sample.jsonl"], "heldout_fraction": 0.02,
+        "max_seq_len": 128, "batch_size": 8, "accumulation_steps": 1, "optimizer": "muon",
+        "learning_rate": 5e-3, "lr_schedule": "wsd", "warmup_ratio": 0.05, "decay_ratio": 0.9,
+        "epochs": 4, "log_interval": 50, "eval_interval": 500, "save_interval": 500,
+    }
+    args = vars(parse_flags(["--preset", "demo", "--device", "cpu"]))
+    machine = {"preset", "device", "dtype", "use_compile", "hidden_size", "num_hidden_layers"}
+    assert {k: v for k, v in args.items() if k not in machine} == {
+        k: v for k, v in (DEFAULTS | demo).items() if k not in machine
+    }
+
+
 def imported_packages(source: str) -> set[str]:
     """Top-level names of every absolute import."""
     nodes = list(ast.walk(ast.parse(source)))

@@ -60,6 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 256,
         "num_hidden_layers": 4,
         "data_path": ["dataset/pretrain_sample.jsonl"],
+        "heldout_fraction": 0.02,
         "max_seq_len": 128,
         "batch_size": 8,
         "accumulation_steps": 1,
