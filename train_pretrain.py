@@ -3,7 +3,7 @@
     python train_pretrain.py --preset demo            # minutes on a laptop's CPU
     python train_pretrain.py                          # 64 M parameters on one GPU
     torchrun --nproc_per_node 8 train_pretrain.py     # on eight
-    python train_pretrain.py --from_resume 1          # go on after a kill
+    python train_pretrain.py --from_resume 1          # resume after a kill
 
 One clock runs the program: the number of rows consumed. The learning rate, the order of the data
 and resume follow from it. This file tells the story; its parts are in dataset/, model/, trainer/.
@@ -13,7 +13,6 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -27,74 +26,106 @@ from model.documents import can_attend_within
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.describe import describe, describe_pass, rehearse
-from trainer.errors import Interrupted, SettingsError
+from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
 from trainer.flags import (
     TrainConfig, deciding_settings, keep_split, parse_flags, rounding_settings
 )
-from trainer.metrics import Metrics, complete_files, metrics_path
-from trainer.micro_batch import advise, fit_micro_batch, free_bytes
+from trainer.guard import Guard
+from trainer.metrics import Metrics, metrics_path
+from trainer.micro_batch import fit_micro_batch, free_bytes
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
 from trainer.program import run_program
 from trainer.progress import Outcome
 from trainer.run import Run
-from trainer.run_folder import RunFolder, blame, find_state, state_to_anneal
-from trainer.signals import StopSignals
 from trainer.step_times import StepTimes
 from trainer.tracker import SwanLabTracker
 from trainer.trainer_utils import (
-    Logger, SkipBatchSampler, init_distributed_mode, init_model, is_main_process,
-    keep_compiled_code, keep_freed_memory, load_tokenizer, setup_seed
+    SkipBatchSampler, init_distributed_mode, init_model, is_main_process, keep_compiled_code,
+    keep_freed_memory, load_tokenizer, setup_seed
 )
 
-# ------------------------------------------------------------------------------------- training
+Step = Callable[[Run, list[Batch], int], Outcome]  # see train_step
 
 
-def batches_of(run: Run, data: PretrainDataset, first_row: int = 0) -> Iterable[Batch]:
-    """This rank's share of the rows from ``first_row`` on, in full micro-batches."""
-    args, size = run.args, run.micro_batch
-    sampler = SkipBatchSampler(
-        range(math.ceil(len(data) / size) * size),  # rows past the last are padding
-        size, skip_batches=first_row // size,
-        rank=distributed.rank(), world_size=distributed.world_size()
-    )
-    return DataLoader(
-        data,
-        batch_sampler=sampler, num_workers=args.num_workers, collate_fn=as_is,
-        timeout=args.timeout if args.num_workers else 0, worker_init_fn=ignore_signals,
-        pin_memory=args.device.startswith("cuda") and not data.was_moved,
-        generator=torch.Generator(),  # without its own, a loader draws from the global one
-    )
+def train(
+    config: TrainConfig, guard: Guard,
+    open_data: Callable[[TrainConfig, PreTrainedTokenizerBase, torch.device], PretrainDataset],
+    step: Step
+) -> None:
+    """From flags to a trained model.
+
+    Args: open_data, step: as below; another kind of training hands in its own.
+    Raises: the errors of trainer/errors.py, DataError, OSError."""
+    # 1. Ranks, device, seed
+    device = prepare_machine(config)
+
+    # 2. What is to be trained, and where an earlier start of it stopped
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    model_config = build_config(config, tokenizer)
+    state = guard.state(model_config)
+
+    # 3. Data, model, optimizer
+    data = open_data(config, tokenizer, device)
+    held_out = data.held_out(config.eval_tokens)
+    run = build_run(config, model_config, data, len(held_out) if held_out else 0, state, device)
+    setup_seed(config.seed + distributed.rank())  # ranks draw their own dropout
+    describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
+
+    # 4. Resume, or begin
+    if not guard.begin(run, state, data.cache.meta["num_bad"]):
+        return
+    del state  # as large as model and optimizer together
+    make_ready(run, data)
+    if config.dry_run:
+        return rehearse(run, updates(run, data, step))
+
+    # 5. Train
+    metrics = build_metrics(run)
+    parts = held_out.by_language(tokenizer) if held_out else {}
+    evaluate_now = partial(evaluate_run, run, parts, tokenizer, metrics, guard)
+    with guard.training():
+        if run.evaluation_due:  # put off by the signal that stopped the last run
+            if not evaluate_now():
+                raise guard.interrupted(run, metrics, saved=False)
+            guard.save(run, metrics)
+        while not run.is_done:
+            data.set_epoch(run.rows_seen // run.rows_per_epoch)
+            train_epoch(run, data, metrics, guard, evaluate_now, step)
+    metrics.close()
 
 
-def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]]:
-    """The updates left in this epoch: this rank's batches, and the number of rows of all ranks.
-
-    The last window of an epoch may be short, and a rank may have no batch in it."""
-    first_row = run.rows_seen % run.rows_per_epoch
-    batches = from_loader(batches_of(run, data, first_row))
-    per_rank = run.global_batch // distributed.world_size()
-    for start in range(first_row, run.rows_per_epoch, run.global_batch):
-        if run.is_done:
-            return
-        window = list(itertools.islice(batches, per_rank // run.micro_batch))
-        yield window, min(run.global_batch, run.rows_per_epoch - start)
-
-
-def forward_backward(run: Run, batch: Batch, share: float) -> Tensor:
-    """Add the gradient of this micro-batch's mean loss, times ``share``, to the model's.
-
-    Returns: (2 + E,) nats, aux loss * labels and the tokens that each expert had, in this batch."""
-    batch = batch.to(run.device)
-    with run.autocast:
-        out = run.model(
-            batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
-            max_documents=batch.max_documents
+def train_epoch(
+    run: Run, data: PretrainDataset, metrics: Metrics, guard: Guard,
+    evaluate_now: Callable[[], bool], step: Step
+) -> None:
+    """Train on the rows that are left of this epoch. Raises: Interrupted, saved, after a signal."""
+    config = run.args
+    for window, num_rows in windows(run, data):
+        run.times.mark("data")
+        own_labels = sum(batch.num_labels for batch in window)
+        num_labels, num_stops, updates_left = distributed.totals(
+            own_labels, guard.stopping(), run.updates_left()
         )
-    run.scaler.scale((out.loss + out.aux_loss) * share).backward()
-    losses = torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
-    return torch.cat((losses, out.expert_load))
+        run.times.mark("exchange")  # also the wait for a slower rank
+        if updates_left:
+            run.plan_for(int(updates_left))
+            metrics.planned()
+        lr = set_lr(run.optimizer, run.learning_rate(num_rows))
+        if run.skips_next():
+            run.advance(num_rows)
+        else:
+            run.advance(num_rows, int(num_labels), step(run, window, int(num_labels)))
+        metrics.count(num_rows, int(num_labels))
+        if run.due(config.log_interval):  # it waits for the device: not on every update
+            metrics.interval(lr)
+        stopping = num_stops > 0 or (run.evaluation_due and not evaluate_now())
+        if stopping or run.due(config.save_interval):
+            guard.save(run, metrics)
+        if stopping:
+            raise guard.interrupted(run, metrics, saved=True)
+    run.settle()  # while this epoch's order can tell a bad update's documents
 
 
 def train_step(run: Run, window: list[Batch], num_labels: int) -> Outcome:
@@ -115,36 +146,57 @@ def train_step(run: Run, window: list[Batch], num_labels: int) -> Outcome:
     return Outcome(sums[0], sums[1], sums[2:], grad_norm, culprits)
 
 
-def train_epoch(
-    run: Run, data: PretrainDataset, metrics: Metrics, stop: StopSignals,
-    evaluate_now: Callable[[], bool], save_now: Callable[[], None]
-) -> None:
-    """Train on the rows that are left of this epoch. Raises: Interrupted, saved, after a signal."""
-    args = run.args
-    for window, num_rows in windows(run, data):
-        run.times.mark("data")
-        own_labels = sum(batch.num_labels for batch in window)
-        num_labels, num_stops, updates_left = distributed.totals(
-            own_labels, stop.received is not None, run.updates_left()
+def forward_backward(run: Run, batch: Batch, share: float) -> Tensor:
+    """Add the gradient of this micro-batch's mean loss, times ``share``, to the model's.
+
+    Returns: (2 + E,) nats, aux loss * labels and the tokens that each expert had, in this batch."""
+    batch = batch.to(run.device)
+    with run.autocast:
+        out = run.model(
+            batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
+            max_documents=batch.max_documents
         )
-        run.times.mark("exchange")  # also the wait for a slower rank
-        if updates_left:
-            run.plan_for(int(updates_left))
-            metrics.planned()
-        lr = set_lr(run.optimizer, run.learning_rate(num_rows))
-        if run.skips_next():
-            run.advance(num_rows)
-        else:
-            run.advance(num_rows, int(num_labels), train_step(run, window, int(num_labels)))
-        metrics.count(num_rows, int(num_labels))
-        if run.due(args.log_interval):  # it waits for the device: not on every update
-            metrics.interval(lr)
-        stopping = num_stops > 0 or (run.evaluation_due and not evaluate_now())
-        if stopping or run.due(args.save_interval):
-            save_now()
-        if stopping:
-            raise Interrupted(metrics.stopped(stop.received))
-    run.settle()  # while this epoch's order can tell a bad update's documents
+    run.scaler.scale((out.loss + out.aux_loss) * share).backward()
+    losses = torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
+    return torch.cat((losses, out.expert_load))
+
+
+def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]]:
+    """The updates left in this epoch: this rank's batches, and the number of rows of all ranks.
+
+    The last window of an epoch may be short, and a rank may have no batch in it."""
+    first_row = run.rows_seen % run.rows_per_epoch
+    batches = from_loader(batches_of(run, data, first_row))
+    per_rank = run.global_batch // distributed.world_size()
+    for start in range(first_row, run.rows_per_epoch, run.global_batch):
+        if run.is_done:
+            return
+        window = list(itertools.islice(batches, per_rank // run.micro_batch))
+        yield window, min(run.global_batch, run.rows_per_epoch - start)
+
+
+def updates(run: Run, data: PretrainDataset, step: Step) -> Iterator[Outcome]:
+    """The updates of an epoch and no more: each is made when it is asked for."""
+    for window, _ in windows(run, data):
+        num_labels = distributed.totals(sum(batch.num_labels for batch in window))[0]
+        yield step(run, window, int(num_labels))
+
+
+def batches_of(run: Run, data: PretrainDataset, first_row: int = 0) -> Iterable[Batch]:
+    """This rank's share of the rows from ``first_row`` on, in full micro-batches."""
+    args, size = run.args, run.micro_batch
+    sampler = SkipBatchSampler(
+        range(math.ceil(len(data) / size) * size),  # rows past the last are padding
+        size, skip_batches=first_row // size,
+        rank=distributed.rank(), world_size=distributed.world_size()
+    )
+    return DataLoader(
+        data,
+        batch_sampler=sampler, num_workers=args.num_workers, collate_fn=as_is,
+        timeout=args.timeout if args.num_workers else 0, worker_init_fn=ignore_signals,
+        pin_memory=args.device.startswith("cuda") and not data.was_moved,
+        generator=torch.Generator(),  # without its own, a loader draws from the global one
+    )
 
 
 # ---------------------------------------------------------------------------------------- build
@@ -228,118 +280,54 @@ def make_ready(run: Run, data: PretrainDataset) -> None:
     describe_pass(run)
 
 
-# ----------------------------------------------------------------------------------------- main
-
-
-def train(args: TrainConfig, scope: ExitStack) -> None:
-    """From flags to a trained model. Raises: the errors of trainer/errors.py, DataError, OSError.
-
-    Args: scope: closes what must learn how the run ends."""
-    # 1. Signals, ranks, device, seed
-    stop = scope.enter_context(StopSignals().heard())
-    local_rank = init_distributed_mode(args.device, args.timeout)
-    scope.push(partial(blame, args.checkpoint_dir))
-    device = torch.device(args.device)
+def prepare_machine(config: TrainConfig) -> torch.device:
+    """Join the other ranks, choose this one's device, seed the generators. Raises: RankError."""
+    local_rank = init_distributed_mode(config.device, config.timeout)
+    device = torch.device(config.device)
     if device.type == "cuda" and distributed.world_size() > 1:
         device = torch.device("cuda", local_rank)
     if device.type == "cpu":
         keep_freed_memory()
-    setup_seed(args.seed)
+    setup_seed(config.seed)
+    return device
 
-    # 2. What is to be trained, and may it be written
-    once = partial(distributed.first_on_each_machine, alone=True)
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    config = build_config(args, tokenizer)
-    folder, state = RunFolder(args, config), None
-    if not args.dry_run:
-        once(lambda: scope.enter_context(folder) and None)  # not to be sent to the other ranks
-        if args.from_resume or distributed.restarted():  # torchrun --max-restarts gives no flag
-            state = find_state(args, config, folder)
-        if state is None:
-            once(folder.refuse_to_overwrite)
-    resumed = state is not None
-    if args.anneal_from and not resumed:
-        state = state_to_anneal(args)
 
-    # 3. Data, model, optimizer
-    data = open_data(args, tokenizer, device)
-    held_out = data.held_out(args.eval_tokens)
-    run = build_run(args, config, data, len(held_out) if held_out else 0, state, device)
-    scope.push(partial(advise, run))
-    setup_seed(args.seed + distributed.rank())  # ranks draw their own dropout
-    describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
-
-    # 4. Go on where a state was saved, or begin
-    if state is not None:
-        run.restore(state)
-    if run.budget and not args.dry_run:
-        folder.seconds_spent(run.budget, resumed)
-    if args.anneal_from and not resumed:
-        run.anneal()
-    if run.is_done and not run.evaluation_due:
-        once(partial(complete_files, run))
-        Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
-        return distributed.close()
-    tracked_id = state["wandb_id"] if resumed else None
-    del state  # as large as model and optimizer together
-    if not args.dry_run:
-        if not resumed:
-            once(folder.delete_run)
-        once(partial(folder.begin, run.step, data.cache.meta["num_bad"]))
-    make_ready(run, data)
-    if args.dry_run:
-        rehearse(run, (
-            train_step(run, window, int(distributed.totals(sum(b.num_labels for b in window))[0]))
-            for window, _ in windows(run, data)
-        ))
-        return distributed.close()
-
-    # 5. Train
-    metrics = Metrics(metrics_path(args, config), run)
-    metrics.tracker.id = tracked_id  # kept even if this start does not track
-    if args.use_wandb and is_main_process():
+def build_metrics(run: Run) -> Metrics:
+    """The log of the run, with its tracker if there is to be one."""
+    config = run.args
+    metrics = Metrics(metrics_path(config, run.config), run)
+    metrics.tracker.id = run.tracker_id  # kept even if this start does not track
+    if config.use_wandb and is_main_process():
         metrics.tracker = SwanLabTracker(
-            args.wandb_project, args.save_weight, config=vars(args),
-            log_dir=f"{args.save_dir}/swanlog", run_id=tracked_id, history=run.records
+            config.wandb_project, config.save_weight, config=vars(config),
+            log_dir=f"{config.save_dir}/swanlog", run_id=run.tracker_id, history=run.records
         )
-    parts = held_out.by_language(tokenizer) if held_out else {}
+    return metrics
 
-    def stopping() -> bool:
-        return stop.received is not None
 
-    def evaluate_now() -> bool:
-        with metrics.paused("evaluation"):
-            scored = {language: (from_loader(batches_of(run, part)), part.num_text_bytes)
-                      for language, part in parts.items()}
-            return evaluate(run, scored, tokenizer, metrics, stopping)
+def evaluate_run(
+    run: Run, parts: dict[str, PretrainDataset], tokenizer: PreTrainedTokenizerBase,
+    metrics: Metrics, guard: Guard
+) -> bool:
+    """Score held-out documents, by language, and continue fixed prompts. Returns: whether it came
+    to the end; a signal stops it."""
+    with metrics.paused("evaluation"):
+        scored = {language: (from_loader(batches_of(run, part)), part.num_text_bytes)
+                  for language, part in parts.items()}
+        return evaluate(run, scored, tokenizer, metrics, guard.stopping)
 
-    def save_now() -> None:
-        with metrics.paused("saving"):
-            once(folder.check_alone)
-            path, seconds = run.save(metrics.tracker)
-            once(partial(folder.saved, path))
-            metrics.saved(seconds)
 
-    stop.training = True
-    if run.evaluation_due:  # put off by the signal that stopped the last run
-        if not evaluate_now():
-            who = stop.received or "another rank's signal"
-            raise Interrupted(f"stopping: {who} received, nothing new to save")
-        save_now()
-    while not run.is_done:
-        data.set_epoch(run.rows_seen // run.rows_per_epoch)
-        train_epoch(run, data, metrics, stop, evaluate_now, save_now)
-    stop.training = False
-    metrics.close()
-    distributed.close()
+# ----------------------------------------------------------------------------------------- main
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status, see trainer/errors.py."""
 
     def program() -> None:
-        with ExitStack() as scope:
-            train(parse_flags(argv, __doc__), scope)
+        config = parse_flags(argv, __doc__)
+        with Guard(config) as guard:
+            train(config, guard, open_data, train_step)
+            distributed.close()
 
     return run_program(program)
 

@@ -92,6 +92,7 @@ class Run:
     budget: Budget | None = None  # what the plan follows; on all ranks, rank 0's counts
     seconds_spent: float = 0.0  # of a budget, by earlier starts
     rows_held_out: int = 0
+    tracker_id: str | None = None  # the tracker's run that this one is
     can_generate: bool = True  # whether samples are made; not if transformers computes otherwise
     micro_batch: int = field(init=False)  # rows that a device works on at once
     gradients: distributed.GradientSum = field(init=False)
@@ -281,7 +282,7 @@ class Run:
             )
         stable = 1 - args.decay_ratio
         self.plan = Plan(NOT_KNOWN if self.budget else self.rows_seen, self.rows_seen, stable)
-        self.seconds_spent = 0.0  # that was another run's
+        self.seconds_spent, self.tracker_id = 0.0, None  # those were another run's
         if self.budget:
             self.budget.spent_before = 0.0
         else:
@@ -317,6 +318,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.progress, self.latest = progress, state["latest"]
         self.records, self.rewinds = state["records"], state["rewinds"]
+        self.tracker_id = state["wandb_id"]
         now = self.rounding_now
         changed = [
             f"{name} {shown(old)} (now {now.get(name)})"
