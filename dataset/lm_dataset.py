@@ -172,7 +172,7 @@ class PretrainDataset(Dataset):
 
         They overlap by one token, so that every token but a document's first is predicted exactly
         once: the summed loss belongs to all bytes of these documents."""
-        other = object.__new__(PretrainDataset)
+        other = object.__new__(type(self))  # with the labels of a class of one's own
         other.__dict__ |= self.__dict__
         other.documents = self.documents if documents is None else documents
         other.packing, other.stride = True, self.row_length - 1

@@ -8,8 +8,12 @@ import torch
 
 from tests.helpers import tiny_model
 from tests.running import assert_same, final_state, records, train, train_and_kill
+from trainer import optimizer as optimizers
 from trainer.muon import orthogonalised
-from trainer.optimizer import BETAS, WEIGHT_DECAY, build_optimizer, expected_state, step_if_finite
+from trainer.optimizer import (
+    BETAS, OPTIMIZERS, WEIGHT_DECAY, build_optimizer, expected_state, leaves_out_bad_updates,
+    step_if_finite
+)
 from trainer.schedule import learning_rate
 
 NOT_SCALING = torch.amp.GradScaler("cpu", enabled=False)
@@ -166,3 +170,37 @@ def test_the_default_is_minimind_s_rate() -> None:
     for done in range(11):
         expected = 5e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * done / 10)))
         assert learning_rate(done / 10, (done + 1) / 10, 5e-4) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------ the next optimizer
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_each_optimizer_leaves_out_an_update_that_is_not_finite(kind: str) -> None:
+    assert leaves_out_bad_updates(OPTIMIZERS[kind])
+
+
+@pytest.mark.parametrize("build", [
+    lambda model, lr, dtype: torch.optim.NAdam(model.parameters(), lr),
+    lambda model, lr, dtype: torch.optim.RMSprop(model.parameters(), lr),
+    lambda model, lr, dtype: torch.optim.AdamW(model.parameters(), lr, fused=False),
+    lambda model, lr, dtype: torch.optim.Adafactor(model.parameters(), lr),
+    lambda model, lr, dtype: torch.optim.SGD(model.parameters(), lr, fused=False),
+    lambda model, lr, dtype: torch.optim.Muon(
+        [p for p in model.parameters() if p.ndim == 2], lr),
+], ids=["nadam", "rmsprop", "plain adamw", "adafactor", "plain sgd", "torch's muon"])
+def test_one_that_would_apply_it_is_refused_when_it_is_built(
+    monkeypatch: pytest.MonkeyPatch, build: object
+) -> None:
+    """What torch offers and does not look at found_inf: it would end with NaN in all weights."""
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "next", build)
+    with pytest.raises(ValueError, match="--optimizer next applies a gradient although found_inf"):
+        build_optimizer(torch.nn.Linear(4, 4), 1e-3, "next")
+
+
+def test_trying_an_optimizer_draws_nothing_from_the_run_s_generator() -> None:
+    leaves_out_bad_updates.cache_clear()
+    model, before = tiny_model(), torch.get_rng_state()
+    for kind in OPTIMIZERS:
+        build_optimizer(model, 1e-3, kind)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -15,6 +15,7 @@ from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.device import card_has_bfloat16
 from trainer.flags import TrainConfig
+from trainer.optimizer import moments_of
 from trainer.trainer_utils import Logger, get_model_params
 
 REHEARSED = 7  # updates of a dry run
@@ -95,7 +96,7 @@ def memory_of_weights(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the weights, their gradients and the optimizer's moments: one of Muon, two of AdamW;
     float32 all. What a pass keeps comes on top."""
     return sum(
-        p.numel() * (12 if "momentum" in group else 16)
+        p.numel() * 4 * (2 + len(moments_of(group)))
         for group in optimizer.param_groups for p in group["params"]
     )
 

@@ -20,6 +20,7 @@ import torch
 from trainer.device import default_device, default_dtype, device_problems
 from trainer.errors import SettingsError, shown
 from trainer.mirror import mirror_problems
+from trainer.optimizer import OPTIMIZERS
 from trainer.schedule import SCHEDULES
 
 DECIDES = "decides"  # what is learnt: a resumed run must have the same
@@ -139,7 +140,7 @@ class TrainingFlags:
     )
     optimizer: str = flag(
         "adamw", "muon moves the layers' matrices, AdamW the rest, at the same rates",
-        resume=DECIDES, older="adamw", choices=["adamw", "muon"]
+        resume=DECIDES, older="adamw", choices=list(OPTIMIZERS)
     )
     learning_rate: float = flag(5e-4, "at the peak", alias="lr", resume=DECIDES, above=0)
     lr_schedule: str = flag(
