@@ -21,14 +21,12 @@ from dataset.lm_dataset import PretrainDataset, as_is
 from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
-from trainer.errors import CheckpointError, shown
+from trainer.device import default_device, device_problems, setup_seed
+from trainer.errors import CheckpointError, SettingsError, shown
 from trainer.evaluation import bits_per_byte, encode_prompt, held_out_nats
-from trainer.device import default_device, device_problems
-from trainer.errors import SettingsError
 from trainer.flags import Parser
 from trainer.program import run_program
-from trainer.trainer_utils import load_tokenizer, setup_seed
-from trainer.weights import load_weights, read_config, read_weights
+from trainer.weights import load_tokenizer, load_weights, read_config, read_weights
 
 # Facts that the bundled sample states, though never in these words; and what answers them.
 PROMPTS = {

@@ -20,12 +20,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import Batch, PretrainDataset, as_is, from_loader, ignore_signals
+from dataset.lm_dataset import (
+    Batch, PretrainDataset, SkipBatchSampler, as_is, from_loader, ignore_signals
+)
 from dataset.token_cache import TokenCache, build_token_cache, special_ids
 from model.documents import can_attend_within
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.describe import describe, describe_pass, rehearse
+from trainer.device import keep_compiled_code, keep_freed_memory, setup_seed
+from trainer.distributed import init_distributed_mode, is_main_process
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
 from trainer.flags import (
@@ -41,10 +45,7 @@ from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.step_times import StepTimes
 from trainer.tracker import SwanLabTracker
-from trainer.trainer_utils import (
-    SkipBatchSampler, init_distributed_mode, init_model, is_main_process, keep_compiled_code,
-    keep_freed_memory, load_tokenizer, setup_seed
-)
+from trainer.weights import init_model, load_tokenizer
 
 Step = Callable[[Run, list[Batch], int], Outcome]  # see train_step
 

@@ -6,6 +6,7 @@ comes once. Each row says where its documents begin, so that the model keeps the
 """
 
 import hashlib
+import itertools
 import multiprocessing
 import re
 import signal
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from dataset.records import DataError
@@ -265,3 +266,28 @@ class PretrainDataset(Dataset):
         firsts = torch.searchsorted(self.begins, end) - torch.searchsorted(self.begins, second)
         most = len(rows) + int(firsts.sum()) + 1  # each row begins one, and one row may end early
         return int((end - second - firsts).sum()), 2 ** (most - 1).bit_length()
+
+
+class SkipBatchSampler(Sampler[list[int]]):
+    """Consecutive batches of ``sampler``, from ``skip_batches`` on, dealt to ranks in turn."""
+
+    def __init__(
+        self, sampler: Iterable[int], batch_size: int, skip_batches: int = 0, *, rank: int = 0,
+        world_size: int = 1
+    ) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.skip_batches = skip_batches
+        self.rank, self.world_size = rank, world_size
+
+    def _all_batches(self) -> Iterator[list[int]]:
+        items = itertools.islice(self.sampler, self.skip_batches * self.batch_size, None)
+        while batch := list(itertools.islice(items, self.batch_size)):
+            yield batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self._all_batches(), self.rank, None, self.world_size)
+
+    def __len__(self) -> int:
+        left = max(0, -(-len(self.sampler) // self.batch_size) - self.skip_batches)
+        return len(range(self.rank, left, self.world_size))

@@ -309,7 +309,7 @@ class Turn:
 def flops(run: object) -> float:
     """Operations of a token in rows of this run's length."""
     from trainer.metrics import flops_per_token
-    from trainer.trainer_utils import get_model_params
+    from trainer.weights import get_model_params
 
     _, active = get_model_params(run.model, run.config)
     return flops_per_token(run.config, active, run.args.max_seq_len)

@@ -234,7 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     from dataset.token_cache import build_token_cache
     from trainer.device import default_device
-    from trainer.trainer_utils import load_tokenizer
+    from trainer.weights import load_tokenizer
 
     args.device = args.device or default_device()
     folder = Path(tempfile.mkdtemp())

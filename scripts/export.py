@@ -37,8 +37,7 @@ from trainer.errors import CheckpointError, SettingsError  # noqa: E402
 from trainer.evaluation import encode_prompt  # noqa: E402
 from trainer.flags import Parser  # noqa: E402
 from trainer.program import run_program  # noqa: E402
-from trainer.trainer_utils import load_tokenizer  # noqa: E402
-from trainer.weights import save_weights, weights_path  # noqa: E402
+from trainer.weights import load_tokenizer, save_weights, weights_path  # noqa: E402
 
 CLOSE = 1e-3  # of logits in float32, which two programs add up in another order
 NOTHING_WRITTEN = (

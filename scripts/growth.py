@@ -60,7 +60,7 @@ def corpus_cost(num_documents: int) -> dict[str, float]:
 
     from dataset.lm_dataset import PretrainDataset
     from dataset.token_cache import TokenCache
-    from trainer.trainer_utils import load_tokenizer
+    from trainer.weights import load_tokenizer
 
     tokenizer = load_tokenizer(str(ROOT / "model"))
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def update_cost(batch_size: int, hidden_size: int, length: int, device: str) -> 
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
     from trainer.optimizer import build_optimizer
     from trainer.device import default_dtype
-    from trainer.trainer_utils import keep_freed_memory
+    from trainer.device import keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)

@@ -23,11 +23,12 @@ sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file'
 
 import eval_llm  # noqa: E402
 from model.generation import generating_model  # noqa: E402
+from trainer.device import setup_seed  # noqa: E402
 from trainer.errors import SettingsError  # noqa: E402
 from trainer.evaluation import encode_prompt  # noqa: E402
 from trainer.flags import Parser  # noqa: E402
 from trainer.program import run_program  # noqa: E402
-from trainer.trainer_utils import load_tokenizer, setup_seed  # noqa: E402
+from trainer.weights import load_tokenizer  # noqa: E402
 
 WAIT_S = 300  # for the next token: a model that gives none for so long has failed
 

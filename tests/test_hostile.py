@@ -38,7 +38,7 @@ import train_pretrain
 from tests.helpers import ROOT
 from tests.launched import start, wait
 from tests.running import assert_same, contents, final_state, flags, one_in, train
-from trainer import trainer_utils
+from trainer import weights
 from trainer.checkpoint import digest, list_states, read_state, tensors_in
 from trainer.errors import CheckpointError
 
@@ -52,13 +52,13 @@ MIB = 2**20
 
 # ----------------------------------------------------------------------- runs and their files
 
-load_once = cache(trainer_utils.load_tokenizer)
+load_once = cache(weights.load_tokenizer)
 
 
 @pytest.fixture(autouse=True)
 def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes a third of the time of a start that is refused, and has no part in this."""
-    for module in (train_pretrain, eval_llm, trainer_utils):
+    for module in (train_pretrain, eval_llm, weights):
         monkeypatch.setattr(module, "load_tokenizer", load_once)
 
 

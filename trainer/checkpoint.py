@@ -14,12 +14,15 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.model_minimind import MiniMindConfig
+from trainer import distributed
+from trainer.console import log
 from trainer.errors import CheckpointError, shown
 from trainer.untrusted import load_tensors
 
@@ -247,6 +250,30 @@ def newest_state(
             f"Restore one, or start afresh with --from_resume 0 --overwrite 1."
         )
     return None, complaints
+
+
+def save_for_all(
+    folder: str | Path, name: str, update: int, parts: dict, keep: int = KEPT_STATES
+) -> Path:
+    """Save all that the next update needs. Every rank calls it, between updates; rank 0 writes.
+
+    Args: parts: what to save; of an object that has one, its ``state_dict``.
+    Returns: the state's path. Raises: as ``save_state``."""
+    state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
+    state["rng"] = distributed.gather(rng_state())
+    return distributed.first_on_each_machine(
+        partial(save_state, folder, name, update, state, keep), alone=True
+    )
+
+
+def newest_for_all(folder: str | Path, name: str, update: int | None = None) -> dict | None:
+    """The newest good state, as rank 0 reads it, on every rank. Raises: as ``newest_state``."""
+    found, complaints = distributed.first_on_each_machine(
+        partial(newest_state, folder, name, update), alone=True
+    )
+    for complaint in complaints:
+        log(f"warning: {complaint} Using the state before it.")
+    return found
 
 
 def rng_state() -> dict:

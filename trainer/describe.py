@@ -10,13 +10,14 @@ from collections.abc import Iterable
 import torch
 
 from trainer import distributed
-from trainer.plan import GENERATION, SKIPPED, process_start
-from trainer.progress import Outcome
-from trainer.run import Run
+from trainer.console import log
 from trainer.device import card_has_bfloat16
 from trainer.flags import TrainConfig
 from trainer.optimizer import moments_of
-from trainer.trainer_utils import Logger, get_model_params
+from trainer.plan import GENERATION, SKIPPED, process_start
+from trainer.progress import Outcome
+from trainer.run import Run
+from trainer.weights import get_model_params
 
 REHEARSED = 7  # updates of a dry run
 
@@ -33,19 +34,19 @@ def describe(run: Run, corpus: dict, num_held_out: int) -> None:
     total, active = get_model_params(run.model, run.config)
     size = f"{total / 1e6:.2f}M" + (f"-A{active / 1e6:.2f}M" if active < total else "")
     vocab_size, length = run.config.vocab_size, run.args.max_seq_len
-    Logger(
+    log(
         f"model: {size} parameters, vocabulary {vocab_size:,}: "
         f"the first loss should be near ln {vocab_size} = {math.log(vocab_size):.2f}; "
         f"{memory_of_weights(run.optimizer) / 2**30:.2f} GiB with gradients and moments"
     )
-    Logger(
+    log(
         f"data: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens, "
         f"{corpus['num_bytes'] / corpus['num_tokens']:.2f} bytes a token; "
         f"{num_held_out:,} documents held out; dropped {corpus['num_empty']:,} empty ones, "
         f"found {corpus['num_control_tokens']:,} control tokens in the text"
     )
     if corpus.get("num_bad"):
-        Logger(
+        log(
             f"warning: passed over {corpus['num_bad']:,} bad records; the first: "
             f"{corpus['bad_examples'][0]}"
         )
@@ -54,14 +55,14 @@ def describe(run: Run, corpus: dict, num_held_out: int) -> None:
     if run.budget:
         epochs, in_all = "", f"as often as fit into {run.args.max_minutes:g} minutes, in updates"
     tokens = run.rows_per_epoch * length * run.args.epochs
-    Logger(
+    log(
         f"run: {epochs}{run.rows_per_epoch:,} rows of {length} tokens {in_all} of "
         f"{run.global_batch:,} rows ({run.global_batch * length:,} tokens) "
         f"on {distributed.world_size()} x {run.device.type}, {run.args.dtype}"
         + (f"; {tokens / total:.1f} tokens a parameter" if not run.budget else "")
     )
     for warning in usual_mistakes(run.args, updates, run.global_batch):
-        Logger(f"warning: {warning}")
+        log(f"warning: {warning}")
 
 
 def usual_mistakes(args: TrainConfig, updates: int, global_batch: int) -> list[str]:
@@ -109,8 +110,8 @@ def describe_pass(run: Run) -> None:
         whole = torch.cuda.get_device_properties(run.device).total_memory / 2**30
         memory = f", {peak:.1f} of {whole:.1f} GiB"
         if run.args.dtype == "float16" and not card_has_bfloat16(run.device):
-            Logger("note: this card has no bfloat16: products in float16, gradients scaled")
-    Logger(
+            log("note: this card has no bfloat16: products in float16, gradients scaled")
+    log(
         f"pass: {run.micro_batch:,} rows at once, {run.rows_per_device // run.micro_batch} times "
         f"an update, {'compiled' if run.args.use_compile else 'eager'}, attention {within}{memory}"
     )
@@ -147,7 +148,7 @@ def rehearse(run: Run, outcomes: Iterable[Outcome]) -> None:
     if run.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.device)
     total, _ = get_model_params(run.model, run.config)
-    Logger(
+    log(
         f"dry run: {update:.3f} s an update (median of {len(seconds[SKIPPED:] or seconds)}), "
         f"{tokens / update:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak\n"
         f"dry run: {updates:,} updates, {updates * tokens:,} tokens, "

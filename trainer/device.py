@@ -1,4 +1,10 @@
-"""Which device, and which precision, this machine trains with."""
+"""What this machine trains with: device, precision, generators, memory, compiled code."""
+
+import contextlib
+import ctypes
+import os
+import random
+from pathlib import Path
 
 import torch
 
@@ -51,3 +57,31 @@ def computes_in(device: str, dtype: torch.dtype) -> bool:
         return bool((ones @ ones == 8).all())
     except (RuntimeError, TypeError, AssertionError):
         return False
+
+
+def setup_seed(seed: int) -> None:
+    """Seed every generator that training draws from."""
+    random.seed(seed)
+    torch.manual_seed(seed)  # all devices
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors free, on the CPU.
+
+    By default it returns large blocks at once, and every step asks for the same pages again."""
+    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another system's C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_max, 0)
+
+
+def keep_compiled_code(folder: str | Path) -> None:
+    """Let the next run find what torch.compile makes, unless the environment names a place.
+
+    By default it lies in /tmp, which a rented machine loses when it is started again; torch writes
+    that default into the environment as soon as it is imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # torch's own business
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "compiled").resolve())

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from model.generation import GenerationError, generating_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer import distributed
+from trainer.console import log
 from trainer.metrics import Metrics
 from trainer.run import Run
-from trainer.trainer_utils import Logger
 
 T = TypeVar("T")
 PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time", "水结成冰的温度是")
@@ -49,7 +49,7 @@ def evaluate(
             texts = continuations(run.model, tokenizer, prompts)
         except GenerationError as error:
             run.can_generate = False
-            Logger(f"warning: {error}. Training goes on without samples.")
+            log(f"warning: {error}. Training goes on without samples.")
     if distributed.totals(stopping())[0]:
         return False
     run.latest |= scores

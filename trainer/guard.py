@@ -13,6 +13,7 @@ from types import TracebackType
 
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
+from trainer.console import log
 from trainer.errors import Interrupted
 from trainer.flags import TrainConfig
 from trainer.metrics import Metrics, complete_files
@@ -20,7 +21,6 @@ from trainer.micro_batch import advise
 from trainer.run import Run
 from trainer.run_folder import RunFolder, blame, find_state, state_to_anneal
 from trainer.signals import StopSignals
-from trainer.trainer_utils import Logger
 
 once = partial(distributed.first_on_each_machine, alone=True)  # on rank 0, for all
 
@@ -80,7 +80,7 @@ class Guard:
             run.anneal()
         if run.is_done and not run.evaluation_due:
             once(partial(complete_files, run))
-            Logger(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
+            log(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
             return False
         if not config.dry_run:
             if not self.resumed:

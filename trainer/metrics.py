@@ -13,13 +13,15 @@ from tqdm import tqdm
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import checkpoint_name, write_atomically
+from trainer.console import log
 from trainer.describe import cost, run_time
+from trainer.distributed import is_main_process
 from trainer.flags import TrainConfig
 from trainer.plan import NOT_KNOWN
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
 from trainer.tracker import NoTracker
-from trainer.trainer_utils import Logger, get_model_params, is_main_process
+from trainer.weights import get_model_params
 
 # Dense bfloat16 with float32 accumulation, operations a second, by a part of the device's name; the
 # first that fits counts. NVIDIA's data sheets; where they name the sparse figure, half of it.
@@ -143,7 +145,7 @@ class Metrics:
         costly = share > 0.02 and self.run.step % self.run.args.save_interval == 0
         advice = "; a larger --save_interval costs less" if costly else ""
         self.last_save, self.seconds_to_save = now, seconds
-        Logger(f"saved update {self.run.step:,} in {seconds:.2f} s: {share:.1%} of the time "
+        log(f"saved update {self.run.step:,} in {seconds:.2f} s: {share:.1%} of the time "
                f"since the last save{advice}")
 
     def planned(self) -> None:
@@ -154,7 +156,7 @@ class Metrics:
             self.told_rows = run.total_rows
             updates = run.step + math.ceil((run.total_rows - run.rows_seen) / run.global_batch)
             tokens = run.total_rows * run.args.max_seq_len
-            Logger(
+            log(
                 f"plan: {updates:,} updates, {tokens:,} tokens, {run.num_epochs} passes over the "
                 f"data end within {run.args.max_minutes:g} minutes"
                 f"{cost(run.args, run.args.max_minutes)}"
@@ -201,7 +203,7 @@ class Metrics:
             record["mfu"] = round(speed * self.flops_per_token / self.peak_flops, 4)
             mfu = f"  mfu {record['mfu']:.1%}"
         self.write(record)
-        Logger(
+        log(
             f"epoch {epoch}/{epochs}  step {run.step:>5}{shown}  lr {lr:.2e}  "
             f"grad_norm {record.get('grad_norm', math.nan):.3f}  {speed:,.0f} tokens/s{mfu}  "
             f"{minutes_left:.1f} min left"
@@ -209,7 +211,7 @@ class Metrics:
         )
         if (advice := bottleneck(parts)) and advice[0] not in self.advised:
             self.advised.add(advice[0])
-            Logger(f"note: {advice[1]}")
+            log(f"note: {advice[1]}")
         self._start_interval()
 
     def evaluation(self, scores: dict[str, float], texts: dict[str, str]) -> None:
@@ -217,7 +219,7 @@ class Metrics:
         before = [r["heldout_loss"] for r in self.run.records if "heldout_loss" in r]
         self.write({"step": self.run.step, **scores, "continuations": texts})
         if scores:
-            Logger(
+            log(
                 f"held out: loss {scores['heldout_loss']:.4f}, "
                 f"{scores['heldout_bits_per_byte']:.4f} bits/byte" + "".join(
                     f", {name.removeprefix('heldout_bits_per_byte_')} {score:.4f}"
@@ -225,12 +227,12 @@ class Metrics:
                 )
             )
             if scores["heldout_loss"] > min(before, default=math.inf) + OVERFITTING:
-                Logger(
+                log(
                     f"warning: the held-out loss was {min(before):.4f} and rises: the model learns "
                     f"the training text by heart. More data helps, or fewer --epochs"
                 )
         for prompt, text in texts.items():
-            Logger(f"  {prompt} → {text}".replace("\n", "⏎"))
+            log(f"  {prompt} → {text}".replace("\n", "⏎"))
 
     def write(self, record: dict) -> None:
         """Append one record to the file and send its numbers to the tracker."""
@@ -246,4 +248,4 @@ class Metrics:
         self.tracker.finish()
         minutes = (self.run.budget.spent() if self.run.budget else run_time()) / 60
         if self.run.budget or self.run.args.price_per_hour is not None:
-            Logger(f"spent {minutes:.2f} minutes{cost(self.run.args, minutes)}")
+            log(f"spent {minutes:.2f} minutes{cost(self.run.args, minutes)}")

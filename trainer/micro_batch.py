@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trainer import distributed
+from trainer.console import log
 from trainer.errors import is_out_of_memory
 from trainer.run import Run, largest_divisor
-from trainer.trainer_utils import Logger
 
 MOST_TOKENS = 2**17  # at once; an estimate: from there on products of matrices are large enough
 SHARE_OF_MEMORY = 0.8  # the rest is for what a pass needs for a moment, and for gaps
@@ -42,7 +42,7 @@ def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int
         if rows == 1:
             raise error
         fewer = largest_divisor(run.rows_per_device, rows // 2)
-        Logger(f"note: {rows:,} rows at once do not fit the memory; trying {fewer:,}")
+        log(f"note: {rows:,} rows at once do not fit the memory; trying {fewer:,}")
         rows = fewer
     run.micro_batch = rows
 

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import distributed
-from trainer.checkpoint import restore_rng
+from trainer.checkpoint import checkpoint_name, restore_rng, save_for_all
+from trainer.console import log
+from trainer.device import setup_seed
 from trainer.errors import BadUpdateError, CheckpointError, SettingsError, shown
+from trainer.flags import TrainConfig, check_same_settings, skipped_updates
 from trainer.optimizer import expected_state, load_optimizer
 from trainer.plan import NOT_KNOWN, Budget, Plan
 from trainer.progress import Outcome, Progress, look_at
 from trainer.schedule import learning_rate
-from trainer.flags import TrainConfig, check_same_settings, skipped_updates
 from trainer.step_times import StepTimes
 from trainer.tracker import NoTracker
-from trainer.trainer_utils import Logger, lm_checkpoint, setup_seed
 from trainer.untrusted import check_fits
 from trainer.weights import describes, save_weights, weights_path
 
@@ -233,7 +234,7 @@ class Run:
                 f"the weights are those of update {first - 1:,}. Go on with --from_resume 1 "
                 f"--skip_steps {first}:{update.step + 1}, or begin with a lower --learning_rate."
             )
-        Logger(f"warning: {found}; not applied")
+        log(f"warning: {found}; not applied")
 
     def close_interval(self) -> dict[str, float]:
         """Mean losses since the last call, none if nothing was learnt; ``settle`` first."""
@@ -248,15 +249,18 @@ class Run:
         Raises: OSError if a disk fails; what was saved before is intact."""
         self.settle()
         args, since = self.args, time.monotonic()
-        path = lm_checkpoint(
-            self.config, weight=args.save_weight, model=self.model, optimizer=self.optimizer,
-            epoch=min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1), step=self.step,
-            wandb=tracker, save_dir=args.checkpoint_dir, keep=args.keep_states, scaler=self.scaler,
-            settings=self.settings,
-            surroundings=self.rounding_now,
-            counters=self.progress.to_dict(), latest=self.latest,
-            records=self.records, rewinds=self.rewinds,
-            plan=[*self.plan, self.budget.spent() if self.budget else self.seconds_spent]
+        epoch = min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1)
+        spent = self.budget.spent() if self.budget else self.seconds_spent
+        parts = {
+            "model": self.model, "optimizer": self.optimizer, "scaler": self.scaler,
+            "settings": self.settings, "surroundings": self.rounding_now,
+            "counters": self.progress.to_dict(), "latest": self.latest, "records": self.records,
+            "rewinds": self.rewinds, "plan": [*self.plan, spent],
+            "epoch": epoch, "step": self.step, "wandb_id": tracker.id,
+        }
+        path = save_for_all(
+            args.checkpoint_dir, checkpoint_name(args.save_weight, self.config), self.step, parts,
+            args.keep_states
         )
         distributed.first_on_each_machine(self.export, alone=True)
         return path, time.monotonic() - since
@@ -325,7 +329,7 @@ class Run:
             for name, old in state["surroundings"].items() if now.get(name) != old
         ]
         if changed:
-            Logger(f"note: saved with {', '.join(changed)}: the same run but for rounding")
+            log(f"note: saved with {', '.join(changed)}: the same run but for rounding")
 
     def _check_plan(self, *numbers: float) -> tuple[Plan, float]:
         """Rows in all, row and share of the last change, seconds spent: the plan, and the seconds.

@@ -22,9 +22,10 @@ from pathlib import Path
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import (
-    checkpoint_name, digest_of_file, list_states, read_state, remove_partial_files, update_of,
-    write_atomically
+    checkpoint_name, digest_of_file, list_states, newest_for_all, read_state,
+    remove_partial_files, update_of, write_atomically
 )
+from trainer.console import log
 from trainer.errors import (
     CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
 )
@@ -33,7 +34,6 @@ from trainer.mirror import Mirror, MirrorError, fetch_newest
 from trainer.plan import Budget
 from trainer.run import check_layout
 from trainer.signals import say
-from trainer.trainer_utils import Logger, lm_checkpoint
 from trainer.weights import weights_path
 
 FILE = "run_state.json"
@@ -83,13 +83,13 @@ class RunFolder:
         if last.get("run") == self.name and isinstance(spent, float) and 0 < spent < math.inf:
             self.content["seconds_spent"] = spent
         if last.get("status") == "running":
-            Logger(f"note: the last run here ended without a word (killed, or out of memory) some "
+            log(f"note: the last run here ended without a word (killed, or out of memory) some "
                    f"time after update {last.get('step', 0):,}")
         parts = [*remove_partial_files(self.folder, self.name),
                  *remove_partial_files(self.folder, "run_state"),
                  *remove_partial_files(self.save_dir, self.name)]
         for part in parts:
-            Logger(f"note: removed {part.name}, which a killed run left half-written")
+            log(f"note: removed {part.name}, which a killed run left half-written")
         if last.get("status") != "complete":  # a complete run that is started again stays as it is
             self.write()
         return self
@@ -154,9 +154,9 @@ class RunFolder:
             if update is None:
                 found, complaints = fetch_newest(self.mirror, self.folder, max(whole, default=-1))
                 for complaint in complaints:
-                    Logger(f"warning: {complaint}")
+                    log(f"warning: {complaint}")
                 if found:
-                    Logger(f"fetched {found.name} from the mirror")
+                    log(f"fetched {found.name} from the mirror")
             elif update not in whole:
                 for name in self.mirror.states():
                     if update_of(name) == update:
@@ -164,7 +164,7 @@ class RunFolder:
         except MirrorError as error:
             if not whole:
                 raise
-            Logger(f"warning: {error}")
+            log(f"warning: {error}")
 
     def set_aside(self, update: int) -> None:
         """The run goes back to the state of ``update``: those after it are no longer its own.
@@ -266,9 +266,7 @@ def find_state(
     once = partial(distributed.first_on_each_machine, alone=True)
 
     def load(update: int | None = None) -> dict | None:
-        found = lm_checkpoint(
-            config, weight=args.save_weight, save_dir=args.checkpoint_dir, update=update
-        )
+        found = newest_for_all(folder.folder, folder.name, update)
         if found is not None:
             check_layout(found)
         return found
@@ -281,9 +279,9 @@ def find_state(
         state = load(update=args.resume_step)
         once(partial(folder.set_aside, args.resume_step))
     if state is None:
-        Logger("no state yet: a new run")
+        log("no state yet: a new run")
         return None
     if rewind != [None, None] and rewind not in state["rewinds"]:
         state["rewinds"].append(rewind)  # by it, the same command goes on rather than back again
-    Logger(f"resuming after update {state['step']:,}")
+    log(f"resuming after update {state['step']:,}")
     return state

@@ -1,14 +1,17 @@
-"""Weights as others read them: MiniMind's ``.pth``, half precision, with a ``.json`` beside it."""
+"""Weights as others read them: MiniMind's ``.pth``, half precision, with a ``.json`` beside it; and
+the model and tokenizer that they belong to."""
 
 import contextlib
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import checkpoint_name, write_atomically
-from trainer.errors import CheckpointError, shown
+from trainer.errors import CheckpointError, SettingsError, shown
 from trainer.untrusted import load_tensors
 
 SHOWN_BY_SHAPES = (
@@ -141,3 +144,39 @@ def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
         raise CheckpointError(f"{path} lacks {error}: these are no MiniMind weights.") from None
     except (ValueError, TypeError, ZeroDivisionError) as error:  # shapes that make no model
         raise CheckpointError(f"{path} holds no MiniMind weights: {error}.") from None
+
+
+def init_model(
+    lm_config: MiniMindConfig, from_weight: str = "none", tokenizer_path: str = "model",
+    save_dir: str = "out", device: str | torch.device = "cpu"
+) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
+    """A new model, or with ``from_weight`` one that starts from ``<save_dir>/<from_weight>_*.pth``.
+
+    Raises: CheckpointError if those weights are missing or of another shape."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    model = MiniMindForCausalLM(lm_config)
+    if from_weight != "none":
+        path = weights_path(save_dir, from_weight, lm_config)
+        load_weights(model, path, flag=f"--from_weight {from_weight}")
+    return model.to(device), tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Any transformers tokenizer; the shipped one, ``model``, wherever the program was started.
+
+    Raises: SettingsError if ``path`` holds none."""
+    if path == "model" and not Path(path).is_dir():
+        path = str(Path(__file__).resolve().parents[1] / path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise SettingsError(f"--tokenizer_path {path}: no tokenizer there: {reason:.200}") from None
+
+
+def get_model_params(model: MiniMindForCausalLM, config: MiniMindConfig) -> tuple[int, int]:
+    """Parameters in all, and those that one token passes through (less with experts)."""
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    unused = experts * (1 - config.num_experts_per_tok / config.num_experts)
+    return total, total - round(unused)
