@@ -17,6 +17,7 @@ import train_pretrain
 from dataset import make_sample
 from dataset.records import read_documents
 from model.model_minimind import MiniMindConfig
+from scripts import import_map
 from tests.helpers import ROOT
 from tests.running import BY_HEART, facts, run, texts, write_corpus
 from trainer.device import computes_in, default_dtype
@@ -224,3 +225,33 @@ def test_the_sample_is_varied_and_in_two_languages() -> None:
     assert len(set(documents)) == len(documents)
     chinese = sum(len(re.findall(r"[\u4e00-\u9fff]", d)) * 3 for d in documents)
     assert 0.3 < chinese / sum(len(d.encode()) for d in documents) < 0.7
+
+
+# ------------------------------------------------------------------------------- one evening
+
+
+EVENING = [
+    "train_pretrain.py", "model/config.py", "model/model_minimind.py", "dataset/lm_dataset.py",
+    "trainer/run.py", "trainer/progress.py", "trainer/schedule.py", "trainer/optimizer.py",
+    "trainer/evaluation.py",
+]
+
+
+def test_what_decides_what_is_learnt_is_read_in_one_evening() -> None:
+    """Nine files, in the order of docs/CODE.md, each a section of it."""
+    page = (ROOT / "docs/CODE.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \d\. .*\]\(\.\./(.*)\)$", page, flags=re.MULTILINE)
+    assert headings == EVENING
+    lines = sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in EVENING)
+    assert lines < 2000
+    assert page.count("- Change it for: ") == page.count("- Try: ") == len(EVENING)
+
+
+def test_imports_form_no_circle_and_the_figure_shows_them() -> None:
+    page = (ROOT / "docs/CODE.md").read_text(encoding="utf-8")
+    assert page == import_map.page_with(import_map.figure())
+
+
+def test_a_circle_of_imports_is_named() -> None:
+    with pytest.raises(SystemExit, match="circle among: a, b"):
+        import_map.floors({"a": {"b"}, "b": {"a"}, "c": set()})
