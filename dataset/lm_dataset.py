@@ -184,11 +184,9 @@ class PretrainDataset(Dataset):
         """These documents for evaluation, Chinese ones apart: ``zh``, and all others as ``en``.
 
         A document is Chinese if a tenth of its characters are; code and names are among them."""
-        tokens, offsets = self.cache.tokens, self.cache.offsets
         chinese = []
         for document in self.documents.tolist():
-            ids = unsigned(tokens[offsets[document] : offsets[document + 1]])
-            text = tokenizer.decode(ids)
+            text = tokenizer.decode(self.cache.ids(document))
             chinese.append(len(CHINESE.findall(text)) >= 0.1 * len(text))
         is_chinese = torch.tensor(chinese, dtype=torch.bool)
         parts = {"zh": self.documents[is_chinese], "en": self.documents[~is_chinese]}

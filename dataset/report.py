@@ -3,12 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-from dataset.token_cache import TokenCache, unsigned
 
 SAMPLED = 5_000  # documents that are read for the shares of languages, at equal distances
 KINDS = ("Chinese", "English", "code")
@@ -25,7 +24,19 @@ CODE = re.compile(
 )
 
 
-def report(cache: TokenCache, tokenizer: PreTrainedTokenizerBase) -> str:
+class Corpus(Protocol):
+    """TokenCache, as far as it is read here."""
+
+    meta: dict[str, Any]
+    tokens: Tensor
+    offsets: Tensor
+    num_bytes: Tensor
+    hashes: Tensor
+
+    def ids(self, document: int) -> Tensor: ...
+
+
+def report(cache: Corpus, tokenizer: PreTrainedTokenizerBase) -> str:
     """A few lines of text: sizes, lengths, kinds of text, duplicates, what padding would waste."""
     lengths = cache.offsets.diff()  # (num_documents,)
     num, num_tokens = len(lengths), int(lengths.sum())
@@ -66,11 +77,10 @@ def histogram(lengths: Tensor) -> Iterator[str]:
         yield f"  {name:>8}  {count:>11,} {count / len(lengths):>6.1%} {bar}".rstrip()
 
 
-def texts(cache: TokenCache, tokenizer: PreTrainedTokenizerBase, read: range) -> Iterator[str]:
+def texts(cache: Corpus, tokenizer: PreTrainedTokenizerBase, read: range) -> Iterator[str]:
     """Some documents."""
     for i in read:
-        ids = unsigned(cache.tokens[cache.offsets[i] : cache.offsets[i + 1]])
-        yield tokenizer.decode(ids)
+        yield tokenizer.decode(cache.ids(i))
 
 
 def kinds_of_text(text: str) -> Counter:
@@ -85,7 +95,7 @@ def kinds_of_text(text: str) -> Counter:
     return sizes
 
 
-def duplicates(cache: TokenCache) -> tuple[int, int]:
+def duplicates(cache: Corpus) -> tuple[int, int]:
     """Documents that are equal to an earlier one, and their tokens.
 
     The hash has 32 bits: those that agree in it and in length are compared token by token."""

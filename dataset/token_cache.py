@@ -38,6 +38,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dataset.records import (
     ENDINGS, TEXT_COLUMN, DataError, find_files, kind_of, read_documents
 )
+from dataset.report import report
 
 FORMAT = 2  # part of every cache's name: raise it when the files' meaning changes
 BATCH_BYTES = 2 * 2**20  # text encoded in one call: enough to keep all cores busy, little to hold
@@ -115,6 +116,10 @@ class TokenCache:
             num_bytes=mapped("bytes.bin", num, torch.int64),
             hashes=mapped("hashes.bin", num, torch.int32)
         )
+
+    def ids(self, document: int) -> Tensor:
+        """(length,) int64, a document's token ids."""
+        return unsigned(self.tokens[self.offsets[document] : self.offsets[document + 1]])
 
     def __reduce__(self) -> tuple:
         """Loader processes map the files themselves, however they are started."""
@@ -379,8 +384,6 @@ def main(argv: list[str] | None = None) -> int:
         f"{counts['num_bytes']:,} bytes of text, in {seconds:.1f} s"
     )
     if args.report:
-        from dataset.report import report
-
         print(report(cache, tokenizer))
     return 0
 

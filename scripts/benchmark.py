@@ -14,10 +14,8 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -146,7 +144,7 @@ def padded_recipe() -> None:
     import train_pretrain
     from dataset.lm_dataset import IGNORE, Batch
     from dataset.records import find_files, read_documents
-    from scripts.try_variants import drawn_outputs, initialised
+    from scripts.measuring import drawn_outputs, initialised
 
     plain_adamw()
     looping_experts()
@@ -422,26 +420,6 @@ def table(args: argparse.Namespace, results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def surroundings(args: argparse.Namespace, script: str = "scripts/benchmark.py") -> str:
-    """What a reader needs to measure the same again."""
-    import torch
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    if args.device.startswith("cuda"):
-        name = torch.cuda.get_device_name(torch.device(args.device))
-    words = " ".join(["python", script, *sys.argv[1:]])
-    return (
-        f"`{words}`, {time.strftime('%Y-%m-%d')}, {name}, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, commit `{commit}`"
-    )
-
-
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(
@@ -455,10 +433,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="variants whose names contain one of these")
     parser.add_argument("--json", help="file for all that was measured")
     args = parser.parse_args()
+    from scripts.measuring import surroundings
     from trainer.device import default_device
 
     args.device = args.device or default_device()
-    print(surroundings(args))
+    print(surroundings(args, "scripts/benchmark.py"))
     found = {}
     for preset in args.preset:
         found[preset] = measure(args, preset)

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
 
 from scripts import benchmark  # noqa: E402
+from scripts.measuring import surroundings  # noqa: E402
 
 HELD_OUT = 0.05  # of the documents, the last ones
 ASIDE_TOKENS = 2**17  # of them that are looked at: every n-th document
@@ -272,7 +273,7 @@ def main() -> None:
         name = " ".join(["ours", *args.ours])
         for minutes in args.ours_minutes or (args.minutes / 10, args.minutes):
             ours += [tried(name, flags, minutes, seed) for seed in args.seeds]
-    print(benchmark.surroundings(args, "scripts/compare_recipes.py"))
+    print(surroundings(args, "scripts/compare_recipes.py"))
     if padded and ours:
         print("\n" + report(args, padded, ours))
 

@@ -188,7 +188,7 @@ def table(what: str, name: str, cases: list[dict]) -> None:
 
 def main() -> None:
     """Measure, and print the tables."""
-    from scripts.benchmark import surroundings
+    from scripts.measuring import surroundings
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

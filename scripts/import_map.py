@@ -3,8 +3,8 @@
     python -m scripts.import_map            # print it
     python -m scripts.import_map --write    # put it into docs/CODE.md
 
-A file stands above all that it imports, so no arrow points up. If imports form a circle, the program
-ends and names its files.
+A file stands above all that it imports, so no arrow points up. If imports form a circle, this ends
+with the names of its files.
 """
 
 import ast

@@ -29,7 +29,9 @@ sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file'
 
 import train_pretrain  # noqa: E402
 from model import model_minimind  # noqa: E402
-from scripts.benchmark import surroundings  # noqa: E402
+from scripts.measuring import (  # noqa: E402
+    drawn_outputs, initialised, is_output, surroundings
+)
 from trainer.device import default_device  # noqa: E402
 
 RECIPE = (
@@ -38,30 +40,6 @@ RECIPE = (
     "--heldout_fraction 0.3 --eval_tokens 131072"
 )
 AS_IT_IS = "as it is"
-
-
-def initialised(change: Callable[[str, nn.Parameter, int], None]) -> None:
-    """From now on models begin with weights changed so, by name and number of layers."""
-    first = model_minimind.MiniMindForCausalLM.__init__
-
-    @torch.no_grad()
-    def init(self: model_minimind.MiniMindForCausalLM, *args: object) -> None:
-        first(self, *args)
-        for name, parameter in self.named_parameters():
-            change(name, parameter, self.config.num_hidden_layers)
-
-    model_minimind.MiniMindForCausalLM.__init__ = init
-
-
-def is_output(name: str) -> bool:
-    """Whether a matrix writes into the residual stream."""
-    return "o_proj" in name or "down_proj" in name
-
-
-def drawn_outputs(name: str, parameter: nn.Parameter, num_layers: int) -> None:
-    """As any other matrix."""
-    if is_output(name):
-        nn.init.normal_(parameter, std=0.02)
 
 
 def smaller_outputs(name: str, parameter: nn.Parameter, num_layers: int) -> None:
