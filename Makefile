@@ -12,6 +12,7 @@ TRAINS = killed_run or readme_s_first_command or training_goes_on
 
 check:
 	ruff check .
+	pyrefly check
 	$(PYTHON) -m pytest $(QUICK:%=tests/test_%.py) -k "not ($(TRAINS))"
 
 test:

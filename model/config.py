@@ -1,6 +1,7 @@
 """Sizes of the network, as transformers' configurations are kept."""
 
 import math
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -44,10 +45,11 @@ class MiniMindConfig(PretrainedConfig):
         self.norm_topk_prob = norm_topk_prob
         self.router_aux_loss_coef = router_aux_loss_coef
         self._check(head_dim)
-        super().__init__(
-            bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings, **kwargs
-        )
+        common: dict[str, Any] = {
+            "bos_token_id": bos_token_id, "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id, "tie_word_embeddings": tie_word_embeddings,
+        }
+        super().__init__(**common, **kwargs)
 
     def _check(self, head_dim: int | None) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads

@@ -232,7 +232,9 @@ GROUPS = (ModelFlags, DataFlags, TrainingFlags, MachineFlags, FileFlags, Watchin
 
 
 @dataclass
-class TrainConfig(*reversed(GROUPS)):
+class TrainConfig(
+    WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFlags, ModelFlags
+):
     """All flags, checked."""
 
 
