@@ -149,7 +149,7 @@ class Metrics:
                f"since the last save{advice}")
 
     def planned(self) -> None:
-        """The plan was made, or changed: said if by much."""
+        """Log the plan when it first appears or moves by more than 10 %."""
         run = self.run
         self.bar.total = run.total_rows
         if abs(run.total_rows - self.told_rows) > 0.1 * run.total_rows:

@@ -25,8 +25,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int | None) -> None:
-    """Set the run's micro-batch to as many rows as are of use and fit, or to the flag's; if they
-    turn out not to fit, to a half, a quarter and so on. All ranks take the same.
+    """Set the run's micro-batch to as many rows as are useful and fit, or to the flag's; if they
+    turn out not to fit, halve it until they do. All ranks take the same.
 
     Args:
         one_pass: forward and backward of so many rows.

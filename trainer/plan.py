@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 NOT_KNOWN = 2**40  # rows, until the speed was measured
-LOOKS = 100  # at the clock, over the whole time
+NUM_CLOCK_CHECKS = 100  # re-plan about 100 times per run
 WINDOW = 0.1  # share of the time over which speed is measured
 SKIPPED = 2  # updates of a start: they compile, and fill caches
 GENERATION = 2.0  # seconds that the prompts of an evaluation may take, until one was made
@@ -73,7 +73,7 @@ class Budget:
         self.lasted[part] = seconds
 
     def due(self) -> bool:
-        """Count an update, and tell whether it is time to plan: some hundred times a run."""
+        """Count an update. Returns: whether it is time to plan again."""
         self.num_updates += 1
         return self.num_updates > SKIPPED and self.spent() >= self.next_look
 
@@ -85,7 +85,7 @@ class Budget:
         Args: eval_updates: what an evaluation costs until one was made, in updates."""
         spent = self.spent()
         self.keep(spent)
-        self.next_look = spent + self.seconds / LOOKS
+        self.next_look = spent + self.seconds / NUM_CLOCK_CHECKS
         self.marks.append((spent - self.paused, step))
         recent = [m for m in self.marks if m[0] >= self.marks[-1][0] - WINDOW * self.seconds]
         if len(self.marks) < 2:

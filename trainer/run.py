@@ -39,7 +39,7 @@ LAYOUT = {
 
 
 def check_layout(state: dict) -> None:
-    """Raises: CheckpointError naming the first part of a state that is none of its parts."""
+    """Raises: CheckpointError naming the first field whose type or structure is wrong."""
     state.setdefault("plan", [])  # older ones have none
     check_fits(state, LAYOUT, "state")
     for number, record in enumerate(state["records"]):
