@@ -72,7 +72,7 @@ def build_qwen(
     with torch.device("meta"):  # no memory, and no time for weights that are replaced
         qwen = (Qwen3MoeForCausalLM if model.config.use_moe else Qwen3ForCausalLM)(config)
     qwen.load_state_dict(model.tensors_for_qwen(), assign=True)
-    rotary = type(qwen.model.rotary_emb)  # no file holds its tables, so they are made anew
+    rotary = type(qwen.model.rotary_emb)  # no file holds its tables, so they are built again
     qwen.model.rotary_emb = rotary(config).to(model.device)
     return qwen.eval()
 

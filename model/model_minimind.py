@@ -37,7 +37,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32 or wider.
 
-    Its output is of the products' type: autocast would cast it anew for each of them."""
+    Its output is of the products' type: autocast would cast it again for each of them."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

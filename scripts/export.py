@@ -75,7 +75,7 @@ def write_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedToke
     amend(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],  # 4 would add token_type_ids
-        "padding_side": "left",  # a batch of prompts goes on at their ends
+        "padding_side": "left",  # a batch of prompts continues at their ends
     }, without=("backend", "is_local", "local_files_only"))
     for file in folder.iterdir():  # safetensors' are private: no other user's server reads them
         file.chmod((folder / "config.json").stat().st_mode)
@@ -112,7 +112,8 @@ def check_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedToke
             raise CheckpointError(f"the settings of generation that were written continue "
                                   f"{prompt!r} as {other} instead of {ours}, though logits are "
                                   f"alike. {NOTHING_WRITTEN}")
-    return f"{len(eval_llm.PROMPTS)} prompts go on alike; logits differ by {furthest:.1g} at most"
+    return (f"{len(eval_llm.PROMPTS)} prompts continue alike; logits differ by {furthest:.1g} at "
+            f"most")
 
 
 @torch.inference_mode()

@@ -196,7 +196,7 @@ def test_a_class_that_computes_otherwise_ends_in_one_line_and_no_text(
 @pytest.mark.usefixtures("broken")
 def test_training_goes_on_without_samples_and_says_so_once(tmp_path: Path) -> None:
     printed = train(tmp_path, learning_rate=1e-2, epochs=6, eval_interval=40)
-    assert printed.count("Training goes on without samples") == 1
+    assert printed.count("Training continues without samples") == 1
     evaluations = [record for record in records(tmp_path) if "continuations" in record]
     assert len(evaluations) > 1
     assert all(record["continuations"] == {} for record in evaluations)

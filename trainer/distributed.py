@@ -156,7 +156,7 @@ def _roll_call(reason: str) -> RankError:
     missing = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} dead or stuck: no answer"
     return RankError(
         f"{missing if names else 'the ranks lost their connection'} ({reason:.120}). The same "
-        f"command with --from_resume 1 goes on from the last saved state.", speaks=own == first
+        f"command with --from_resume 1 resumes from the last saved state.", speaks=own == first
     )
 
 
@@ -170,11 +170,11 @@ def totals(*numbers: float) -> list[float]:
 
 
 class GradientSum:
-    """Replaces gradients by their sums over all ranks, while the last backward pass goes on.
+    """Replaces gradients by their sums over all ranks, while the last backward pass runs.
 
     Parameters lie in buckets, the model's last first, as their gradients become ready; a full one
     is sent while those of earlier layers are computed. Our own rather than those of
-    DistributedDataParallel: that one lays out its buckets anew after the first update, so from
+    DistributedDataParallel: that one rebuilds its buckets after the first update, so from
     three ranks on a resumed run would add in another order."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -3,7 +3,7 @@
     0  complete                          6  disk or other input and output
     1  a mistake in this program         7  out of memory
     2  flags, or a folder in use         8  another rank is dead or stuck
-    3  data                             75  stopped by a signal, saved; the same command goes on
+    3  data                             75  stopped by a signal, saved; the same command resumes
     4  weights or states               130  a second Ctrl-C: stopped at once
     5  loss or gradient not finite
 """
@@ -30,7 +30,7 @@ class BadUpdateError(ValueError):
 
 
 class RankError(ValueError):
-    """Another rank died or hangs; this one cannot go on without it.
+    """Another rank died or hangs; this one cannot continue without it.
 
     Args: speaks: whether this rank is the one to say so."""
 

@@ -49,7 +49,7 @@ def evaluate(
             texts = continuations(run.model, tokenizer, prompts)
         except GenerationError as error:
             run.can_generate = False
-            log(f"warning: {error}. Training goes on without samples.")
+            log(f"warning: {error}. Training continues without samples.")
     if distributed.totals(stopping())[0]:
         return False
     run.latest |= scores

@@ -87,7 +87,7 @@ def restore_file(path: Path, records: list[dict]) -> None:
 
 
 class Metrics:
-    """Writes on the main process only. After a resume the file goes on where the state was saved.
+    """Writes on the main process only. After a resume the file continues where the state was saved.
 
     Args:
         path: the JSONL file, one record an interval and one an evaluation. The run's state holds

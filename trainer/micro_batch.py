@@ -52,7 +52,7 @@ def advise(run: Run, kind: object, error: BaseException | None, trace: object) -
     if error is not None and is_out_of_memory(error) and run.micro_batch > 1:
         fewer = largest_divisor(run.rows_per_device, run.micro_batch // 2)
         error.add_note(
-            f"--micro_batch_size {fewer} (now {run.micro_batch}); --from_resume 1 goes on from the "
+            f"--micro_batch_size {fewer} (now {run.micro_batch}); --from_resume 1 resumes from the "
             f"last save"
         )
 

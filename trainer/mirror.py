@@ -1,7 +1,7 @@
 """Copies of the states somewhere else, since a rented disk often goes with its machine.
 
 A copy gets its name only after it was read back, so a cut connection leaves nothing that looks
-whole. Whatever happens there, training goes on and the local states stay as they are.
+whole. Whatever happens there, training continues and the local states stay as they are.
 """
 
 import contextlib

@@ -42,7 +42,7 @@ def run_program(program: Callable[[], None]) -> int:
     try:
         program()
     except KeyboardInterrupt:
-        say(print, "stopped. --from_resume 1 goes on from the last saved state.")
+        say(print, "stopped. --from_resume 1 resumes from the last saved state.")
         return 130
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":

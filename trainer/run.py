@@ -1,4 +1,4 @@
-"""The run: all that an update reads or changes, how it is saved, and how it goes on."""
+"""The run: all that an update reads or changes, how it is saved, and how it resumes."""
 
 import math
 import time

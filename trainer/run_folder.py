@@ -131,7 +131,7 @@ class RunFolder:
                 taken += [f"{self.mirror.shown}/{name}" for name in self.mirror.states()]
         if taken and not self.args.overwrite:
             raise CheckpointError(
-                f"{taken[0]} belongs to an earlier run. --from_resume 1 goes on with it, "
+                f"{taken[0]} belongs to an earlier run. --from_resume 1 resumes it, "
                 f"--save_weight NAME starts one beside it, --overwrite 1 deletes it."
             )
 
@@ -260,7 +260,7 @@ def state_to_anneal(args: TrainConfig) -> dict:
 def find_state(
     args: TrainConfig, config: MiniMindConfig, folder: RunFolder
 ) -> dict | None:
-    """The state to go on from, on every rank; None if there is none and the run is a new one.
+    """The state to resume from, on every rank; None if there is none and the run is a new one.
 
     Raises: CheckpointError, MirrorError if there may be one that cannot be used."""
     once = partial(distributed.first_on_each_machine, alone=True)
@@ -282,6 +282,6 @@ def find_state(
         log("no state yet: a new run")
         return None
     if rewind != [None, None] and rewind not in state["rewinds"]:
-        state["rewinds"].append(rewind)  # by it, the same command goes on rather than back again
+        state["rewinds"].append(rewind)  # so that the same command does not go back twice
     log(f"resuming after update {state['step']:,}")
     return state

@@ -53,7 +53,7 @@ class StopSignals:
 
 
 def drop_output(descriptor: int) -> None:
-    """Let what is written there vanish: its reader is gone, and training goes on without."""
+    """Let what is written there vanish: its reader is gone, and training continues without."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, descriptor)
     os.close(nothing)

@@ -1,4 +1,4 @@
-"""SwanLab behind three calls. Whatever it does, training goes on as if it were not there."""
+"""SwanLab behind three calls. Whatever it does, training continues as if it were not there."""
 
 import contextlib
 import importlib.util
