@@ -122,7 +122,7 @@ def test_out_of_memory_says_how_the_same_updates_fit(tmp_path: Path) -> None:
     error = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert len(error) == 1
     assert re.search("out of memory: .* The same updates need less with --micro_batch_size "
-                     r"\d+ \(now \d+\); --from_resume 1 goes on from the last save\.", error[0])
+                     r"\d+ \(now \d+\); --from_resume 1 resumes from the last save\.", error[0])
     assert read_run_state(tmp_path / "checkpoints")["code"] == 7
 
 
