@@ -28,15 +28,14 @@ from model.documents import can_attend_within
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.describe import describe, describe_pass, rehearse
-from trainer.device import keep_compiled_code, keep_freed_memory, setup_seed
-from trainer.distributed import init_distributed_mode, is_main_process
+from trainer.device import join_ranks, keep_compiled_code, keep_freed_memory, setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
 from trainer.flags import (
     TrainConfig, deciding_settings, keep_split, parse_flags, rounding_settings
 )
 from trainer.guard import Guard
-from trainer.metrics import Metrics, metrics_path
+from trainer.metrics import Metrics, open_metrics
 from trainer.micro_batch import fit_micro_batch, free_bytes
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
@@ -44,7 +43,6 @@ from trainer.program import run_program
 from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.step_times import StepTimes
-from trainer.tracker import SwanLabTracker
 from trainer.weights import init_model, load_tokenizer
 
 Step = Callable[[Run, list[Batch], int], Outcome]  # see train_step
@@ -60,7 +58,10 @@ def train(
     Args: open_data, step: as below; another kind of training hands in its own.
     Raises: the errors of trainer/errors.py, DataError, OSError."""
     # 1. Ranks, device, seed
-    device = prepare_machine(config)
+    device = join_ranks(config.device, config.timeout)
+    if device.type == "cpu":
+        keep_freed_memory()
+    setup_seed(config.seed)
 
     # 2. What is to be trained, and where an earlier start of it stopped
     tokenizer = load_tokenizer(config.tokenizer_path)
@@ -83,7 +84,7 @@ def train(
         return rehearse(run, updates(run, data, step))
 
     # 5. Train
-    metrics = build_metrics(run)
+    metrics = open_metrics(run)
     parts = held_out.by_language(tokenizer) if held_out else {}
     evaluate_now = partial(evaluate_run, run, parts, tokenizer, metrics, guard)
     with guard.training():
@@ -279,31 +280,6 @@ def make_ready(run: Run, data: PretrainDataset) -> None:
         with torch.random.fork_rng(drawing):  # a try must not change what the run draws
             fit_micro_batch(run, one_pass, free_bytes(run.device))
     describe_pass(run)
-
-
-def prepare_machine(config: TrainConfig) -> torch.device:
-    """Join the other ranks, choose this one's device, seed the generators. Raises: RankError."""
-    local_rank = init_distributed_mode(config.device, config.timeout)
-    device = torch.device(config.device)
-    if device.type == "cuda" and distributed.world_size() > 1:
-        device = torch.device("cuda", local_rank)
-    if device.type == "cpu":
-        keep_freed_memory()
-    setup_seed(config.seed)
-    return device
-
-
-def build_metrics(run: Run) -> Metrics:
-    """The log of the run, with its tracker if there is to be one."""
-    config = run.args
-    metrics = Metrics(metrics_path(config, run.config), run)
-    metrics.tracker.id = run.tracker_id  # kept even if this start does not track
-    if config.use_wandb and is_main_process():
-        metrics.tracker = SwanLabTracker(
-            config.wandb_project, config.save_weight, config=vars(config),
-            log_dir=f"{config.save_dir}/swanlog", run_id=run.tracker_id, history=run.records
-        )
-    return metrics
 
 
 def evaluate_run(

@@ -74,6 +74,7 @@ def child(pipe: Connection, trial: Trial, argv: list[str], kept_aside: str, look
 
     import train_pretrain
     from dataset.lm_dataset import PretrainDataset
+    from trainer import metrics
     from trainer.evaluation import bits_per_byte, held_out_nats
     from trainer.plan import Budget, process_start
 
@@ -94,7 +95,7 @@ def child(pipe: Connection, trial: Trial, argv: list[str], kept_aside: str, look
     if trial.padded:
         benchmark.DATA_PATH = [argv[argv.index("--data_path") + 1]]
         benchmark.padded_recipe()
-    step, Metrics = train_pretrain.train_step, train_pretrain.Metrics
+    step, Metrics = train_pretrain.train_step, metrics.Metrics
     aside = None
 
     def look(run: train_pretrain.Run) -> None:
@@ -132,7 +133,7 @@ def child(pipe: Connection, trial: Trial, argv: list[str], kept_aside: str, look
             look(self.run)
             super().close()
 
-    train_pretrain.train_step, train_pretrain.Metrics = counted, Last
+    train_pretrain.train_step, metrics.Metrics = counted, Last
     train_pretrain.evaluate = lambda run, *_: (
         setattr(run.progress, "evaluated_step", run.step) or True
     )

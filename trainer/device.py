@@ -8,6 +8,18 @@ from pathlib import Path
 
 import torch
 
+from trainer.distributed import init_distributed_mode, world_size
+
+
+def join_ranks(name: str, timeout_seconds: float) -> torch.device:
+    """Join the ranks that torchrun started, if it did. Returns: this rank's device, for the name
+    of one. Raises: RankError if not all of them come."""
+    local_rank = init_distributed_mode(name, timeout_seconds)
+    device = torch.device(name)
+    if device.type == "cuda" and world_size() > 1:
+        return torch.device("cuda", local_rank)
+    return device
+
 
 def default_device() -> str:
     """The best device of this machine."""

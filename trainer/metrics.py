@@ -20,7 +20,7 @@ from trainer.flags import TrainConfig
 from trainer.plan import NOT_KNOWN
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
-from trainer.tracker import NoTracker
+from trainer.tracker import NoTracker, SwanLabTracker
 from trainer.weights import get_model_params
 
 # Dense bfloat16 with float32 accumulation, operations a second, by a part of the device's name; the
@@ -86,6 +86,19 @@ def restore_file(path: Path, records: list[dict]) -> None:
         write_atomically(path, text)
 
 
+def open_metrics(run: Run) -> "Metrics":
+    """The log of a run, with its tracker if there is to be one."""
+    config = run.args
+    metrics = Metrics(metrics_path(config, run.config), run)
+    metrics.tracker.id = run.tracker_id  # kept even if this start does not track
+    if config.use_wandb and is_main_process():
+        metrics.tracker = SwanLabTracker(
+            config.wandb_project, config.save_weight, config=vars(config),
+            log_dir=f"{config.save_dir}/swanlog", run_id=run.tracker_id, history=run.records
+        )
+    return metrics
+
+
 class Metrics:
     """Writes on the main process only. After a resume the file continues where the state was saved.
 
@@ -96,7 +109,7 @@ class Metrics:
 
     def __init__(self, path: Path, run: Run) -> None:
         self.path, self.run = path, run
-        self.tracker = NoTracker()
+        self.tracker: NoTracker | SwanLabTracker = NoTracker()
         _, active = get_model_params(run.model, run.config)
         self.flops_per_token = flops_per_token(run.config, active, run.args.max_seq_len)
         peak = peak_flops(run.device)
