@@ -31,7 +31,8 @@ NUM_PROMPT, NUM_STEPS = 24, 8  # tokens that the comparison reads and generates
 
 
 class GenerationError(ValueError):
-    """The installed transformers does not compute what was trained; no text was generated."""
+    """The installed transformers does not compute what was trained, or nothing can be computed with
+    these weights; no text was generated."""
 
     exit_status = 4
 
@@ -82,8 +83,8 @@ def generating_model(
 ) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
     """What continues texts with these weights; compared with the model when first asked for.
 
-    It shares the tensors, so later updates show in it, but for a mixture of experts (see
-    ``tensors_for_qwen``). ``config.inference_rope_scaling`` stretches its positions.
+    It shares the tensors, so later updates show in it; of a mixture of experts only in part, see
+    ``tensors_for_qwen``. ``config.inference_rope_scaling`` stretches its positions.
 
     Raises: GenerationError if what it computes is something else, or cannot be computed."""
     was_training = model.training
@@ -115,13 +116,16 @@ def compare(model: TrainedModel, qwen: Qwen3ForCausalLM | Qwen3MoeForCausalLM) -
         min_new_tokens=NUM_STEPS, output_logits=True, return_dict_in_generate=True
     )
     expected = model(out.sequences[:, :-1]).logits  # (1, T, V)
+    if not torch.isfinite(expected).all():
+        raise GenerationError("the model's own scores are not finite, so it cannot continue texts. "
+                              "Choose other weights")
     found = {
         "a whole row": qwen(out.sequences[:, :-1]).logits,
         "tokens generated one by one": torch.stack(out.logits, dim=1),
     }
     for what, scores in found.items():
         own = expected[:, -scores.shape[1] :].float()
-        difference = (scores.float() - own).norm(dim=-1) / own.norm(dim=-1)
+        difference = (scores.float() - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12)
         # The median: where two experts score alike, rounding may choose the other one.
         if not difference.median() < CLOSE:
             raise unusable(f"gives {what} other scores than the model (by {difference.median():.2g}"

@@ -222,6 +222,28 @@ def test_memory_that_is_short_is_not_called_another_version(
         generating_model(tiny_model())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_blamed_on_transformers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], value: float
+) -> None:
+    model = tiny_model(vocab_size=6400, hidden_size=64, intermediate_size=96)
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    save_weights(tmp_path / "pretrain_64.pth", model, {})
+    weight = ["--weight", str(tmp_path / "pretrain_64.pth")]
+    assert eval_llm.main([*weight, "--device", "cpu"]) == 4
+    printed, line = capfd.readouterr()
+    assert printed == "" and line.count("\n") == 1
+    assert "scores are not finite" in line and "transformers" not in line
+
+
+def test_a_model_that_scores_nothing_is_no_reason_to_refuse() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert generating_model(model) is not None
+
+
 def test_a_model_that_cannot_be_told_apart_is_no_reason_to_refuse() -> None:
     """Before the first update layers add nothing; scores are alike whatever the cache does."""
     model = MiniMindForCausalLM(tiny_model().config)
