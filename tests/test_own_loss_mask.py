@@ -65,7 +65,7 @@ def test_a_loss_mask_of_one_s_own_trains_and_resumes_to_the_last_bit(tmp_path: P
     assert fine_tune(whole) == 0
     learned = [r["loss"] for r in records(tmp_path / "whole") if "loss" in r]
     assert learned[-1] < 0.6 * learned[0] and "heldout_loss" in records(tmp_path / "whole")[-1]
-    child = multiprocessing.get_context("fork").Process(target=fine_tune, args=(cut, 12))
+    child = multiprocessing.get_context("forkserver").Process(target=fine_tune, args=(cut, 12))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
