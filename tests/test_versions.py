@@ -45,6 +45,14 @@ def test_a_version_outside_the_range_is_named_and_what_was_tried(tmp_path: Path)
     assert untried_versions(write_requirements(tmp_path, "no-such-package>=1,<2")) == []
 
 
+def test_what_else_a_user_writes_into_the_file_stops_no_program(tmp_path: Path) -> None:
+    more = ["", "# my own", "--extra-index-url https://example.org", "-r more.txt", "./a_package"]
+    path = write_requirements(tmp_path, *more, "torch>=1,<2  # old", "tqdm")
+    (line,) = untried_versions(path)
+    assert line.startswith("warning: torch ")
+    assert untried_versions(tmp_path / "missing.txt") == []
+
+
 def test_a_build_for_a_device_counts_as_its_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 
 from trainer.errors import Interrupted, exit_status_of
 from trainer.signals import say
@@ -20,10 +20,14 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 def untried_versions(requirements: Path = REQUIREMENTS) -> list[str]:
     """A line for each installed package whose version lies outside the range that was tried."""
     lines = []
+    if not requirements.is_file():
+        return []
     for line in requirements.read_text(encoding="utf-8").splitlines():
-        required = Requirement(line)
         try:
+            required = Requirement(line.partition(" #")[0])
             found = metadata.version(required.name)
+        except InvalidRequirement:
+            continue  # a comment or an option of pip that somebody added
         except metadata.PackageNotFoundError:
             continue  # whoever needs it says so
         if not required.specifier.contains(found, prereleases=True):
