@@ -30,7 +30,7 @@ def state(update: int) -> dict:
 
 
 def test_the_newest_two_states_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "run_8_resume_notes.pth").write_text("not ours")
+    (tmp_path / "run_8_resume_notes.safetensors").write_text("not ours")
     for update in (1, 2, 10):
         save_state(tmp_path, "run_8", update, state(update))
     assert [int(p.stem.split("_")[3]) for p in list_states(tmp_path, "run_8")] == [10, 2]
@@ -79,7 +79,7 @@ def test_a_format_of_the_future_is_refused_by_its_number(
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     path = save_state(tmp_path, "run_8", 1, state(1))
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"format 99.*reads format 2"):
+    with pytest.raises(CheckpointError, match=r"format 99.*reads format 3"):
         read_state(path)
 
 
@@ -137,29 +137,9 @@ def test_a_full_disk_ends_training_in_one_line_with_the_last_state_readable(tmp_
         assert "No space left on device" in done.stderr and done.stderr.count("\n") == 1
         found, complaints = newest_state(disk, "pretrain_32")
         assert found["step"] == 5 and not complaints
-        assert len(list(disk.glob("*.pth"))) == 1 and not list(disk.glob(".*.part"))
+        assert len(list(disk.glob("*.safetensors"))) == 1 and not list(disk.glob(".*.part"))
     finally:
         run(["umount", str(disk)])
-
-
-class Payload:
-    """Unpickling it would create a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.marker),)
-
-
-def test_a_state_that_asks_to_run_code_is_refused(tmp_path: Path) -> None:
-    marker = tmp_path / "ran"
-    data = checkpoint.to_bytes({"values": Payload(marker)})
-    path = tmp_path / f"run_8_resume_00000001_{checkpoint.digest(data)}.pth"
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"asks to import (posix|nt)\.mkdir"):
-        newest_state(tmp_path, "run_8")
-    assert not marker.exists()
 
 
 def test_lm_checkpoint_is_minimind_s_door(tmp_path: Path) -> None:

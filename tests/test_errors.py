@@ -131,7 +131,7 @@ def test_another_runs_files_are_not_overwritten(
     assert status == 4 and "belongs to an earlier run" in error
     assert "--from_resume 1" in error and "--overwrite 1" in error and "--save_weight" in error
     assert files(tmp_path) == before
-    for state in (tmp_path / "checkpoints").glob("*.pth"):
+    for state in (tmp_path / "checkpoints").glob("*_resume_*"):
         state.unlink()
     status, error = refusal(flags(tmp_path, epochs=1), capsys)
     assert status == 4 and "pretrain_32.pth belongs to an earlier run" in error

@@ -35,7 +35,7 @@ def save(folder: Path, update: int, size: int = 1000, name: str = "run_8", seed:
     data = random.Random(f"{name} {update} {seed}").randbytes(size)
     digest = hashlib.sha256(data).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_resume_{update:08d}_{digest}.pth"
+    path = folder / f"{name}_resume_{update:08d}_{digest}.safetensors"
     path.write_bytes(data)
     return path
 
@@ -104,7 +104,7 @@ def test_what_belongs_to_others_is_never_touched(tmp_path: Path, mirrored: Calla
     foreign = [save(there, update, name="run_8", seed=1) for update in (1, 2, 3, 999)]
     foreign += [save(there, update, name=n) for n in ("run_80", "my_run_8") for update in (1, 2, 9)]
     foreign.append(foreign[0].with_name(f".{foreign[0].name}.{'0' * 16}.part"))
-    foreign += [there / "notes.txt", there / "run_8_resume_notes.pth"]
+    foreign += [there / "notes.txt", there / "run_8_resume_notes.safetensors"]
     for path in foreign[-3:]:
         path.write_text("of somebody else")
     one = mirrored()

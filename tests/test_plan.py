@@ -179,7 +179,7 @@ def test_annealing_earlier_ends_earlier_with_the_rate_at_its_floor(
 @pytest.mark.parametrize(("changes", "said"), [
     ({}, "its rate is .*expected the peak of a --lr_schedule wsd run, 0.001"),
     ({"lr_schedule": "cosine"}, "lr_schedule +wsd +cosine"),
-    ({"anneal_from": "nowhere.pth"}, "nowhere.pth: no state, such as checkpoints"),
+    ({"anneal_from": "nowhere.safetensors"}, "nowhere.safetensors: no state, such as checkpoints"),
     ({"decay_ratio": 1.0}, "--anneal_from needs a --decay_ratio below 1"),
 ])
 def test_what_cannot_be_annealed_is_said(
@@ -187,7 +187,7 @@ def test_what_cannot_be_annealed_is_said(
 ) -> None:
     status, log = annealed(tmp_path, stable, 48, **changes)
     assert status in (2, 4) and re.search(said, log), log
-    assert not list(tmp_path.rglob("*.pth"))
+    assert not list(tmp_path.rglob("*_resume_*"))
 
 
 def test_a_dry_run_tells_and_leaves_nothing_but_the_token_cache(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ at any moment may leave. All of them are looked into.
 import contextlib
 import errno
 import itertools
+import io
 import os
 import random
 import re
@@ -330,9 +331,12 @@ def pruned_before_committed(operations: list[tuple]) -> list[tuple]:
     return changed
 
 
-def write_in_place(path: Path, content: bytes | dict) -> Path:
+def write_in_place(path: Path, content: bytes | Callable) -> Path:
     """A careless ``write_atomically``: one file, emptied and written again, is all there is."""
-    data = bytes(checkpoint.to_bytes(content)) if isinstance(content, dict) else content
+    data = content
+    if callable(content):
+        content(buffer := io.BytesIO())
+        data = buffer.getvalue()
     path = path.with_name(path.name.replace("*", checkpoint.digest(data)))
     used = next(path.parent.glob(f"*{path.suffix}"), path)
     descriptor = checkpoint.os.open(used, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -694,7 +698,7 @@ def test_the_kernel_sees_bytes_synced_then_the_name_then_the_folder(tmp_path: Pa
         pytest.skip(f"strace may not trace here: {done.stderr}")
     assert done.returncode == 0, done.stderr
     seen = [line for line in log.read_text().splitlines() if str(folder) in line]
-    state_file = re.escape(f"{folder}/{NAME}_resume_") + r"0000000\d_[0-9a-f]{32}\.pth"
+    state_file = re.escape(f"{folder}/{NAME}_resume_") + r"0000000\d_[0-9a-f]{32}\.safetensors"
     part = re.escape(f"{folder}/.{NAME}_resume_") + r"0000000\d_\.\d+-[0-9a-f]{8}\.part"
     opened = re.escape(str(folder)) + r'/?", O_RDONLY(?!.*O_DIRECTORY)'  # as listing it does not
     patterns = {

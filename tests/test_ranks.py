@@ -222,7 +222,7 @@ def test_a_run_that_ignores_the_lock_is_noticed_at_the_next_save(tmp_path: Path)
     words = flags(tmp_path, epochs=1, save_interval=4)
     first = launched.start(words, tmp_path / "log", faults=[("slow", {"seconds": 0.3})])
     until(reached(tmp_path, 1))
-    name = f"pretrain_32_resume_00000003_{'0' * 32}.pth"
+    name = f"pretrain_32_resume_00000003_{'0' * 32}.safetensors"
     (tmp_path / "checkpoints" / name).write_bytes(b"of another machine")
     assert launched.wait(first) == [4]
     assert f"{name} is of another run that writes here, too" in (tmp_path / "log").read_text()

@@ -60,13 +60,13 @@ def again(half: Path, folder: Path, **changes: object) -> tuple[int, str]:
 def test_a_setting_that_decides_what_is_learnt_must_match(
     half: Path, tmp_path: Path, name: str
 ) -> None:
-    before = {p.name: p.read_bytes() for p in (half / "checkpoints").glob("*.pth")}
+    before = {p.name: p.read_bytes() for p in (half / "checkpoints").glob("*_resume_*")}
     status, log = again(half, tmp_path, **{name: OTHER[name]})
     assert status == 2, log
     rows = [line.split() for line in log.splitlines() if line.split()[:1] == [name]]
     saved = vars(parse_flags(flags(half, dropout=0.1)))[name]
     assert rows == [[name, str(saved), str(OTHER[name])]]
-    after = {p.name: p.read_bytes() for p in (tmp_path / "copy/checkpoints").glob("*.pth")}
+    after = {p.name: p.read_bytes() for p in (tmp_path / "copy/checkpoints").glob("*_resume_*")}
     assert after == before
 
 

@@ -1,32 +1,30 @@
 """Files that a kill, a full disk or a flipped bit cannot turn into a wrong run.
 
-A state is one file, ``<name>_resume_<update>_<digest>.pth``. The digest in its name is that of its
-bytes, so one rename commits it, and a file counts only if its bytes are what was written.
+A state is one file, ``<name>_resume_<update>_<digest>.safetensors``. The digest in its name is that
+of its bytes, so one rename commits it, and a file counts only if its bytes are what was written.
 """
 
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import random
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.console import log
 from trainer.errors import CheckpointError, shown
-from trainer.untrusted import load_tensors
+from trainer.state import num_bytes, parse_state, write_state
 
-FORMAT = 2  # of the state; raise it when a field changes its meaning
+FORMAT = 3  # of the state; raise it when a field changes its meaning
 KEPT_STATES = 2  # the newest and the one before
 
 
@@ -36,14 +34,14 @@ def checkpoint_name(weight: str, config: MiniMindConfig) -> str:
 
 
 class HashedFile:
-    """A new file for torch.save to write to: digests what passes, keeps the reason of a failure."""
+    """A new file that hashes what is written to it, and keeps the reason of a failure."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self.sha256 = hashlib.sha256()
         self.error: OSError | None = None  # torch.save raises another one that hides it
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """All of ``data``, or OSError."""
         left = whole = memoryview(data).cast("B")
         self.sha256.update(whole)
@@ -93,20 +91,20 @@ def make_folder(folder: Path) -> None:
         sync_folder(made.parent)
 
 
-def write_atomically(path: Path, content: bytes | memoryview | dict) -> Path:
+def write_atomically(path: Path, content: bytes | Callable[[HashedFile], object]) -> Path:
     """The file holds either what it held before or all of ``content``, even after a power loss.
 
     Args:
         path: a ``*`` in its name becomes the digest of the bytes.
-        content: bytes as they are; a dict as torch.save writes it.
+        content: the bytes, or a function that writes them to the file it is given.
     Returns: the path.
     Raises: OSError, with nothing left behind, if the disk is full or read-only."""
     part = path.with_name(f".{path.stem.rstrip('*')}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     file = HashedFile(part)
     try:
         try:
-            if isinstance(content, dict):
-                torch.save(content, file)
+            if callable(content):
+                content(file)
             else:
                 file.write(content)
             os.fsync(file.descriptor)  # the bytes first, then the name
@@ -124,22 +122,20 @@ def write_atomically(path: Path, content: bytes | memoryview | dict) -> Path:
     return path
 
 
-def to_bytes(content: dict) -> memoryview:
-    """What torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getbuffer()
-
-
 def update_of(state: str | Path) -> int:
     """The update after which a state was saved, from its name."""
     return int(Path(state).stem.rsplit("_", 2)[1])
 
 
+def is_state(file: str, name: str | None = None) -> bool:
+    """Whether a file has the name of a state, of this run or of any."""
+    run = ".+" if name is None else re.escape(name)
+    return bool(re.fullmatch(rf"{run}_resume_\d{{8,}}_[0-9a-f]{{32}}\.(safetensors|pth)", file))
+
+
 def list_states(folder: str | Path, name: str) -> list[Path]:
     """A run's states, newest first: by update, since clocks can go back."""
-    pattern = re.compile(re.escape(name) + r"_resume_\d{8,}_[0-9a-f]{32}\.pth")
-    found = [path for path in Path(folder).glob("*.pth") if pattern.fullmatch(path.name)]
+    found = [path for path in Path(folder).glob("*_resume_*") if is_state(path.name, name)]
     return sorted(found, key=lambda path: (update_of(path), path.name), reverse=True)
 
 
@@ -150,15 +146,6 @@ def remove_partial_files(folder: str | Path, name: str) -> list[Path]:
     for part in parts:
         part.unlink(missing_ok=True)
     return parts
-
-
-def tensors_in(content: object) -> Iterator[Tensor]:
-    """All tensors of nested dicts and lists."""
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, dict | list | tuple):
-        for part in content.values() if isinstance(content, dict) else content:
-            yield from tensors_in(part)
 
 
 def make_room(states: list[Path]) -> None:
@@ -183,7 +170,8 @@ def save_state(
     Raises: OSError that tells the space needed; the newest state before is intact."""
     folder = Path(folder)
     make_folder(folder)
-    path, content = folder / f"{name}_resume_{update:08d}_*.pth", state | {"format": FORMAT}
+    path = folder / f"{name}_resume_{update:08d}_*.safetensors"
+    content = partial(write_state, state | {"format": FORMAT})
     before = list_states(folder, name)
     try:
         path = write_atomically(path, content)
@@ -193,7 +181,7 @@ def save_state(
         try:
             path = write_atomically(path, content)
         except OSError as again:
-            needed = sum(tensor.nbytes for tensor in tensors_in(content)) / 1e6
+            needed = num_bytes(state) / 1e6
             free = shutil.disk_usage(folder).free / 1e6
             newest = next(iter(list_states(folder, name)), None)
             raise OSError(
@@ -211,16 +199,19 @@ def save_state(
 
 def read_state(path: Path) -> dict:
     """A state whose bytes are those that were written. Raises: CheckpointError if they are not."""
+    if path.suffix == ".pth":
+        raise CheckpointError(f"{path} has format 2 or older; this trainer reads format {FORMAT}.")
     data = path.read_bytes()
     if path.stem.rsplit("_", 1)[1] != digest(data):
         raise CheckpointError(f"{path} is damaged: its {len(data):,} bytes are not those written.")
-    state = load_tensors(io.BytesIO(data), path)
-    found = state.get("format") if isinstance(state, dict) else None
+    try:
+        state = parse_state(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be loaded: {shown(error):.160}.") from None
+    found = state.get("format")
     if type(found) is not int or found != FORMAT:
         found = repr(found) if isinstance(found, int | float | str | None) else type(found).__name__
-        raise CheckpointError(
-            f"{path} has format {found:.20}; this trainer reads format {FORMAT}."
-        )
+        raise CheckpointError(f"{path} has format {found:.20}; this trainer reads format {FORMAT}.")
     return state
 
 
@@ -285,9 +276,10 @@ def rng_state() -> dict:
 def restore_rng(state: dict) -> None:
     """Undo everything drawn since ``rng_state``. Raises: CheckpointError if it is none."""
     try:
-        random.setstate(state["python"])
-        if not isinstance(state["python"][2], float | None):  # a number kept for the next draw
+        version, words, kept = state["python"]
+        if not isinstance(kept, float | None):  # the second number of a pair, for the next draw
             raise ValueError("what Python's keeps is no number")
+        random.setstate((version, tuple(words), kept))
         torch.set_rng_state(state["torch"])
         words_left = state["torch"][8:12].view(torch.int32).item()  # of 624
         next_word = state["torch"][16:24].view(torch.int64).item()

@@ -20,14 +20,14 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.config import conf
 
-from trainer.checkpoint import digest, update_of, write_atomically
+from trainer.checkpoint import digest, is_state, update_of, write_atomically
 from trainer.errors import CheckpointError, Interrupted
 
 PIECE = 2**22  # bytes in memory while a state is copied
 PAUSES = (1, 5, 30, 60)  # seconds between attempts; the last one again and again
 FAILING_PATIENCE = 20  # seconds for the last copy, on a machine that costs money meanwhile
 PATIENCE = 60  # seconds without an answer, after which an sftp server counts as gone
-PART = re.compile(r"\.(.+\.pth)\.[0-9a-f]{16}\.part")
+PART = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
 SECRET = re.compile("KEY|SECRET|TOKEN|PASS", re.I)  # in names of variables and options
 SECRET_IN_URL = re.compile(rf"://[^/]*:(?!\d*(/|$))|[?&][^=]*(sig|{SECRET.pattern})[^=]*=", re.I)
 
@@ -144,7 +144,6 @@ class Mirror:
     def __init__(self, url: str, name: str, warn: Callable[[str], None], keep: int = 2) -> None:
         self.url, self.name, self.warn, self.keep = url, name, warn, keep
         self.shown = scrub(url)
-        self._pattern = re.compile(re.escape(name) + r"_resume_\d{8,}_[0-9a-f]{32}\.pth")
         self._own: set[str] = set()  # states that may be deleted there
         self._clearing = False  # all may be
         self._told: set[object] = set()  # kinds of failures since a copy last succeeded
@@ -267,7 +266,7 @@ class Mirror:
 
     def _states_in(self, fs: AbstractFileSystem, folder: str) -> set[str]:
         """The states of this name."""
-        return {name for name in names_in(fs, folder) if self._pattern.fullmatch(name)}
+        return {file for file in names_in(fs, folder) if is_state(file, self.name)}
 
     def _prune(self, fs: AbstractFileSystem, folder: str, newest: str) -> None:
         """Of this run's states, leave ``newest`` and those before it, but no abandoned one:

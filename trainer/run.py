@@ -22,9 +22,9 @@ from trainer.optimizer import expected_state, load_optimizer
 from trainer.plan import NOT_KNOWN, Budget, Plan
 from trainer.progress import Outcome, Progress, look_at
 from trainer.schedule import learning_rate
+from trainer.state import check_fits
 from trainer.step_times import StepTimes
 from trainer.tracker import NoTracker
-from trainer.untrusted import check_fits
 from trainer.weights import describes, save_weights, weights_path
 
 # What every state holds, of whatever model; looked at before there is a run to compare with.
@@ -34,7 +34,7 @@ LAYOUT = {
     "settings": {str: int | float | str | None}, "surroundings": {str: str},
     "counters": {str: int | float}, "latest": {str: float}, "records": [dict],
     "rewinds": [[int | str | None]], "plan": [int | float],
-    "rng": [{"python": tuple, "torch": Tensor, "cuda": Tensor | None}],
+    "rng": [{"python": list, "torch": Tensor, "cuda": Tensor | None}],
 }
 
 
@@ -297,7 +297,7 @@ class Run:
 
         Raises: SettingsError if settings differ, CheckpointError if a part does not fit."""
         check_same_settings(state["settings"], self.settings)
-        check_fits(state["model"], self.model.state_dict(), "model")
+        check_fits(state["model"], dict(self.model.state_dict()), "model")
         check_fits(state["optimizer"]["state"], expected_state(self.optimizer), "optimizer")
         rates = [group.get("lr") for group in state["optimizer"]["param_groups"]]
         own_rates = dict.fromkeys(range(len(self.optimizer.param_groups)), 0.0)

@@ -13,7 +13,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import socket
 import time
 from functools import partial
@@ -22,7 +21,7 @@ from pathlib import Path
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import (
-    checkpoint_name, digest_of_file, list_states, newest_for_all, read_state,
+    checkpoint_name, digest_of_file, is_state, list_states, newest_for_all, read_state,
     remove_partial_files, update_of, write_atomically
 )
 from trainer.console import log
@@ -247,8 +246,10 @@ def state_to_anneal(args: TrainConfig) -> dict:
     path, flag = Path(args.anneal_from), f"--anneal_from {args.anneal_from}"
 
     def read() -> dict:
-        if not re.fullmatch(r".+_resume_\d{8,}_[0-9a-f]{32}\.pth", path.name) or not path.exists():
-            raise CheckpointError(f"{flag}: no state, such as checkpoints/NAME_resume_….pth, there")
+        if not is_state(path.name) or not path.exists():
+            raise CheckpointError(
+                f"{flag}: no state, such as checkpoints/NAME_resume_….safetensors, there"
+            )
         return read_state(path)
 
     state = distributed.first_on_each_machine(read, alone=True)

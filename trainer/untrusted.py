@@ -1,8 +1,4 @@
-"""Opening a file that somebody else may have made: no code from it, no surprise in it.
-
-``load_tensors`` reads what torch.save wrote, and nothing else; ``check_fits`` compares it with what
-it is to replace, by names, shapes and types, before anything is copied.
-"""
+"""Opening weights that somebody else may have made: no code from the file, no surprise in it."""
 
 import io
 import pickle
@@ -11,9 +7,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
-from types import UnionType
 from typing import BinaryIO
 
 import torch
@@ -31,17 +25,16 @@ NEEDED = re.compile(
 ZIP_END = struct.Struct("<4s36x2Q 4s4xQ4x 4s16xH")
 
 
-def load_tensors(source: io.BytesIO | Path, path: Path) -> dict:
-    """What torch.save wrote, on the CPU, without running code. Raises: CheckpointError."""
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU, of a file by torch.save. Raises: CheckpointError."""
     try:
-        with source.open("rb") if isinstance(source, Path) else source as file:
-            num_steps = check_archive(file)
+        with path.open("rb") as file:
+            check_archive(file)
             with warnings.catch_warnings(record=True, action="always") as warned:
                 content = torch.load(file, map_location="cpu", weights_only=True)
-        if warned:  # of nothing that torch.save writes
+        if warned:  # torch.save writes nothing that torch.load warns of
             raise ValueError(warned[0].message)
-        check_plain(content, num_steps)
-        return content
+        return plain_tensors(content)
     except (zipfile.BadZipFile, struct.error):
         reason = "it is not what torch.save writes, or cut short"
     except pickle.UnpicklingError:  # torch's own words advise to run the code
@@ -51,13 +44,13 @@ def load_tensors(source: io.BytesIO | Path, path: Path) -> dict:
     raise CheckpointError(f"{path} cannot be loaded: {shown(reason):.160}.")
 
 
-def check_archive(file: BinaryIO) -> int:
+def check_archive(file: BinaryIO) -> None:
     """A zip file as torch.save writes it, whose content asks for nothing but tensors.
 
     With one directory, at its end, by which every reader finds the same entries; and nothing packed
     in them: a few bytes could unpack to any size.
 
-    Returns: the number of steps that build the content. Raises: ValueError, BadZipFile."""
+    Raises: ValueError, BadZipFile."""
     start, size = file.read(4), file.seek(0, io.SEEK_END)
     end = file.seek(max(size - ZIP_END.size, 0))
     mark, length, place, second, second_place, third, comment = ZIP_END.unpack(file.read())
@@ -76,96 +69,25 @@ def check_archive(file: BinaryIO) -> int:
         if len(pickled) != 1:
             raise ValueError(f"it has {len(pickled)} entries data.pkl")
         steps = pickletools.genops(archive.read(pickled[0]))
-    num_steps = 0
     for opcode, argument, _ in steps:
         if opcode.name == "GLOBAL" and not NEEDED.fullmatch(argument):
             wanted = argument.replace(" ", ".")
             raise ValueError(f"it asks to import {wanted}, and tensors need no code")
-        num_steps += 1
     file.seek(0)
-    return num_steps
 
 
-def check_plain(content: object, most: int) -> None:
-    """Only dicts, lists, text, numbers, and tensors that are as large as they say.
+def plain_tensors(content: object) -> dict[str, Tensor]:
+    """The content, if it is a dict of tensors of real numbers, each as large as it says.
 
-    Args: most: so many parts at most: a list may hold itself, or another one twice, and so on.
     Raises: ValueError."""
-    waiting, num = [content], 0
-    while waiting:
-        part, num = waiting.pop(), num + 1
-        if num + len(waiting) > most:
-            raise ValueError("its parts hold each other")
-        if isinstance(part, dict):
-            if isinstance(part, OrderedDict):
-                vars(part).clear()  # an attribute from a file would hide a method
-            waiting += dict.values(part)
-            if not all(isinstance(k, int) or is_name(k) for k in dict.keys(part)):
-                raise ValueError("one of its names is no line of text")
-        elif isinstance(part, list | tuple):
-            waiting += part
-        elif isinstance(part, Tensor):
-            if part.numel() * part.element_size() > part.untyped_storage().nbytes():
-                raise ValueError(f"it holds a tensor {tuple(part.shape)} without its numbers")
-        elif isinstance(part, str):
-            part.encode()  # half of a surrogate pair could not be written anywhere
-        elif isinstance(part, int):
-            part.to_bytes(8, signed=True)
-        elif not isinstance(part, float | None):
-            raise ValueError(f"it holds a {type(part).__name__}")
-
-
-def is_name(key: object) -> bool:
-    """Whether a message can name it."""
-    return isinstance(key, str) and key.isprintable() and len(key) <= 200
-
-
-def check_fits(found: object, expected: object, where: str) -> None:
-    """A part of a state has the names, shapes and types of this run's own part.
-
-    Nothing is copied before: a crafted shape could make a fused kernel write past its memory, and
-    so could a tensor that says one number many times over.
-
-    Args: expected: an example; or a type; or a dict or list with the example of all that is in it,
-    ``{str: float}``, ``[int]``.
-    Raises: CheckpointError naming the first difference."""
-    if isinstance(expected, Tensor):
-        if not isinstance(found, Tensor) or not is_plain(found):
-            raise CheckpointError(f"the state does not fit: {where} is no plain tensor.")
-        given, own = (f"{tuple(t.shape)} {t.dtype}" for t in (found, expected))
-        if given != own:
-            raise CheckpointError(f"the state does not fit: {where} is {given}, expected {own}.")
-        if not torch.isfinite(found).all():
-            raise CheckpointError(f"the state does not fit: {where} is not finite.")
-    elif isinstance(expected, type | UnionType):
-        if not isinstance(found, expected):
-            own = getattr(expected, "__name__", expected)
-            given = type(found).__name__
-            raise CheckpointError(f"the state does not fit: {where} is a {given}, expected {own}.")
-    elif not isinstance(found, type(expected)) or isinstance(found, bool):
-        given, own = type(found).__name__, type(expected).__name__
-        raise CheckpointError(f"the state does not fit: {where} is a {given}, expected {own}.")
-    elif isinstance(expected, list):
-        for number, part in enumerate(found):
-            check_fits(part, expected[0], f"{where}[{number}]")
-    elif isinstance(expected, dict) and isinstance(next(iter(expected), None), type):
-        [(key_type, example)] = expected.items()
-        for key, part in found.items():
-            check_fits(key, key_type, f"a name in {where}")
-            check_fits(part, example, f"{where}.{key}")
-    elif isinstance(expected, dict):
-        missing = [str(key) for key in expected if key not in found][:5]
-        unexpected = [str(key) for key in found if key not in expected][:5]
-        if missing or unexpected:
-            raise CheckpointError(
-                f"the state does not fit: {where} lacks {', '.join(missing) or 'nothing'}, and has "
-                f"{', '.join(unexpected) or 'nothing'} that this model has not."
-            )
-        for key in expected:
-            check_fits(found[key], expected[key], f"{where}.{key}")
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether each number is in memory once, and in order."""
-    special = tensor.is_quantized or tensor.is_meta or tensor.requires_grad
-    return tensor.layout == torch.strided and tensor.is_contiguous() and not special
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, expected a plain state dict")
+    tensors = dict(dict.items(content))  # attributes from the file could hide a method
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
+            raise ValueError("one of its names is not one line of text")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{name} is no tensor of real numbers: this is no plain state dict")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} {tuple(tensor.shape)} comes without its numbers")
+    return tensors

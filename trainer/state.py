@@ -1,0 +1,156 @@
+"""A state as bytes, and what it must look like before anything is restored from it.
+
+Tensors are laid out as in every safetensors file; all other values are JSON, in a tensor of bytes.
+Opening a state therefore runs no code and allocates no more than the file holds.
+"""
+
+import json
+from types import UnionType
+from typing import Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from trainer.errors import CheckpointError
+
+DTYPES = {  # by the names of the safetensors format
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}
+JSON = "json"  # the tensor that holds what is no tensor: a header could not exceed 100 MB
+REFERENCE = "$tensor"  # {"$tensor": name} stands in the JSON where the tensor belongs
+
+
+class Writable(Protocol):
+    """A file, as far as writing needs it."""
+
+    def write(self, data: bytes | memoryview) -> int: ...
+
+
+def write_state(content: dict, file: Writable) -> None:
+    """Write nested dicts and lists of tensors and plain values, one tensor at a time.
+
+    Tuples are read back as lists, and names of decimal digits as integers, which is how optimizers
+    number their parameters. Raises: TypeError for a value that JSON has no form for."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(without_tensors(content, "", tensors), ensure_ascii=False)
+    tensors[JSON] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    header, end = {}, 0
+    by_alignment = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    for name in by_alignment:
+        tensor, begin = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]
+        }
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little") + head)
+    for name in by_alignment:
+        if tensors[name].numel():
+            flat = tensors[name].detach().cpu().contiguous().flatten()
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def num_bytes(content: dict) -> int:
+    """The bytes that ``write_state`` writes, except for the header's few."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(without_tensors(content, "", tensors), ensure_ascii=False)
+    return len(text.encode()) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def without_tensors(part: object, name: str, tensors: dict[str, Tensor]) -> object:
+    """The part with references in place of its tensors, which go to ``tensors``."""
+    if isinstance(part, Tensor):
+        tensors[name] = part
+        return {REFERENCE: name}
+    if isinstance(part, dict):
+        return {str(key): without_tensors(value, f"{name}/{key}", tensors)
+                for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [without_tensors(value, f"{name}/{i}", tensors) for i, value in enumerate(part)]
+    return part
+
+
+def parse_state(data: bytes) -> dict:
+    """What ``write_state`` wrote, on the CPU. Raises: ValueError if it is anything else."""
+    try:
+        tensors = safetensors.torch.load(data)
+        content = with_tensors(json.loads(tensors.pop(JSON).numpy().tobytes()), tensors)
+    except ValueError:
+        raise
+    except Exception as error:  # somebody else's file can raise anything in there
+        raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None
+    if tensors or not isinstance(content, dict):
+        raise ValueError("its tensors and its JSON do not belong together")
+    return content
+
+
+def with_tensors(part: object, tensors: dict[str, Tensor]) -> object:
+    """The part with its tensors in place, each taken from ``tensors`` and used only there."""
+    if isinstance(part, dict):
+        if part.keys() == {REFERENCE}:
+            name = part[REFERENCE]
+            if not isinstance(name, str) or name not in tensors:
+                raise ValueError(f"a reference to {name!s:.40} has no tensor of its own")
+            return tensors.pop(name)
+        if not all(key.isprintable() and len(key) <= 200 for key in part):
+            raise ValueError("one of its names is not one line of text")
+        return {int(key) if key.isdecimal() else key: with_tensors(value, tensors)
+                for key, value in part.items()}
+    if isinstance(part, list):
+        return [with_tensors(value, tensors) for value in part]
+    if isinstance(part, str):
+        part.encode()  # half of a surrogate pair could not be written anywhere
+    if isinstance(part, int):
+        part.to_bytes(8, signed=True)  # larger integers overflow where they are used
+    return part
+
+
+def check_fits(found: object, expected: object, where: str) -> None:
+    """Check that a part of a state has the names, shapes and types of this run's own part.
+
+    It is called before anything is copied: a moment of another shape could make a fused kernel
+    write past its memory.
+
+    Args:
+        expected: an example; or a type; or a dict or list with one example of all that is in it,
+            such as ``{str: float}`` and ``[int]``.
+    Raises: CheckpointError naming the first difference."""
+
+    def differs(found: object, expected: object) -> CheckpointError:
+        return CheckpointError(f"the state does not fit: {where} is {found}, expected {expected}.")
+
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor):
+            raise differs(f"a {type(found).__name__}", "a tensor")
+        given, own = (f"{tuple(t.shape)} {t.dtype}" for t in (found, expected))
+        if given != own:
+            raise differs(given, own)
+        if not torch.isfinite(found).all():
+            raise CheckpointError(f"the state does not fit: {where} is not finite.")
+    elif isinstance(expected, type | UnionType):
+        if not isinstance(found, expected):
+            raise differs(f"a {type(found).__name__}", getattr(expected, "__name__", expected))
+    elif not isinstance(found, type(expected)) or isinstance(found, bool):
+        raise differs(f"a {type(found).__name__}", type(expected).__name__)
+    elif isinstance(expected, list):
+        for number, part in enumerate(found):
+            check_fits(part, expected[0], f"{where}[{number}]")
+    elif isinstance(expected, dict) and isinstance(next(iter(expected), None), type):
+        [(key_type, example)] = expected.items()
+        for key, part in found.items():
+            check_fits(key, key_type, f"a name in {where}")
+            check_fits(part, example, f"{where}.{key}")
+    elif isinstance(expected, dict):
+        missing = [str(key) for key in expected if key not in found][:5]
+        unexpected = [str(key) for key in found if key not in expected][:5]
+        if missing or unexpected:
+            raise CheckpointError(
+                f"the state does not fit: {where} lacks {', '.join(missing) or 'nothing'}, and has "
+                f"{', '.join(unexpected) or 'nothing'} that this model has not."
+            )
+        for key in expected:
+            check_fits(found[key], expected[key], f"{where}.{key}")
