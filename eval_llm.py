@@ -22,7 +22,7 @@ from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer.device import default_device, device_problems, setup_seed
-from trainer.errors import CheckpointError, SettingsError, shown
+from trainer.errors import CheckpointError, SettingsError, printable
 from trainer.evaluation import bits_per_byte, encode_prompt, held_out_nats
 from trainer.flags import Parser
 from trainer.program import run_program
@@ -149,7 +149,7 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     try:
         model = MiniMindForCausalLM(config)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = shown(str(error).split("\n")[0])
+        reason = printable(str(error).split("\n")[0])
         raise CheckpointError(f"{path} describes no possible model: {reason:.160}") from None
     load_weights(model, path, flag=f"--weight {args.weight}")
     return model.eval().to(args.device)

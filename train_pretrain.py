@@ -21,22 +21,25 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import (
-    Batch, PretrainDataset, SkipBatchSampler, as_is, from_loader, ignore_signals
+    Batch,
+    PretrainDataset,
+    SkipBatchSampler,
+    as_is,
+    from_loader,
+    ignore_signals,
 )
 from dataset.token_cache import TokenCache, build_token_cache, special_ids
 from model.documents import can_attend_within
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
-from trainer.describe import describe, describe_pass, rehearse
+from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, keep_compiled_code, keep_freed_memory, setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
-from trainer.flags import (
-    TrainConfig, deciding_settings, keep_split, parse_flags, rounding_settings
-)
-from trainer.guard import Guard
+from trainer.flags import TrainConfig, deciding_settings, keep_split, parse_flags, rounding_settings
+from trainer.guard.guard import Guard
+from trainer.guard.micro_batch import fit_micro_batch, free_bytes
 from trainer.metrics import Metrics, open_metrics
-from trainer.micro_batch import fit_micro_batch, free_bytes
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
 from trainer.program import run_program
@@ -73,7 +76,7 @@ def train(
     held_out = data.held_out(config.eval_tokens)
     run = build_run(config, model_config, data, len(held_out) if held_out else 0, state, device)
     setup_seed(config.seed + distributed.rank())  # ranks draw their own dropout
-    describe(run, data.cache.meta, len(held_out.documents) if held_out else 0)
+    describe_run(run, data.cache.meta, len(held_out.documents) if held_out else 0)
 
     # 4. Resume, or begin
     if not guard.begin(run, state, data.cache.meta["num_bad"]):
@@ -81,7 +84,7 @@ def train(
     del state  # as large as model and optimizer together
     make_ready(run, data)
     if config.dry_run:
-        return rehearse(run, updates(run, data, step))
+        return report_dry_run(run, updates(run, data, step))
 
     # 5. Train
     metrics = open_metrics(run)
@@ -113,7 +116,7 @@ def train_epoch(
         run.times.mark("exchange")  # also the wait for a slower rank
         if updates_left:
             run.plan_for(int(updates_left))
-            metrics.planned()
+            metrics.plan_changed()
         lr = set_lr(run.optimizer, run.learning_rate(num_rows))
         if run.skips_next():
             run.advance(num_rows)
@@ -127,7 +130,7 @@ def train_epoch(
             guard.save(run, metrics)
         if stopping:
             raise guard.interrupted(run, metrics, saved=True)
-    run.settle()  # while this epoch's order can tell a bad update's documents
+    run.read_outcomes()  # while this epoch's order can tell a bad update's documents
 
 
 def train_step(run: Run, window: list[Batch], num_labels: int) -> Outcome:
@@ -228,7 +231,7 @@ def open_data(
         build_token_cache, args.data_path, tokenizer, args.cache_dir, args.bad_records,
         args.text_column
     )
-    cache = distributed.first_on_each_machine(lambda: str(build().folder))
+    cache = distributed.on_each_machine(lambda: str(build().folder))
     data = PretrainDataset(
         TokenCache.open(cache), tokenizer, args.max_seq_len, packing=bool(args.packing),
         seed=args.seed, heldout_fraction=args.heldout_fraction
@@ -262,7 +265,7 @@ def build_run(
         rows_per_epoch=len(data), documents_of=data.documents_of, times=StepTimes(device),
         budget=Budget(60 * args.max_minutes) if args.max_minutes else None,
         rows_held_out=num_rows_held_out,
-        rewinds=[[None, args.skip_steps]] if args.skip_steps else []
+        rollbacks=[[None, args.skip_steps]] if args.skip_steps else []
     )
 
 
@@ -288,7 +291,7 @@ def evaluate_run(
 ) -> bool:
     """Score held-out documents, by language, and continue fixed prompts. Returns: whether it came
     to the end; a signal stops it."""
-    with metrics.paused("evaluation"):
+    with metrics.outside_training("evaluation"):
         scored = {language: (from_loader(batches_of(run, part)), part.num_text_bytes)
                   for language, part in parts.items()}
         return evaluate(run, scored, tokenizer, metrics, guard.stopping)

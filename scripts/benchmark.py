@@ -220,7 +220,7 @@ def train_variant(
     import torch
 
     import train_pretrain
-    from trainer import run_folder
+    from trainer.guard import run_folder
 
     if variant.patch:
         variant.patch()

@@ -15,7 +15,7 @@ import torch
 import train_pretrain
 from tests.gradients import toy_data, toy_model, toy_run
 from trainer import distributed
-from trainer.micro_batch import fit_micro_batch
+from trainer.guard.micro_batch import fit_micro_batch
 
 if __name__ == "__main__":
     folder, (free, believed, *rows) = Path(sys.argv[1]), map(int, sys.argv[2:])

@@ -13,7 +13,7 @@ from tests import launched
 from tests.helpers import ROOT
 from tests.running import assert_same, final_state, flags, records, run, train, untimed
 from trainer.checkpoint import list_states
-from trainer.run_folder import read_run_state
+from trainer.guard.run_folder import read_run_state
 
 GOLDEN = ROOT / "tests" / "golden"
 # What made the golden state; --data_path and --tokenizer_path are in its folder.

@@ -92,8 +92,8 @@ def test_a_killed_and_resumed_run_loses_what_the_uninterrupted_one_loses(tmp_pat
     train_and_kill(tmp_path / "cut", 7, **settings)
     train(tmp_path / "cut", **settings, from_resume=1)
     assert_same(
-        final_state(tmp_path / "cut", "pretrain_64")["counters"]["rows_seen"],
-        final_state(tmp_path / "whole", "pretrain_64")["counters"]["rows_seen"],
+        final_state(tmp_path / "cut", "pretrain_64")["progress"]["rows_seen"],
+        final_state(tmp_path / "whole", "pretrain_64")["progress"]["rows_seen"],
     )
     assert len(untimed(tmp_path / "cut")) == len(untimed(tmp_path / "whole"))
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)

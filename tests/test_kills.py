@@ -272,8 +272,8 @@ def test_going_back_past_a_spike_skips_the_named_updates_and_goes_on(
     found = global_batches(cut, 1)
     assert sorted(found) == [step for step in every if step == 7 or step > 9]
     assert all(found[step] == every[step] for step in found)
-    assert final_state(cut)["rewinds"] == [[6, "8:10"]]
-    assert final_state(cut)["counters"]["rows_seen"] == final_state(reference)["counters"][
+    assert final_state(cut)["rollbacks"] == [[6, "8:10"]]
+    assert final_state(cut)["progress"]["rows_seen"] == final_state(reference)["progress"][
         "rows_seen"
     ]
     assert len(list((cut / "checkpoints").glob("*_resume_*"))) == 2

@@ -22,9 +22,9 @@ import torch
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
 from tests.helpers import ROOT
-from trainer import mirror as module
+from trainer.guard import mirror as module
 from trainer.errors import CheckpointError, Interrupted
-from trainer.mirror import Mirror, MirrorError, fetch_newest, mirror_problems
+from trainer.guard.mirror import Mirror, MirrorError, fetch_newest, mirror_problems
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 MEGABYTE = 1_000_000
@@ -548,7 +548,7 @@ import sys, time, types
 from pathlib import Path
 # The model brings transformers, which takes seconds to load and has no part in this.
 sys.modules["model.model_minimind"] = types.SimpleNamespace(MiniMindConfig=object)
-from trainer.mirror import Mirror
+from trainer.guard.mirror import Mirror
 started = time.monotonic()
 mirror = Mirror(sys.argv[1], "run_8", lambda line: print(line, flush=True))
 mirror.offer(Path(sys.argv[2]))

@@ -15,7 +15,7 @@ from tests.running import assert_same, final_state, flags, records
 from trainer.checkpoint import list_states, read_state
 from trainer.optimizer import build_optimizer
 from trainer.run import Update, rows_of
-from trainer.run_folder import read_run_state
+from trainer.guard.run_folder import read_run_state
 from trainer.trainer_utils import SkipBatchSampler
 
 SETTINGS = {"save_interval": 4, "epochs": 1}
@@ -51,7 +51,7 @@ def test_a_bad_update_is_left_out_counted_and_told(
     assert f"update 3: loss or gradient is not finite (rank {rank}, documents " in log
     assert log.count("not applied") == 1
     state = final_state(found)
-    assert state["counters"]["bad_updates"] == 1
+    assert state["progress"]["bad_updates"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
     assert {r["bad_updates"] for r in records(found) if "bad_updates" in r} == {1}
     assert all(math.isfinite(r["loss"]) for r in records(found) if "loss" in r)

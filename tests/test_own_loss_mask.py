@@ -70,7 +70,7 @@ def test_a_loss_mask_of_one_s_own_trains_and_resumes_to_the_last_bit(tmp_path: P
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert fine_tune([*cut, "--from_resume", "1"]) == 0
-    for part in ("model", "optimizer", "rng", "counters"):
+    for part in ("model", "optimizer", "rng", "progress"):
         found, expected = (final_state(tmp_path / name)[part] for name in ("cut", "whole"))
         assert_same(found, expected, part)
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")

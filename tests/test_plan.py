@@ -14,7 +14,7 @@ import pytest
 import train_pretrain
 from tests.running import assert_same, contents, final_state, flags, records, train
 from trainer.plan import Budget, Plan
-from trainer.run_folder import read_run_state
+from trainer.guard.run_folder import read_run_state
 
 
 class Clock:
@@ -99,7 +99,7 @@ def test_a_run_ends_when_its_time_is_over_with_its_rate_at_the_floor(
     assert falling == pytest.approx(0.4, abs=0.2)
     assert "heldout_loss" in records(tmp_path)[-1]
     state = final_state(tmp_path)
-    assert state["plan"][0] == state["counters"]["rows_seen"]
+    assert state["plan"][0] == state["progress"]["rows_seen"]
 
 
 def test_a_killed_run_spends_what_is_left(
@@ -157,7 +157,7 @@ def test_annealing_from_the_end_of_the_stable_phase_is_the_run_itself(
     status, log = annealed(tmp_path, stable, 36)
     assert status == 0, log
     whole, found = final_state(stable), final_state(tmp_path, "done_32")
-    for part in ("model", "optimizer", "counters", "rng"):
+    for part in ("model", "optimizer", "progress", "rng"):
         assert_same(found[part], whole[part])
 
 

@@ -20,7 +20,7 @@ from tests.running import (
 )
 from tests.test_signals import reached, until
 from trainer.checkpoint import list_states
-from trainer.run_folder import read_run_state
+from trainer.guard.run_folder import read_run_state
 
 TIMEOUT = 8  # seconds, --timeout in these tests
 SETTINGS = {"accumulation_steps": 2, "dropout": 0.1, "save_interval": 3, "timeout": TIMEOUT}

@@ -37,7 +37,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
 
 def test_resuming_without_a_state_is_a_new_run(tmp_path: Path) -> None:
     assert "a new run" in train(tmp_path, epochs=1, from_resume=1)
-    assert final_state(tmp_path)["counters"]["rows_seen"] > 0
+    assert final_state(tmp_path)["progress"]["rows_seen"] > 0
 
 
 def test_ranks_see_the_same_data_and_lose_the_same(tmp_path: Path) -> None:

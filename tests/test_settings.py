@@ -145,7 +145,7 @@ def test_another_version_of_torch_is_told(half: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy" / "checkpoints"
     shutil.copytree(half, tmp_path / "copy")
     state = read_state(list_states(folder, "pretrain_32")[0])
-    state["surroundings"] |= {"torch": "2.11.0", "threads": "16"}
+    state["rounding"] |= {"torch": "2.11.0", "threads": "16"}
     save_state(folder, "pretrain_32", state["step"], state)
     status, log = launched.wait(launched.start(
         flags(tmp_path / "copy", dropout=0.1, from_resume=1), tmp_path / "log"

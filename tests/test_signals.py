@@ -20,7 +20,7 @@ from tests.running import (
     assert_same, command, descendants, final_state, flags, records, texts, train, untimed,
     write_corpus
 )
-from trainer.run_folder import read_run_state
+from trainer.guard.run_folder import read_run_state
 
 SETTINGS = {"dropout": 0.1, "save_interval": 1000, "eval_interval": 9, "timeout": 30}
 GRACE = 20.0  # seconds in which a run must have stopped
@@ -118,7 +118,7 @@ def test_a_signal_in_an_evaluation_puts_it_off_to_the_next_start(
     until(marker.exists)
     statuses = stop(processes, signal.SIGTERM)
     assert assert_stopped(tmp_path, log, "SIGTERM", statuses) == 9
-    assert final_state(tmp_path)["counters"]["evaluated_step"] == 0
+    assert final_state(tmp_path)["progress"]["evaluated_step"] == 0
     assert_goes_on(tmp_path, whole)
 
 

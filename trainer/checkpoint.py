@@ -21,7 +21,7 @@ import torch
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.console import log
-from trainer.errors import CheckpointError, shown
+from trainer.errors import CheckpointError, printable
 from trainer.state import num_bytes, parse_state, write_state
 
 FORMAT = 3  # of the state; raise it when a field changes its meaning
@@ -207,7 +207,7 @@ def read_state(path: Path) -> dict:
     try:
         state = parse_state(data)
     except ValueError as error:
-        raise CheckpointError(f"{path} cannot be loaded: {shown(error):.160}.") from None
+        raise CheckpointError(f"{path} cannot be loaded: {printable(error):.160}.") from None
     found = state.get("format")
     if type(found) is not int or found != FORMAT:
         found = repr(found) if isinstance(found, int | float | str | None) else type(found).__name__
@@ -252,16 +252,12 @@ def save_for_all(
     Returns: the state's path. Raises: as ``save_state``."""
     state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
     state["rng"] = distributed.gather(rng_state())
-    return distributed.first_on_each_machine(
-        partial(save_state, folder, name, update, state, keep), alone=True
-    )
+    return distributed.on_main_process(partial(save_state, folder, name, update, state, keep))
 
 
 def newest_for_all(folder: str | Path, name: str, update: int | None = None) -> dict | None:
     """The newest good state, as rank 0 reads it, on every rank. Raises: as ``newest_state``."""
-    found, complaints = distributed.first_on_each_machine(
-        partial(newest_state, folder, name, update), alone=True
-    )
+    found, complaints = distributed.on_main_process(partial(newest_state, folder, name, update))
     for complaint in complaints:
         log(f"warning: {complaint} Using the state before it.")
     return found
@@ -288,5 +284,5 @@ def restore_rng(state: dict) -> None:
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
     except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        reason = shown(str(error).split("\n")[0])
+        reason = printable(str(error).split("\n")[0])
         raise CheckpointError(f"the state's random generators cannot be used: {reason}") from None

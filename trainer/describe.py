@@ -19,7 +19,7 @@ from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.weights import get_model_params
 
-REHEARSED = 7  # updates of a dry run
+DRY_RUN_UPDATES = 7  # updates of a dry run
 
 # Where to warn. Rates: at a width of 256, taken to go inversely with it; docs/RECIPES.md has what
 # was measured there. The others are rules of thumb; epochs: up to four passes teach nearly as much
@@ -27,7 +27,7 @@ REHEARSED = 7  # updates of a dry run
 HIGHEST_RATE, WARM_UP_RATE, FEWEST_UPDATES, MOST_EPOCHS = 1e-2, 2e-3, 200, 4
 
 
-def describe(run: Run, corpus: dict, num_held_out: int) -> None:
+def describe_run(run: Run, corpus: dict, num_held_out: int) -> None:
     """Print the numbers that follow from the flags, so that they can be checked by eye.
 
     Args: corpus: the token cache's counts."""
@@ -98,7 +98,8 @@ def memory_of_weights(optimizer: torch.optim.Optimizer) -> int:
     float32 all. What a pass keeps comes on top."""
     return sum(
         p.numel() * 4 * (2 + len(moments_of(group)))
-        for group in optimizer.param_groups for p in group["params"]
+        for group in optimizer.param_groups
+        for p in group["params"]
     )
 
 
@@ -124,12 +125,12 @@ def cost(args: TrainConfig, minutes: float) -> str:
     return f", {minutes / 60 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour"
 
 
-def rehearse(run: Run, outcomes: Iterable[Outcome]) -> None:
+def report_dry_run(run: Run, outcomes: Iterable[Outcome]) -> None:
     """--dry_run 1: what a few updates tell of time, memory and cost of the whole run.
 
     Args: outcomes: each is an update when it is asked for."""
     seconds, since = [], time.monotonic()
-    for outcome in itertools.islice(outcomes, REHEARSED):
+    for outcome in itertools.islice(outcomes, DRY_RUN_UPDATES):
         outcome.grad_norm.item()  # waits for the device
         seconds.append(time.monotonic() - since)
         since = time.monotonic()

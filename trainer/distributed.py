@@ -33,7 +33,7 @@ ROLL_CALL = 15.0  # seconds in which ranks that are alive answer; torchrun kills
 _timeout = 600.0  # seconds
 _restarted = False
 _store: dist.Store | None = None  # what torchrun keeps for its ranks; it outlives any of them
-_works = itertools.count()  # numbers the calls of first_on_each_machine, alike on all ranks
+_works = itertools.count()  # numbers the calls of _on_first_machines, alike on all ranks
 
 
 def rank() -> int:
@@ -156,7 +156,8 @@ def _roll_call(reason: str) -> RankError:
     missing = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} dead or stuck: no answer"
     return RankError(
         f"{missing if names else 'the ranks lost their connection'} ({reason:.120}). The same "
-        f"command with --from_resume 1 resumes from the last saved state.", speaks=own == first
+        f"command with --from_resume 1 resumes from the last saved state.",
+        speaks=own == first,
     )
 
 
@@ -213,9 +214,9 @@ class GradientSum:
         sent, self.sent = self.sent, []  # if this fails, nothing may hold the group
         self._end_last(sent)
         bucket = self.buckets[len(sent)]
-        flat = torch.cat([
-            (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket
-        ])
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
+        )
         finite = torch.isfinite(flat).all()
         self.sent = [*sent, (flat, finite, dist.all_reduce(flat, async_op=True))]
 
@@ -273,19 +274,25 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
-def first_on_each_machine(work: Callable[[], T], *, alone: bool = False) -> T:
-    """``work()`` on one process of each machine (``alone``: on rank 0 only) while the others wait.
+def on_main_process(work: Callable[[], T]) -> T:
+    """``work()`` on rank 0 while the others wait. Returns and raises: as below."""
+    return _on_first_machines(work, 1, 6 * _timeout)
 
-    They wait patiently: it may take longer than an exchange may.
+
+def on_each_machine(work: Callable[[], T]) -> T:
+    """``work()`` on one process of each machine while the others wait; for hours, if need be.
 
     Returns: rank 0's result, on every rank. If the work raises anywhere, every rank stops: those
     that worked raise it, the others exit with its ``exit_status``."""
+    return _on_first_machines(work, int(os.environ.get("GROUP_WORLD_SIZE", "1")), PATIENCE)
+
+
+def _on_first_machines(work: Callable[[], T], num_machines: int, patience: float) -> T:
     if world_size() == 1:
         return work()
     number, machine = next(_works), int(os.environ["GROUP_RANK"])
-    machines = 1 if alone else int(os.environ["GROUP_WORLD_SIZE"])
     result = None
-    if os.environ["LOCAL_RANK"] == "0" and machine < machines:
+    if os.environ["LOCAL_RANK"] == "0" and machine < num_machines:
         status = ""
         try:
             result = work()
@@ -294,8 +301,8 @@ def first_on_each_machine(work: Callable[[], T], *, alone: bool = False) -> T:
             raise
         finally:
             _store.set(f"work/{number}/{machine}", status)
-    keys = [f"work/{number}/{i}" for i in range(machines)]
-    for status in _await(_store, keys, 6 * _timeout if alone else PATIENCE):
+    keys = [f"work/{number}/{i}" for i in range(num_machines)]
+    for status in _await(_store, keys, patience):
         if status:
             sys.exit(int(status))
     return broadcast(result)

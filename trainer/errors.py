@@ -1,11 +1,11 @@
 """What can end a run, and the exit status that tells a supervisor which it was.
 
-    0  complete                          6  disk or other input and output
-    1  a mistake in this program         7  out of memory
-    2  flags, or a folder in use         8  another rank is dead or stuck
-    3  data                             75  stopped by a signal, saved; the same command resumes
-    4  weights or states               130  a second Ctrl-C: stopped at once
-    5  loss or gradient not finite
+0  complete                          6  disk or other input and output
+1  a mistake in this program         7  out of memory
+2  flags, or a folder in use         8  another rank is dead or stuck
+3  data                             75  stopped by a signal, saved; the same command resumes
+4  weights or states               130  a second Ctrl-C: stopped at once
+5  loss or gradient not finite
 """
 
 import torch
@@ -47,15 +47,14 @@ class Interrupted(Exception):
     exit_status = 75
 
 
-def shown(found: object) -> str:
+def printable(found: object) -> str:
     """Text from a file, for one line of a message: nothing in it breaks or colours the line."""
     text = str(found)
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or this machine had no memory left; torch has a class for it on cuda only.
-    """
+    """Whether device or machine are out of memory; torch has a class for it on CUDA only."""
     words = ("DefaultCPUAllocator", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -20,8 +20,11 @@ PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time",
 
 
 def evaluate(
-    run: Run, held_out: dict[str, tuple[Iterable[Any], int]], tokenizer: PreTrainedTokenizerBase,
-    metrics: Metrics, stopping: Callable[[], bool] = lambda: False
+    run: Run,
+    held_out: dict[str, tuple[Iterable[Any], int]],
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: Metrics,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Report the loss on held-out batches, if any, and how fixed prompts are continued.
 
@@ -69,9 +72,7 @@ def unless(stopping: Callable[[], bool], items: Iterable[T]) -> Iterator[T]:
     return itertools.takewhile(lambda _: not stopping(), items)
 
 
-def held_out_nats(
-    model: MiniMindForCausalLM, batches: Iterable[Any]
-) -> tuple[float, float]:
+def held_out_nats(model: MiniMindForCausalLM, batches: Iterable[Any]) -> tuple[float, float]:
     """Summed nats, and labels, of batches from ``PretrainDataset.for_evaluation``.
 
     Every rank brings its share of them; each gets the sums over all."""
@@ -82,8 +83,10 @@ def held_out_nats(
         for batch in batches:
             batch = batch.to(device)
             out = model(
-                batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
-                max_documents=batch.max_documents
+                batch.input_ids,
+                labels=batch.labels,
+                document_starts=batch.document_starts,
+                max_documents=batch.max_documents,
             )
             nats += out.loss * batch.num_labels
             num_labels += batch.num_labels
@@ -93,8 +96,10 @@ def held_out_nats(
 
 
 def continuations(
-    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str] = PROMPTS, max_new_tokens: int = 24
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str] = PROMPTS,
+    max_new_tokens: int = 24,
 ) -> dict[str, str]:
     """Each prompt and the likeliest continuation (greedy, so that evaluations compare).
 
@@ -103,8 +108,7 @@ def continuations(
     for prompt in prompts:
         ids = encode_prompt(tokenizer, prompt).to(model.device)
         out = qwen.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-            do_sample=False
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
         )
         texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return texts

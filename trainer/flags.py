@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import torch
 
 from trainer.device import default_device, default_dtype, device_problems
-from trainer.errors import SettingsError, shown
-from trainer.mirror import mirror_problems
+from trainer.errors import SettingsError, printable
+from trainer.guard.mirror import mirror_problems
 from trainer.optimizer import OPTIMIZERS
 from trainer.schedule import SCHEDULES
 
@@ -29,9 +29,17 @@ FREE = "free"  # may change on resume
 
 
 def flag(
-    default: Any, help: str, *, resume: str = FREE, older: Any = None, alias: str | None = None,
-    choices: typing.Iterable | None = None, least: float | None = None,
-    above: float | None = None, most: float | None = None, below: float | None = None
+    default: Any,
+    help: str,
+    *,
+    resume: str = FREE,
+    older: Any = None,
+    alias: str | None = None,
+    choices: typing.Iterable | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A field of a dataclass that becomes a flag.
 
@@ -42,8 +50,15 @@ def flag(
         alias: another name for it.
         least, above, most, below: bounds; ``above`` and ``below`` are not allowed values."""
     metadata = {
-        "help": help, "resume": resume, "older": older, "alias": alias, "choices": choices,
-        "least": least, "above": above, "most": most, "below": below,
+        "help": help,
+        "resume": resume,
+        "older": older,
+        "alias": alias,
+        "choices": choices,
+        "least": least,
+        "above": above,
+        "most": most,
+        "below": below,
     }
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -132,31 +147,42 @@ class TrainingFlags:
 
     epochs: int = flag(1, "passes over the data", resume=DECIDES, least=1)
     batch_size: int = flag(
-        32, "rows per micro-step on each device; an update takes batch_size x accumulation_steps x "
-        "devices", resume=SPLITS, least=1
+        32,
+        "rows per micro-step on each device; an update takes batch_size x accumulation_steps x "
+        "devices",
+        resume=SPLITS,
+        least=1,
     )
     accumulation_steps: int = flag(
         8, "micro-steps whose gradients make one update", resume=SPLITS, least=1
     )
     optimizer: str = flag(
-        "adamw", "muon moves the layers' matrices, AdamW the rest, at the same rates",
-        resume=DECIDES, older="adamw", choices=list(OPTIMIZERS)
+        "adamw",
+        "muon moves the layers' matrices, AdamW the rest, at the same rates",
+        resume=DECIDES,
+        older="adamw",
+        choices=list(OPTIMIZERS),
     )
     learning_rate: float = flag(5e-4, "at the peak", alias="lr", resume=DECIDES, above=0)
     lr_schedule: str = flag(
-        "cosine", "cosine falls to a tenth; wsd stays, then falls to zero",
-        resume=DECIDES, older="cosine", choices=SCHEDULES
+        "cosine",
+        "cosine falls to a tenth; wsd stays, then falls to zero",
+        resume=DECIDES,
+        older="cosine",
+        choices=SCHEDULES,
     )
     warmup_ratio: float = flag(
-        0.0, "share of the run in which the rate rises",
-        resume=DECIDES, older=0.0, least=0, below=1
+        0.0, "share of the run in which the rate rises", resume=DECIDES, older=0.0, least=0, below=1
     )
     decay_ratio: float = flag(
         0.4, "share of the run in which wsd falls", resume=DECIDES, older=0.4, above=0, most=1
     )
     max_minutes: float | None = flag(
-        None, "plan the run to end after this time, all its starts together; the data is repeated "
-        "as often as fits, whatever --epochs says", above=0, below=1e6
+        None,
+        "plan the run to end after this time, all its starts together; the data is repeated "
+        "as often as fits, whatever --epochs says",
+        above=0,
+        below=1e6,
     )
     grad_clip: float = flag(1.0, "largest norm of a gradient; inf: none", resume=DECIDES, above=0)
     max_bad_updates: int = flag(
@@ -171,19 +197,25 @@ class MachineFlags:
 
     device: str = flag(default_device, "cuda, mps or cpu", resume=SPLITS)
     dtype: str | None = flag(
-        None, "of matrix products; None: bfloat16, or float32 on a CPU without it",
-        resume=DECIDES, choices=["bfloat16", "float16", "float32"]
+        None,
+        "of matrix products; None: bfloat16, or float32 on a CPU without it",
+        resume=DECIDES,
+        choices=["bfloat16", "float16", "float32"],
     )
     use_compile: int | None = flag(
         None, "compile the model; None: only on cuda", resume=SPLITS, choices=[0, 1]
     )
     micro_batch_size: int | None = flag(
-        None, "rows a device works on at once, the updates staying the same; None: batch_size, on "
-        "cuda as many as are useful and fit", resume=SPLITS, least=1
+        None,
+        "rows a device works on at once, the updates staying the same; None: batch_size, on "
+        "cuda as many as are useful and fit",
+        resume=SPLITS,
+        least=1,
     )
     timeout: int = flag(
-        600, "seconds after which a rank or loader process without a sign of life is given up",
-        least=1
+        600,
+        "seconds after which a rank or loader process without a sign of life is given up",
+        least=1,
     )
 
 
@@ -221,8 +253,9 @@ class WatchingFlags:
         None, "of the machine; the run then shows what it costs", least=0, below=1e9
     )
     dry_run: int = flag(
-        0, "1: report size, memory, time and cost from a few updates; nothing is saved",
-        choices=[0, 1]
+        0,
+        "1: report size, memory, time and cost from a few updates; nothing is saved",
+        choices=[0, 1],
     )
     use_wandb: bool = flag(False, "log to SwanLab: the cloud if logged in")
     wandb_project: str = flag("MiniMind-Pretrain", "SwanLab's project")
@@ -232,18 +265,14 @@ GROUPS = (ModelFlags, DataFlags, TrainingFlags, MachineFlags, FileFlags, Watchin
 
 
 @dataclass
-class TrainConfig(
-    WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFlags, ModelFlags
-):
+class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFlags, ModelFlags):
     """All flags, checked."""
 
 
 # ------------------------------------------------------------------------------- command line
 
 
-class HelpFormatter(
-    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows every default, and the description as it is written."""
 
 
@@ -279,8 +308,13 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[type, ...] = GROUPS
             elif kind == list[str]:
                 section.add_argument(*names, nargs="+", default=default, help=said["help"])
             else:
-                section.add_argument(*names, type=kind, default=default,
-                                     choices=said.get("choices"), help=said["help"])
+                section.add_argument(
+                    *names,
+                    type=kind,
+                    default=default,
+                    choices=said.get("choices"),
+                    help=said["help"],
+                )
 
 
 def build_parser(description: str | None = None) -> Parser:
@@ -320,8 +354,12 @@ def range_problems(flags: Any) -> Iterator[str]:
         if least is not None and most is not None:
             expected = f"{least:g} to {most:g}"
         else:
-            words = (("{:g} or more", least), ("above {:g}", above), ("at most {:g}", most),
-                     ("below {:g}", below))
+            words = (
+                ("{:g} or more", least),
+                ("above {:g}", above),
+                ("at most {:g}", most),
+                ("below {:g}", below),
+            )
             expected = ", ".join(w.format(b) for w, b in words if b is not None)
         yield f"--{declared.name} is {value}, expected {expected}"
 
@@ -336,11 +374,16 @@ def check_flags(config: TrainConfig) -> None:
 
     rows, micro = config.batch_size * config.accumulation_steps, config.micro_batch_size
     divides = micro is None or micro < 1 or rows % micro == 0
-    expect(divides, f"--micro_batch_size is {micro}, expected a divisor of batch_size x "
-           f"accumulation_steps = {rows}")
+    expect(
+        divides,
+        f"--micro_batch_size is {micro}, expected a divisor of batch_size x "
+        f"accumulation_steps = {rows}",
+    )
     warm, decay = config.warmup_ratio, config.decay_ratio
-    expect(decay + max(warm, 0) <= 1 or decay > 1, f"--decay_ratio is {decay}, expected at most 1 "
-           f"together with warmup_ratio ({warm})")
+    expect(
+        decay + max(warm, 0) <= 1 or decay > 1,
+        f"--decay_ratio is {decay}, expected at most 1 together with warmup_ratio ({warm})",
+    )
     expect(decay < 1 or not config.anneal_from, "--anneal_from needs a --decay_ratio below 1")
     name = config.save_weight
     named = re.fullmatch(r"\w[\w.+-]*", name)  # in a pattern for files, each stands for itself
@@ -388,11 +431,14 @@ def deciding_settings(config: TrainConfig, num_ranks: int, digests: dict[str, st
 
 def check_same_settings(saved: dict, given: dict) -> None:
     """Raises: SettingsError with a table of the settings that the saved run had otherwise."""
-    older = {f.name: f.metadata["older"] for f in fields(TrainConfig) if f.metadata.get("older")
-             is not None}
+    older = {
+        f.name: f.metadata["older"]
+        for f in fields(TrainConfig)
+        if f.metadata.get("older") is not None
+    }
     saved = older | saved
     rows = [
-        (key, f"{shown(saved.get(key)):.60}", f"{shown(given.get(key)):.60}")
+        (key, f"{printable(saved.get(key)):.60}", f"{printable(given.get(key)):.60}")
         for key in sorted(saved.keys() | given.keys())
         if saved.get(key) != given.get(key)
     ]
@@ -409,7 +455,8 @@ def check_same_settings(saved: dict, given: dict) -> None:
 def rounding_settings(config: TrainConfig, num_ranks: int) -> dict[str, str]:
     """What a result depends on in its last bits only; saved, and named if it differs on resume."""
     return {name: str(getattr(config, name)) for name in names_of(SPLITS)} | {
-        "ranks": str(num_ranks), "torch": str(torch.__version__),
+        "ranks": str(num_ranks),
+        "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
     }
 
@@ -420,7 +467,7 @@ def keep_split(config: TrainConfig, state: dict, num_ranks: int) -> TrainConfig:
     micro-batches stay, too.
 
     Raises: SettingsError naming the numbers of ranks that would do."""
-    saved = state["surroundings"]
+    saved = state["rounding"]
     rows, batch = state["settings"].get("rows per update"), config.batch_size
     micro = re.fullmatch(r"[1-9]\d{0,8}", saved.get("micro_batch_size", ""))
     if micro and config.micro_batch_size is None and saved.get("batch_size") == str(batch):

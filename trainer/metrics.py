@@ -17,10 +17,10 @@ from trainer.console import log
 from trainer.describe import cost, run_time
 from trainer.distributed import is_main_process
 from trainer.flags import TrainConfig
+from trainer.guard.tracker import NoTracker, SwanLabTracker
 from trainer.plan import NOT_KNOWN
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
-from trainer.tracker import NoTracker, SwanLabTracker
 from trainer.weights import get_model_params
 
 # Dense bfloat16 with float32 accumulation, operations a second, by a part of the device's name; the
@@ -93,8 +93,12 @@ def open_metrics(run: Run) -> "Metrics":
     metrics.tracker.id = run.tracker_id  # kept even if this start does not track
     if config.use_wandb and is_main_process():
         metrics.tracker = SwanLabTracker(
-            config.wandb_project, config.save_weight, config=vars(config),
-            log_dir=f"{config.save_dir}/swanlog", run_id=run.tracker_id, history=run.records
+            config.wandb_project,
+            config.save_weight,
+            config=vars(config),
+            log_dir=f"{config.save_dir}/swanlog",
+            run_id=run.tracker_id,
+            history=run.records,
         )
     return metrics
 
@@ -141,7 +145,7 @@ class Metrics:
         self.bar.update(num_rows)
 
     @contextlib.contextmanager
-    def paused(self, part: str) -> Iterator[None]:
+    def outside_training(self, part: str) -> Iterator[None]:
         """What happens inside does not count as training time, but as this part of a step's."""
         since = time.monotonic()
         yield
@@ -158,10 +162,12 @@ class Metrics:
         costly = share > 0.02 and self.run.step % self.run.args.save_interval == 0
         advice = "; a larger --save_interval costs less" if costly else ""
         self.last_save, self.seconds_to_save = now, seconds
-        log(f"saved update {self.run.step:,} in {seconds:.2f} s: {share:.1%} of the time "
-               f"since the last save{advice}")
+        log(
+            f"saved update {self.run.step:,} in {seconds:.2f} s: {share:.1%} of the time "
+            f"since the last save{advice}"
+        )
 
-    def planned(self) -> None:
+    def plan_changed(self) -> None:
         """Log the plan when it first appears or moves by more than 10 %."""
         run = self.run
         self.bar.total = run.total_rows
@@ -182,7 +188,7 @@ class Metrics:
 
     def interval(self, lr: float) -> None:
         """Report the interval that ends now; waits for the device."""
-        grad_norm, load = self.run.settle()
+        grad_norm, load = self.run.read_outcomes()
         losses = self.run.close_interval()
         run, seconds = self.run, time.monotonic() - self.since
         speed = self.num_tokens / max(seconds - self.seconds_paused, 1e-9)
@@ -234,9 +240,11 @@ class Metrics:
         if scores:
             log(
                 f"held out: loss {scores['heldout_loss']:.4f}, "
-                f"{scores['heldout_bits_per_byte']:.4f} bits/byte" + "".join(
+                f"{scores['heldout_bits_per_byte']:.4f} bits/byte"
+                + "".join(
                     f", {name.removeprefix('heldout_bits_per_byte_')} {score:.4f}"
-                    for name, score in scores.items() if name.startswith("heldout_bits_per_byte_")
+                    for name, score in scores.items()
+                    if name.startswith("heldout_bits_per_byte_")
                 )
             )
             if scores["heldout_loss"] > min(before, default=math.inf) + OVERFITTING:

@@ -33,7 +33,8 @@ def muon(model: nn.Module, learning_rate: float, dtype: torch.dtype) -> Muon:
     names = [n for n in matrices if ".layers." in n and not n.endswith("mlp.gate.weight")]
     hidden = [matrices.pop(name) for name in names]
     groups = [
-        {"params": list(matrices.values()), "weight_decay": WEIGHT_DECAY}, vectors,
+        {"params": list(matrices.values()), "weight_decay": WEIGHT_DECAY},
+        vectors,
         {"params": hidden, "weight_decay": WEIGHT_DECAY, "momentum": MOMENTUM},
     ]
     return Muon(groups, learning_rate, BETAS, dtype)
@@ -42,13 +43,13 @@ def muon(model: nn.Module, learning_rate: float, dtype: torch.dtype) -> Muon:
 # By the values of --optimizer. Whatever is added must leave out an update whose ``found_inf`` is
 # set: torch's fused kernels do, its other implementations do not look at it.
 OPTIMIZERS: dict[str, Callable[[nn.Module, float, torch.dtype], torch.optim.Optimizer]] = {
-    "adamw": adamw, "muon": muon,
+    "adamw": adamw,
+    "muon": muon,
 }
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, kind: str = "adamw",
-    dtype: torch.dtype = torch.bfloat16
+    model: nn.Module, learning_rate: float, kind: str = "adamw", dtype: torch.dtype = torch.bfloat16
 ) -> torch.optim.Optimizer:
     """The optimizer of this name; ``dtype`` is that of the run's products.
 

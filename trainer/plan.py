@@ -50,8 +50,11 @@ class Budget:
         clock: seconds; begun: when this start began, by that clock."""
 
     def __init__(
-        self, seconds: float, *, clock: Callable[[], float] = time.monotonic,
-        begun: float | None = None
+        self,
+        seconds: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        begun: float | None = None,
     ) -> None:
         self.seconds, self.clock = seconds, clock
         self.spent_before = 0.0  # by earlier starts

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from trainer.console import write_line
 from trainer.errors import Interrupted, exit_status_of
-from trainer.signals import say
 
 # Its ranges are those that the tests ran with.
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
@@ -42,15 +42,15 @@ def run_program(program: Callable[[], None]) -> int:
     """Run it; an error that people cause becomes one line on stderr and an exit status."""
     if os.environ.get("RANK", "0") == "0":
         for line in untried_versions():
-            say(partial(print, file=sys.stderr), line)
+            write_line(partial(print, file=sys.stderr), line)
     try:
         program()
     except KeyboardInterrupt:
-        say(print, "stopped. --from_resume 1 resumes from the last saved state.")
+        write_line(print, "stopped. --from_resume 1 resumes from the last saved state.")
         return 130
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
-            say(print, str(stop))
+            write_line(print, str(stop))
         return stop.exit_status
     except Exception as error:
         status, message = exit_status_of(error), str(error)
@@ -65,6 +65,6 @@ def run_program(program: Callable[[], None]) -> int:
                 f"updates need less with {less}."
             )
         if getattr(error, "speaks", os.environ.get("LOCAL_RANK", "0") == "0"):  # not each rank
-            say(partial(print, file=sys.stderr), f"error: {message}")
+            write_line(partial(print, file=sys.stderr), f"error: {message}")
         return status
     return 0

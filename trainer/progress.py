@@ -21,9 +21,9 @@ class Outcome(NamedTuple):
 
     def flat(self) -> Tensor:
         """(3 + E + world_size,) all of it in one tensor, to be looked at together."""
-        return torch.cat([
-            torch.stack((self.nats, self.aux, self.grad_norm)), self.expert_load, self.culprits
-        ])
+        return torch.cat(
+            [torch.stack((self.nats, self.aux, self.grad_norm)), self.expert_load, self.culprits]
+        )
 
 
 class Seen(NamedTuple):
@@ -41,15 +41,20 @@ class Seen(NamedTuple):
         return math.isfinite(self.nats + self.aux + self.grad_norm)
 
 
-def look_at(outcomes: list[Outcome]) -> list[Seen]:
+def to_host(outcomes: list[Outcome]) -> list[Seen]:
     """Bring outcomes to the host, in one transfer; waits for the device."""
     if not outcomes:
         return []
     num_experts = len(outcomes[0].expert_load)
     rows = torch.stack([outcome.flat() for outcome in outcomes]).tolist()
     return [
-        Seen(nats, aux, grad_norm, rest[:num_experts],
-             [rank for rank, bad in enumerate(rest[num_experts:]) if bad])
+        Seen(
+            nats,
+            aux,
+            grad_norm,
+            rest[:num_experts],
+            [rank for rank, bad in enumerate(rest[num_experts:]) if bad],
+        )
         for nats, aux, grad_norm, *rest in rows
     ]
 
@@ -111,4 +116,4 @@ class Progress:
             )
         for name, count in self.to_dict().items():
             if not 0 <= count < math.inf or (name == "evaluated_step" and count > self.step):
-                raise CheckpointError(f"the state does not fit: counters.{name} is {count:,}.")
+                raise CheckpointError(f"the state does not fit: progress.{name} is {count:,}.")

@@ -16,44 +16,52 @@ from trainer import distributed
 from trainer.checkpoint import checkpoint_name, restore_rng, save_for_all
 from trainer.console import log
 from trainer.device import setup_seed
-from trainer.errors import BadUpdateError, CheckpointError, SettingsError, shown
+from trainer.errors import BadUpdateError, CheckpointError, SettingsError, printable
 from trainer.flags import TrainConfig, check_same_settings, skipped_updates
+from trainer.guard.tracker import NoTracker
 from trainer.optimizer import expected_state, load_optimizer
 from trainer.plan import NOT_KNOWN, Budget, Plan
-from trainer.progress import Outcome, Progress, look_at
+from trainer.progress import Outcome, Progress, to_host
 from trainer.schedule import learning_rate
 from trainer.state import check_fits
 from trainer.step_times import StepTimes
-from trainer.tracker import NoTracker
 from trainer.weights import describes, save_weights, weights_path
 
 # What every state holds, of whatever model; looked at before there is a run to compare with.
 LAYOUT = {
-    "format": int, "epoch": int, "step": int, "wandb_id": str | None,
-    "model": dict, "optimizer": {"state": dict, "param_groups": [dict]}, "scaler": dict,
-    "settings": {str: int | float | str | None}, "surroundings": {str: str},
-    "counters": {str: int | float}, "latest": {str: float}, "records": [dict],
-    "rewinds": [[int | str | None]], "plan": [int | float],
+    "format": int,
+    "epoch": int,
+    "step": int,
+    "wandb_id": str | None,
+    "model": dict,
+    "optimizer": {"state": dict, "param_groups": [dict]},
+    "scaler": dict,
+    "settings": {str: int | float | str | None},
+    "rounding": {str: str},
+    "progress": {str: int | float},
+    "latest": {str: float},
+    "records": [dict],
+    "rollbacks": [[int | str | None]],
+    "plan": [int | float],
     "rng": [{"python": list, "torch": Tensor, "cuda": Tensor | None}],
 }
 
 
 def check_layout(state: dict) -> None:
     """Raises: CheckpointError naming the first field whose type or structure is wrong."""
-    state.setdefault("plan", [])  # older ones have none
     check_fits(state, LAYOUT, "state")
     for number, record in enumerate(state["records"]):
         where, texts = f"records[{number}]", record.get("continuations", {})
         check_fits(record | {"continuations": ""}, {str: int | float | str}, where)
         check_fits(texts, {str: str}, f"{where}.continuations")
         check_fits(record.get("step"), 0, f"{where}.step")
-    for number, rewind in enumerate(state["rewinds"]):
+    for number, rollback in enumerate(state["rollbacks"]):
         try:
-            _, skipped = rewind
+            _, skipped = rollback
             skipped_updates(skipped)
         except (ValueError, AttributeError):
             raise CheckpointError(
-                f"the state does not fit: rewinds[{number}] is no pair of --resume_step and "
+                f"the state does not fit: rollbacks[{number}] is no pair of --resume_step and "
                 f"--skip_steps."
             ) from None
 
@@ -88,7 +96,7 @@ class Run:
     pending: list[Update] = field(default_factory=list)
     records: list[dict] = field(default_factory=list)  # what the metrics file holds; on rank 0
     latest: dict = field(default_factory=dict)  # newest loss and held-out loss
-    rewinds: list[list] = field(default_factory=list)  # [--resume_step, --skip_steps] each
+    rollbacks: list[list] = field(default_factory=list)  # [--resume_step, --skip_steps] each
     plan: Plan = field(init=False)  # how many rows, and which share of the run is done
     budget: Budget | None = None  # what the plan follows; on all ranks, rank 0's counts
     seconds_spent: float = 0.0  # of a budget, by earlier starts
@@ -159,8 +167,7 @@ class Run:
         if self.pending:
             self.pending[-1].outcome.grad_norm.item()  # waits for the device
         left = self.budget.updates_left(
-            self.step, self.args.eval_interval, self.args.save_interval,
-            self.evaluation_updates
+            self.step, self.args.eval_interval, self.args.save_interval, self.evaluation_updates
         )
         return 0 if left is None else max(1, left)
 
@@ -187,8 +194,8 @@ class Run:
         return self.due(self.args.eval_interval) and self.progress.evaluated_step < self.step
 
     def skips_next(self) -> bool:
-        """Whether --skip_steps, now or before a rewind, leaves out the next update."""
-        return any(self.step + 1 in skipped_updates(skipped) for _, skipped in self.rewinds)
+        """Whether --skip_steps, now or before a rollback, leaves out the next update."""
+        return any(self.step + 1 in skipped_updates(skipped) for _, skipped in self.rollbacks)
 
     def advance(self, num_rows: int, num_labels: int = 0, outcome: Outcome | None = None) -> None:
         """One update is done, or passed over if it has no outcome."""
@@ -198,13 +205,13 @@ class Run:
         if outcome is not None:
             self.pending.append(Update(self.step, first_row, num_rows, num_labels, outcome))
 
-    def settle(self) -> tuple[float | None, list[float]]:
+    def read_outcomes(self) -> tuple[float | None, list[float]]:
         """Look at the outcomes since the last call; waits for the device.
 
         Returns: the norm of the newest gradient, None if there was no update, and the share of
         tokens that each expert had in it.
         Raises: BadUpdateError once more than --max_bad_updates in a row were not finite."""
-        seen = look_at([update.outcome for update in self.pending])
+        seen = to_host([update.outcome for update in self.pending])
         for update, outcome in zip(self.pending, seen, strict=True):
             self.progress.add(outcome, update.num_labels)
             if not outcome.is_finite:
@@ -218,12 +225,20 @@ class Run:
     def _report_bad(self, update: Update, ranks: list[int]) -> None:
         """Say which documents an update that was not applied had read. Raises: BadUpdateError."""
         ranks = ranks or ([0] if distributed.world_size() == 1 else [])
-        documents = sorted({d for rank in ranks for d in self.documents_of(rows_of(
-            rank, update, self.micro_batch, distributed.world_size()
-        ))})
+        documents = sorted(
+            {
+                d
+                for rank in ranks
+                for d in self.documents_of(
+                    rows_of(rank, update, self.micro_batch, distributed.world_size())
+                )
+            }
+        )
         shown = ", ".join(map(str, documents[:8])) + (", …" if len(documents) > 8 else "")
-        where = f"rank {', '.join(map(str, ranks))}, documents {shown}" if ranks else (
-            "only in the sum over all ranks"
+        where = (
+            f"rank {', '.join(map(str, ranks))}, documents {shown}"
+            if ranks
+            else ("only in the sum over all ranks")
         )
         found = f"update {update.step:,}: loss or gradient is not finite ({where})"
         in_a_row = self.progress.bad_in_a_row
@@ -237,7 +252,7 @@ class Run:
         log(f"warning: {found}; not applied")
 
     def close_interval(self) -> dict[str, float]:
-        """Mean losses since the last call, none if nothing was learnt; ``settle`` first."""
+        """Mean losses since the last call, none if nothing was learnt; ``read_outcomes`` first."""
         losses = self.progress.close_interval(with_aux=self.config.use_moe)
         self.latest |= losses
         return losses
@@ -247,22 +262,33 @@ class Run:
 
         Every rank calls it. Returns: the state's path, and the seconds it took.
         Raises: OSError if a disk fails; what was saved before is intact."""
-        self.settle()
+        self.read_outcomes()
         args, since = self.args, time.monotonic()
         epoch = min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1)
         spent = self.budget.spent() if self.budget else self.seconds_spent
         parts = {
-            "model": self.model, "optimizer": self.optimizer, "scaler": self.scaler,
-            "settings": self.settings, "surroundings": self.rounding_now,
-            "counters": self.progress.to_dict(), "latest": self.latest, "records": self.records,
-            "rewinds": self.rewinds, "plan": [*self.plan, spent],
-            "epoch": epoch, "step": self.step, "wandb_id": tracker.id,
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "settings": self.settings,
+            "rounding": self.rounding_now,
+            "progress": self.progress.to_dict(),
+            "latest": self.latest,
+            "records": self.records,
+            "rollbacks": self.rollbacks,
+            "plan": [*self.plan, spent],
+            "epoch": epoch,
+            "step": self.step,
+            "wandb_id": tracker.id,
         }
         path = save_for_all(
-            args.checkpoint_dir, checkpoint_name(args.save_weight, self.config), self.step, parts,
-            args.keep_states
+            args.checkpoint_dir,
+            checkpoint_name(args.save_weight, self.config),
+            self.step,
+            parts,
+            args.keep_states,
         )
-        distributed.first_on_each_machine(self.export, alone=True)
+        distributed.on_main_process(self.export)
         return path, time.monotonic() - since
 
     def export(self) -> None:
@@ -303,9 +329,9 @@ class Run:
         own_rates = dict.fromkeys(range(len(self.optimizer.param_groups)), 0.0)
         check_fits(dict(enumerate(rates)), own_rates, "optimizer.lr")
         check_fits(state["scaler"], self.scaler.state_dict(), "scaler")
-        check_fits(state["counters"], Progress().to_dict(), "counters")
-        progress = Progress(**state["counters"])
-        plan, spent = self._check_plan(*state["plan"]) if state["plan"] else (self.plan, 0.0)
+        check_fits(state["progress"], Progress().to_dict(), "progress")
+        progress = Progress(**state["progress"])
+        plan, spent = self._check_plan(*state["plan"])
         progress.check(state["step"], plan.total_rows, self.rows_per_epoch, self.global_batch)
         self._check_scaler(**state["scaler"])
         if not state["rng"]:
@@ -321,12 +347,13 @@ class Run:
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress, self.latest = progress, state["latest"]
-        self.records, self.rewinds = state["records"], state["rewinds"]
+        self.records, self.rollbacks = state["records"], state["rollbacks"]
         self.tracker_id = state["wandb_id"]
         now = self.rounding_now
         changed = [
-            f"{name} {shown(old)} (now {now.get(name)})"
-            for name, old in state["surroundings"].items() if now.get(name) != old
+            f"{name} {printable(old)} (now {now.get(name)})"
+            for name, old in state["rounding"].items()
+            if now.get(name) != old
         ]
         if changed:
             log(f"note: saved with {', '.join(changed)}: the same run but for rounding")
@@ -342,13 +369,15 @@ class Run:
             by_epochs = total == self.rows_per_epoch * self.args.epochs
             replanned = self.budget or spent > 0 or from_row > 0
             if (
-                planned and (by_epochs or replanned) and 0 <= from_share <= 1
+                planned
+                and (by_epochs or replanned)
+                and 0 <= from_share <= 1
                 and 0 <= spent < math.inf
             ):
                 return Plan(*plan), spent
         raise CheckpointError(
-            f"the state does not fit: its plan is {shown([*numbers][:5])}, expected rows in all, "
-            f"row and share of the last change, seconds spent."
+            f"the state does not fit: its plan is {printable([*numbers][:5])}, expected rows in "
+            f"all, row and share of the last change, seconds spent."
         )
 
     def _check_scaler(
@@ -358,7 +387,8 @@ class Run:
         own = self.scaler.state_dict()
         good_updates_at_most = own.get("growth_interval", 0)
         if not (
-            0 < scale < math.inf and 0 <= _growth_tracker <= good_updates_at_most
+            0 < scale < math.inf
+            and 0 <= _growth_tracker <= good_updates_at_most
             and all(own[name] == value for name, value in fixed.items())
         ):
             found = {"scale": scale, "_growth_tracker": _growth_tracker, **fixed}

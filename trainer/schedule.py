@@ -11,8 +11,12 @@ def get_lr(current: float, total: float, lr: float) -> float:
 
 
 def learning_rate(
-    before: float, after: float, peak: float, schedule: str = "cosine", warmup_ratio: float = 0.0,
-    decay_ratio: float = 0.4
+    before: float,
+    after: float,
+    peak: float,
+    schedule: str = "cosine",
+    warmup_ratio: float = 0.0,
+    decay_ratio: float = 0.4,
 ) -> float:
     """The rate of the update that takes the run from the share ``before`` to ``after``.
 

@@ -15,9 +15,16 @@ from torch import Tensor
 from trainer.errors import CheckpointError
 
 DTYPES = {  # by the names of the safetensors format
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 JSON = "json"  # the tensor that holds what is no tensor: a header could not exceed 100 MB
 REFERENCE = "$tensor"  # {"$tensor": name} stands in the JSON where the tensor belongs
@@ -43,7 +50,9 @@ def write_state(content: dict, file: Writable) -> None:
         tensor, begin = tensors[name], end
         end += tensor.nbytes
         header[name] = {
-            "dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]
+            "dtype": DTYPES[tensor.dtype],
+            "shape": [*tensor.shape],
+            "data_offsets": [begin, end],
         }
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
@@ -67,8 +76,10 @@ def without_tensors(part: object, name: str, tensors: dict[str, Tensor]) -> obje
         tensors[name] = part
         return {REFERENCE: name}
     if isinstance(part, dict):
-        return {str(key): without_tensors(value, f"{name}/{key}", tensors)
-                for key, value in part.items()}
+        return {
+            str(key): without_tensors(value, f"{name}/{key}", tensors)
+            for key, value in part.items()
+        }
     if isinstance(part, list | tuple):
         return [without_tensors(value, f"{name}/{i}", tensors) for i, value in enumerate(part)]
     return part
@@ -98,8 +109,10 @@ def with_tensors(part: object, tensors: dict[str, Tensor]) -> object:
             return tensors.pop(name)
         if not all(key.isprintable() and len(key) <= 200 for key in part):
             raise ValueError("one of its names is not one line of text")
-        return {int(key) if key.isdecimal() else key: with_tensors(value, tensors)
-                for key, value in part.items()}
+        return {
+            int(key) if key.isdecimal() else key: with_tensors(value, tensors)
+            for key, value in part.items()
+        }
     if isinstance(part, list):
         return [with_tensors(value, tensors) for value in part]
     if isinstance(part, str):
@@ -119,24 +132,17 @@ def check_fits(found: object, expected: object, where: str) -> None:
         expected: an example; or a type; or a dict or list with one example of all that is in it,
             such as ``{str: float}`` and ``[int]``.
     Raises: CheckpointError naming the first difference."""
-
-    def differs(found: object, expected: object) -> CheckpointError:
-        return CheckpointError(f"the state does not fit: {where} is {found}, expected {expected}.")
-
-    if isinstance(expected, Tensor):
-        if not isinstance(found, Tensor):
-            raise differs(f"a {type(found).__name__}", "a tensor")
+    if isinstance(expected, Tensor) and isinstance(found, Tensor):
         given, own = (f"{tuple(t.shape)} {t.dtype}" for t in (found, expected))
-        if given != own:
-            raise differs(given, own)
-        if not torch.isfinite(found).all():
-            raise CheckpointError(f"the state does not fit: {where} is not finite.")
-    elif isinstance(expected, type | UnionType):
-        if not isinstance(found, expected):
-            raise differs(f"a {type(found).__name__}", getattr(expected, "__name__", expected))
-    elif not isinstance(found, type(expected)) or isinstance(found, bool):
-        raise differs(f"a {type(found).__name__}", type(expected).__name__)
-    elif isinstance(expected, list):
+        refuse_unless(given == own, f"{where} is {given}, expected {own}")
+        refuse_unless(torch.isfinite(found).all(), f"{where} is not finite")
+        return
+    kind = expected if isinstance(expected, type | UnionType) else type(expected)
+    kind = Tensor if isinstance(expected, Tensor) else kind
+    fits = isinstance(found, kind) and (kind is expected or not isinstance(found, bool))
+    name = getattr(kind, "__name__", kind)
+    refuse_unless(fits, f"{where} is a {type(found).__name__}, expected {name}")
+    if isinstance(expected, list):
         for number, part in enumerate(found):
             check_fits(part, expected[0], f"{where}[{number}]")
     elif isinstance(expected, dict) and isinstance(next(iter(expected), None), type):
@@ -147,10 +153,16 @@ def check_fits(found: object, expected: object, where: str) -> None:
     elif isinstance(expected, dict):
         missing = [str(key) for key in expected if key not in found][:5]
         unexpected = [str(key) for key in found if key not in expected][:5]
-        if missing or unexpected:
-            raise CheckpointError(
-                f"the state does not fit: {where} lacks {', '.join(missing) or 'nothing'}, and has "
-                f"{', '.join(unexpected) or 'nothing'} that this model has not."
-            )
+        refuse_unless(
+            not missing and not unexpected,
+            f"{where} lacks {', '.join(missing) or 'nothing'}, and has "
+            f"{', '.join(unexpected) or 'nothing'} that this model has not",
+        )
         for key in expected:
             check_fits(found[key], expected[key], f"{where}.{key}")
+
+
+def refuse_unless(fits: object, otherwise: str) -> None:
+    """Raises: CheckpointError that says what was found, unless it fits."""
+    if not fits:
+        raise CheckpointError(f"the state does not fit: {otherwise}.")

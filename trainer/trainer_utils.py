@@ -28,10 +28,18 @@ __all__ = [
 
 
 def lm_checkpoint(
-    lm_config: MiniMindConfig, weight: str = "pretrain", model: MiniMindForCausalLM | None = None,
-    optimizer: torch.optim.Optimizer | None = None, epoch: int = 0, step: int = 0,
-    wandb: object | None = None, save_dir: str | Path = "checkpoints", *, update: int | None = None,
-    keep: int = KEPT_STATES, **state: object
+    lm_config: MiniMindConfig,
+    weight: str = "pretrain",
+    model: MiniMindForCausalLM | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    epoch: int = 0,
+    step: int = 0,
+    wandb: object | None = None,
+    save_dir: str | Path = "checkpoints",
+    *,
+    update: int | None = None,
+    keep: int = KEPT_STATES,
+    **state: object,
 ) -> dict | Path | None:
     """With a model: save all that the next update needs. Without: the newest good state or None.
 

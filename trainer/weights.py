@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import checkpoint_name, write_atomically
-from trainer.errors import CheckpointError, SettingsError, shown
-from trainer.untrusted import load_tensors
+from trainer.errors import CheckpointError, SettingsError, printable
+from trainer.guard.untrusted import load_tensors
 
 SHOWN_BY_SHAPES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "use_moe", "head_dim"),
@@ -108,8 +108,8 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
         for name in SHOWN_BY_SHAPES:  # before a model of that size is built
             if getattr(config, name) != getattr(sizes, name):
                 raise CheckpointError(
-                    f"{described} says {name} {shown(getattr(config, name)):.40}, but the weights "
-                    f"beside it have {getattr(sizes, name)}."
+                    f"{described} says {name} {printable(getattr(config, name)):.40}, but the "
+                    f"weights beside it have {getattr(sizes, name)}."
                 )
         return config
     return config_from_shapes(state, path)
@@ -128,11 +128,13 @@ def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
         return MiniMindConfig(
             hidden_size=hidden_size,
             num_hidden_layers=len({key.split(".")[2] for key in state if ".layers." in key}),
-            use_moe=use_moe, vocab_size=vocab_size, head_dim=head_dim,
+            use_moe=use_moe,
+            vocab_size=vocab_size,
+            head_dim=head_dim,
             num_attention_heads=len(state[layer + "self_attn.q_proj.weight"]) // head_dim,
             num_key_value_heads=len(state[layer + "self_attn.k_proj.weight"]) // head_dim,
             intermediate_size=len(state[f"{layer}mlp.{expert}gate_proj.weight"]),
-            num_experts=len(state[layer + "mlp.gate.weight"]) if use_moe else 4
+            num_experts=len(state[layer + "mlp.gate.weight"]) if use_moe else 4,
         )
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}: these are no MiniMind weights.") from None
@@ -141,8 +143,11 @@ def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
 
 
 def init_model(
-    lm_config: MiniMindConfig, from_weight: str = "none", tokenizer_path: str = "model",
-    save_dir: str = "out", device: str | torch.device = "cpu"
+    lm_config: MiniMindConfig,
+    from_weight: str = "none",
+    tokenizer_path: str = "model",
+    save_dir: str = "out",
+    device: str | torch.device = "cpu",
 ) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
     """A new model, or with ``from_weight`` one that starts from ``<save_dir>/<from_weight>_*.pth``.
 

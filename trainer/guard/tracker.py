@@ -50,8 +50,13 @@ class SwanLabTracker:
             the local dashboard cannot, so there the run's newest entry is told its past."""
 
     def __init__(
-        self, project: str, name: str, config: dict, log_dir: str, run_id: str | None,
-        history: Iterable[dict] = ()
+        self,
+        project: str,
+        name: str,
+        config: dict,
+        log_dir: str,
+        run_id: str | None,
+        history: Iterable[dict] = (),
     ) -> None:
         self.run = None
         self.id = run_id or f"{name}-{uuid.uuid4().hex[:8]}"
@@ -60,8 +65,9 @@ class SwanLabTracker:
 
             # Not interactive: it never asks for a key, whatever it finds.
             settings = swanlab.Settings(
-                interactive=False, terminal=swanlab.Settings.Terminal(proxy_type="none"),
-                probe=swanlab.Settings.Probe(monitor=False)
+                interactive=False,
+                terminal=swanlab.Settings.Terminal(proxy_type="none"),
+                probe=swanlab.Settings.Probe(monitor=False),
             )
             modes = ["online"] if settings.api_key else []
             if importlib.util.find_spec("swanboard"):

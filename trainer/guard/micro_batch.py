@@ -47,7 +47,7 @@ def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int
     run.micro_batch = rows
 
 
-def advise(run: Run, kind: object, error: BaseException | None, trace: object) -> None:
+def suggest_micro_batch(run: Run, kind: object, error: BaseException | None, trace: object) -> None:
     """When a run ends without memory: which flag makes its updates need less. For an ExitStack."""
     if error is not None and is_out_of_memory(error) and run.micro_batch > 1:
         fewer = largest_divisor(run.rows_per_device, run.micro_batch // 2)

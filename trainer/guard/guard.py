@@ -12,17 +12,15 @@ from functools import partial
 from types import TracebackType
 
 from model.model_minimind import MiniMindConfig
-from trainer import distributed
 from trainer.console import log
+from trainer.distributed import on_main_process, restarted
 from trainer.errors import Interrupted
 from trainer.flags import TrainConfig
+from trainer.guard.micro_batch import suggest_micro_batch
+from trainer.guard.run_folder import RunFolder, find_state, record_lost_rank, state_to_anneal
+from trainer.guard.signals import StopSignals
 from trainer.metrics import Metrics, complete_files
-from trainer.micro_batch import advise
 from trainer.run import Run
-from trainer.run_folder import RunFolder, blame, find_state, state_to_anneal
-from trainer.signals import StopSignals
-
-once = partial(distributed.first_on_each_machine, alone=True)  # on rank 0, for all
 
 
 class Guard:
@@ -41,8 +39,10 @@ class Guard:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.scope.__exit__(kind, error, trace)
 
@@ -52,15 +52,17 @@ class Guard:
         Raises: SettingsError if another run holds a folder; CheckpointError if files of another run
         would be overwritten, or if there are states and none is good; OSError."""
         config = self.config
-        self.scope.push(partial(blame, config.checkpoint_dir))
+        self.scope.push(partial(record_lost_rank, config.checkpoint_dir))
         self.folder = RunFolder(config, model_config)
         state = None
         if not config.dry_run:
-            once(lambda: self.scope.enter_context(self.folder) and None)  # stays on this rank
-            if config.from_resume or distributed.restarted():  # --max-restarts gives no flag
+            on_main_process(
+                lambda: self.scope.enter_context(self.folder) and None
+            )  # stays on this rank
+            if config.from_resume or restarted():  # --max-restarts gives no flag
                 state = find_state(config, model_config, self.folder)
             if state is None:
-                once(self.folder.refuse_to_overwrite)
+                on_main_process(self.folder.refuse_to_overwrite)
         self.resumed = state is not None
         if config.anneal_from and not self.resumed:
             state = state_to_anneal(config)
@@ -71,7 +73,7 @@ class Guard:
 
         Raises: SettingsError if settings differ, CheckpointError if a part does not fit."""
         config = self.config
-        self.scope.push(partial(advise, run))
+        self.scope.push(partial(suggest_micro_batch, run))
         if state is not None:
             run.restore(state)
         if run.budget and not config.dry_run:
@@ -79,19 +81,18 @@ class Guard:
         if config.anneal_from and not self.resumed:
             run.anneal()
         if run.is_done and not run.evaluation_due:
-            once(partial(complete_files, run))
+            on_main_process(partial(complete_files, run))
             log(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")
             return False
         if not config.dry_run:
             if not self.resumed:
-                once(self.folder.delete_run)
-            once(partial(self.folder.begin, run.step, num_bad_records))
+                on_main_process(self.folder.delete_run)
+            on_main_process(partial(self.folder.begin, run.step, num_bad_records))
         return True
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Inside, a signal is only noted; elsewhere there is nothing to save, and it ends the run.
-        """
+        """Inside, a signal is only noted; elsewhere nothing is to be saved, and it ends the run."""
         self.stop.training = True
         yield
         self.stop.training = False
@@ -103,10 +104,10 @@ class Guard:
     def save(self, run: Run, metrics: Metrics) -> None:
         """Save the state, then the weights. Raises: OSError; CheckpointError if another run writes
         to the same folder."""
-        with metrics.paused("saving"):
-            once(self.folder.check_alone)
+        with metrics.outside_training("saving"):
+            on_main_process(self.folder.check_no_other_run)
             path, seconds = run.save(metrics.tracker)
-            once(partial(self.folder.saved, path))
+            on_main_process(partial(self.folder.saved, path))
             metrics.saved(seconds)
 
     def interrupted(self, run: Run, metrics: Metrics, saved: bool) -> Interrupted:

@@ -43,8 +43,10 @@ class MirrorError(OSError):
 def mirror_problems(url: str) -> list[str]:
     """What is wrong with ``--checkpoint_mirror``, in words; empty if nothing is."""
     if SECRET_IN_URL.search(url):  # and so it must not be repeated here
-        return ["--checkpoint_mirror holds a password, or a port that is no number. Flags end up "
-                "in logs: give an ssh key, ~/.aws or an environment variable instead."]
+        return [
+            "--checkpoint_mirror holds a password, or a port that is no number. Flags end up "
+            "in logs: give an ssh key, ~/.aws or an environment variable instead."
+        ]
     try:
         if "::" in url:  # a cache in between would answer when a copy is read back
             raise ValueError
@@ -54,8 +56,10 @@ def mirror_problems(url: str) -> list[str]:
         package = {"smbclient": "smbprotocol"}.get(module, module)  # else they have one name
         return [f"--checkpoint_mirror {url} needs a package: pip install {package}"]
     except ValueError:
-        return [f"--checkpoint_mirror {url} is no address that can be used. Pass a folder, or one "
-                f"like sftp://user@host/folder or s3://bucket/folder."]
+        return [
+            f"--checkpoint_mirror {url} is no address that can be used. Pass a folder, or one "
+            f"like sftp://user@host/folder or s3://bucket/folder."
+        ]
     return []
 
 
@@ -68,7 +72,7 @@ def scrub(text: str) -> str:
     return re.sub(r"//[^/\s@]*:[^/\s]*@", "//***@", text)
 
 
-def describe(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Its kind and the first line of its text, without secrets."""
     lines = scrub(str(error)).splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[0]:.200}"
@@ -143,7 +147,7 @@ class Mirror:
 
     def __init__(self, url: str, name: str, warn: Callable[[str], None], keep: int = 2) -> None:
         self.url, self.name, self.warn, self.keep = url, name, warn, keep
-        self.shown = scrub(url)
+        self.safe_url = scrub(url)
         self._own: set[str] = set()  # states that may be deleted there
         self._clearing = False  # all may be
         self._told: set[object] = set()  # kinds of failures since a copy last succeeded
@@ -164,7 +168,8 @@ class Mirror:
         data = self._read(lambda fs, there: b"".join(pieces(fs, f"{there}/{state}")))
         if digest(data) not in state:
             raise CheckpointError(
-                f"{self.shown}/{state} is damaged: its {len(data):,} bytes are not those written."
+                f"{self.safe_url}/{state} is damaged: its {len(data):,} bytes are not those "
+                f"written."
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / state, data)
@@ -186,8 +191,11 @@ class Mirror:
             self._offered = path
             self._changed.notify_all()
         if skipped:
-            self._tell_once("slow", f"{self.shown} is still busy with an older state; that of "
-                                    f"update {update_of(skipped.name):,} is left out")
+            self._tell_once(
+                "slow",
+                f"{self.safe_url} is still busy with an older state; that of "
+                f"update {update_of(skipped.name):,} is left out",
+            )
 
     def finish(self, seconds: float) -> None:
         """Wait, at most so long, until the newest state is there; less for a mirror that fails.
@@ -201,8 +209,11 @@ class Mirror:
                 self._changed.notify_all()  # no long pauses now
                 self._changed.wait(min(left, 1))  # in slices, for the sake of signals
             if (path := self._offered) != self._copied:
-                self._tell_once(path, f"the state of update {update_of(path.name):,} is not at "
-                                      f"{self.shown}; it is only at {path}")
+                self._tell_once(
+                    path,
+                    f"the state of update {update_of(path.name):,} is not at "
+                    f"{self.safe_url}; it is only at {path}",
+                )
             self._ended = True
             self._changed.notify_all()
 
@@ -222,9 +233,9 @@ class Mirror:
             except Interrupted:
                 raise
             except Exception as error:
-                reason = describe(error)
+                reason = reason_of(error)
             time.sleep(pause)
-        raise MirrorError(f"--checkpoint_mirror {self.shown} cannot be read: {reason}")
+        raise MirrorError(f"--checkpoint_mirror {self.safe_url} cannot be read: {reason}")
 
     def _work(self) -> None:
         """The thread: try the newest offer until it is there, then wait for the next."""
@@ -251,13 +262,16 @@ class Mirror:
                 copied = True
                 self._prune(fs, folder, path.name)
         except Exception as error:
-            failed = (f"older states at {self.shown} were not removed: {describe(error)}" if copied
-                      else f"state of update {update_of(path.name):,} was not copied to "
-                           f"{self.shown}: {describe(error)}; trying again")
+            failed = (
+                f"older states at {self.safe_url} were not removed: {reason_of(error)}"
+                if copied
+                else f"state of update {update_of(path.name):,} was not copied to "
+                f"{self.safe_url}: {reason_of(error)}; trying again"
+            )
             self._tell_once((type(error), getattr(error, "errno", None)), failed)
         else:
             if self._told - {"slow"}:
-                self._tell_once("works", f"{self.shown} works again")
+                self._tell_once("works", f"{self.safe_url} works again")
             self._told &= {"slow"}
         with self._changed:
             self._copied = path if copied else self._copied
@@ -294,7 +308,7 @@ def fetch_newest(mirror: Mirror, folder: Path, newer_than: int) -> tuple[Path | 
                 complaints.append(str(error))
     if complaints and newer_than < 0:
         raise CheckpointError(
-            f"no state of {mirror.name} at {mirror.shown} can be used: {' '.join(complaints)} "
+            f"no state of {mirror.name} at {mirror.safe_url} can be used: {' '.join(complaints)} "
             f"Restore one, or start afresh without --checkpoint_mirror."
         )
     return None, complaints

@@ -3,11 +3,11 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
+from trainer.console import drop_output
 from trainer.errors import Interrupted
 
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP")
@@ -50,20 +50,3 @@ class StopSignals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def drop_output(descriptor: int) -> None:
-    """Let what is written there vanish: its reader is gone, and training continues without."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, descriptor)
-    os.close(nothing)
-
-
-def say(write: Callable[[str], None], line: str) -> None:
-    """``write(line)``; a console that is gone (a closed pipe, a lost terminal) ends no run."""
-    for descriptor in (1, 2):
-        try:
-            write(line)
-            return sys.stdout.flush()
-        except OSError:
-            drop_output(descriptor)

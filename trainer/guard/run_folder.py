@@ -19,20 +19,24 @@ from functools import partial
 from pathlib import Path
 
 from model.model_minimind import MiniMindConfig
-from trainer import distributed
 from trainer.checkpoint import (
-    checkpoint_name, digest_of_file, is_state, list_states, newest_for_all, read_state,
-    remove_partial_files, update_of, write_atomically
+    checkpoint_name,
+    digest_of_file,
+    is_state,
+    list_states,
+    newest_for_all,
+    read_state,
+    remove_partial_files,
+    update_of,
+    write_atomically,
 )
-from trainer.console import log
-from trainer.errors import (
-    CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
-)
+from trainer.console import log, write_line
+from trainer.distributed import is_main_process, on_main_process
+from trainer.errors import CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
 from trainer.flags import TrainConfig
-from trainer.mirror import Mirror, MirrorError, fetch_newest
+from trainer.guard.mirror import Mirror, MirrorError, fetch_newest
 from trainer.plan import Budget
 from trainer.run import check_layout
-from trainer.signals import say
 from trainer.weights import weights_path
 
 FILE = "run_state.json"
@@ -56,13 +60,20 @@ class RunFolder:
         self.locks: list[int] = []
         self.known: set[Path] = set()  # states of this run
         self.mirror: Mirror | None = None
-        if args.checkpoint_mirror and distributed.is_main_process():
-            warn = partial(say, print)
+        if args.checkpoint_mirror and is_main_process():
+            warn = partial(write_line, print)
             self.mirror = Mirror(args.checkpoint_mirror, self.name, warn, args.keep_states)
         self.content = {
-            "status": "running", "code": None, "run": self.name, "step": 0, "reason": "",
-            "pid": os.getpid(), "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"), "bad_records": 0, "seconds_spent": 0.0,
+            "status": "running",
+            "code": None,
+            "run": self.name,
+            "step": 0,
+            "reason": "",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "bad_records": 0,
+            "seconds_spent": 0.0,
         }
 
     def __enter__(self) -> "RunFolder":
@@ -82,11 +93,15 @@ class RunFolder:
         if last.get("run") == self.name and isinstance(spent, float) and 0 < spent < math.inf:
             self.content["seconds_spent"] = spent
         if last.get("status") == "running":
-            log(f"note: the last run here ended without a word (killed, or out of memory) some "
-                   f"time after update {last.get('step', 0):,}")
-        parts = [*remove_partial_files(self.folder, self.name),
-                 *remove_partial_files(self.folder, "run_state"),
-                 *remove_partial_files(self.save_dir, self.name)]
+            log(
+                f"note: the last run here ended without a word (killed, or out of memory) some "
+                f"time after update {last.get('step', 0):,}"
+            )
+        parts = [
+            *remove_partial_files(self.folder, self.name),
+            *remove_partial_files(self.folder, "run_state"),
+            *remove_partial_files(self.save_dir, self.name),
+        ]
         for part in parts:
             log(f"note: removed {part.name}, which a killed run left half-written")
         if last.get("status") != "complete":  # a complete run that is started again stays as it is
@@ -127,7 +142,7 @@ class RunFolder:
         taken: list = self.files()
         if self.mirror is not None:
             with contextlib.suppress(MirrorError):  # gone: saving there will warn
-                taken += [f"{self.mirror.shown}/{name}" for name in self.mirror.states()]
+                taken += [f"{self.mirror.safe_url}/{name}" for name in self.mirror.states()]
         if taken and not self.args.overwrite:
             raise CheckpointError(
                 f"{taken[0]} belongs to an earlier run. --from_resume 1 resumes it, "
@@ -146,8 +161,11 @@ class RunFolder:
         ``update`` if that is not here. Raises: MirrorError, CheckpointError if none is here."""
         if self.mirror is None:
             return
-        whole = [update_of(path) for path in list_states(self.folder, self.name)
-                 if digest_of_file(path) in path.name]
+        whole = [
+            update_of(path)
+            for path in list_states(self.folder, self.name)
+            if digest_of_file(path) in path.name
+        ]
         try:
             self.mirror.owns(self.mirror.states())
             if update is None:
@@ -192,12 +210,14 @@ class RunFolder:
             self.mirror.owns(path.name for path in self.known)
         self.write(step=step, bad_records=num_bad_records)
 
-    def check_alone(self) -> None:
+    def check_no_other_run(self) -> None:
         """Raises: CheckpointError if another run saved here: on some network disks locks fail."""
         for path in list_states(self.folder, self.name):
             if path not in self.known:
-                raise CheckpointError(f"{path} is of another run that writes here, too: stopped. "
-                                      f"Give one of them another --checkpoint_dir.")
+                raise CheckpointError(
+                    f"{path} is of another run that writes here, too: stopped. "
+                    f"Give one of them another --checkpoint_dir."
+                )
 
     def saved(self, path: Path) -> None:
         """A state of this run was written."""
@@ -230,7 +250,7 @@ def read_run_state(folder: str | Path) -> dict:
     return {}
 
 
-def blame(folder: str, kind: object, error: BaseException | None, trace: object) -> None:
+def record_lost_rank(folder: str, kind: object, error: BaseException | None, trace: object) -> None:
     """Write down, from any rank, that another one is lost: the first may be the lost one."""
     content = read_run_state(folder)
     if isinstance(error, RankError) and content.get("status") == "running":
@@ -252,19 +272,16 @@ def state_to_anneal(args: TrainConfig) -> dict:
             )
         return read_state(path)
 
-    state = distributed.first_on_each_machine(read, alone=True)
+    state = on_main_process(read)
     check_layout(state)
     state["settings"] |= {name: getattr(args, name) for name in ("decay_ratio", "epochs")}
     return state
 
 
-def find_state(
-    args: TrainConfig, config: MiniMindConfig, folder: RunFolder
-) -> dict | None:
+def find_state(args: TrainConfig, config: MiniMindConfig, folder: RunFolder) -> dict | None:
     """The state to resume from, on every rank; None if there is none and the run is a new one.
 
     Raises: CheckpointError, MirrorError if there may be one that cannot be used."""
-    once = partial(distributed.first_on_each_machine, alone=True)
 
     def load(update: int | None = None) -> dict | None:
         found = newest_for_all(folder.folder, folder.name, update)
@@ -272,17 +289,17 @@ def find_state(
             check_layout(found)
         return found
 
-    once(partial(folder.fetch, None))
+    on_main_process(partial(folder.fetch, None))
     state = load()
-    rewind = [args.resume_step, args.skip_steps]
-    if args.resume_step is not None and (state is None or rewind not in state["rewinds"]):
-        once(partial(folder.fetch, args.resume_step))
+    rollback = [args.resume_step, args.skip_steps]
+    if args.resume_step is not None and (state is None or rollback not in state["rollbacks"]):
+        on_main_process(partial(folder.fetch, args.resume_step))
         state = load(update=args.resume_step)
-        once(partial(folder.set_aside, args.resume_step))
+        on_main_process(partial(folder.set_aside, args.resume_step))
     if state is None:
         log("no state yet: a new run")
         return None
-    if rewind != [None, None] and rewind not in state["rewinds"]:
-        state["rewinds"].append(rewind)  # so that the same command does not go back twice
+    if rollback != [None, None] and rollback not in state["rollbacks"]:
+        state["rollbacks"].append(rollback)  # so that the same command does not go back twice
     log(f"resuming after update {state['step']:,}")
     return state

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from trainer.errors import CheckpointError, shown
+from trainer.errors import CheckpointError, printable
 
 # What tensors in dicts and lists need. torch would let a file call more: byte arrays and tensors of
 # any size, sparse ones whose indices point anywhere, text encoders.
@@ -37,11 +37,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return plain_tensors(content)
     except (zipfile.BadZipFile, struct.error):
         reason = "it is not what torch.save writes, or cut short"
-    except pickle.UnpicklingError:  # torch's own words advise to run the code
+    except pickle.UnpicklingError:  # torch's own words suggest_micro_batch to run the code
         reason = "damaged"
     except Exception as error:  # a hostile file can raise anything in there
         reason = (str(error).splitlines() or ["damaged"])[0]
-    raise CheckpointError(f"{path} cannot be loaded: {shown(reason):.160}.")
+    raise CheckpointError(f"{path} cannot be loaded: {printable(reason):.160}.")
 
 
 def check_archive(file: BinaryIO) -> None:
