@@ -23,7 +23,8 @@ import torch
 
 import train_pretrain
 from tests.strict import make_strict
-from trainer import checkpoint, distributed, evaluation, mirror
+from trainer import checkpoint, distributed, evaluation
+from trainer.guard import mirror
 
 make_strict()
 
