@@ -267,7 +267,7 @@ class Run:
         epoch = min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1)
         spent = self.budget.spent() if self.budget else self.seconds_spent
         parts = {
-            "model": self.model,
+            "model": self.weights(),
             "optimizer": self.optimizer,
             "scaler": self.scaler,
             "settings": self.settings,
@@ -290,6 +290,10 @@ class Run:
         )
         distributed.on_main_process(self.export)
         return path, time.monotonic() - since
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's by name, without the head: that is the embedding once more."""
+        return {k: v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
 
     def export(self) -> None:
         """Write the weights and their description, unless they are those of this update."""
@@ -323,7 +327,7 @@ class Run:
 
         Raises: SettingsError if settings differ, CheckpointError if a part does not fit."""
         check_same_settings(state["settings"], self.settings)
-        check_fits(state["model"], dict(self.model.state_dict()), "model")
+        check_fits(state["model"], self.weights(), "model")
         check_fits(state["optimizer"]["state"], expected_state(self.optimizer), "optimizer")
         rates = [group.get("lr") for group in state["optimizer"]["param_groups"]]
         own_rates = dict.fromkeys(range(len(self.optimizer.param_groups)), 0.0)
@@ -343,7 +347,7 @@ class Run:
         self.plan, self.seconds_spent = plan, spent
         if self.budget:
             self.budget.spent_before = spent
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"], strict=False)  # but for the tied matrix
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress, self.latest = progress, state["latest"]
