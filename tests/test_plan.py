@@ -99,7 +99,7 @@ def test_a_run_ends_when_its_time_is_over_with_its_rate_at_the_floor(
     assert falling == pytest.approx(0.4, abs=0.2)
     assert "heldout_loss" in records(tmp_path)[-1]
     state = final_state(tmp_path)
-    assert state["plan"][0] == state["progress"]["rows_seen"]
+    assert state["plan"]["total_rows"] == state["progress"]["rows_seen"]
 
 
 def test_a_killed_run_spends_what_is_left(

@@ -16,54 +16,14 @@ from trainer import distributed
 from trainer.checkpoint import checkpoint_name, restore_rng, save_for_all
 from trainer.console import log
 from trainer.device import setup_seed
-from trainer.errors import BadUpdateError, CheckpointError, SettingsError, printable
-from trainer.flags import TrainConfig, check_same_settings, skipped_updates
-from trainer.guard.tracker import NoTracker
-from trainer.optimizer import expected_state, load_optimizer
+from trainer.errors import BadUpdateError, SettingsError, printable
+from trainer.flags import TrainConfig, skipped_updates
+from trainer.optimizer import load_optimizer
 from trainer.plan import NOT_KNOWN, Budget, Plan
 from trainer.progress import Outcome, Progress, to_host
 from trainer.schedule import learning_rate
-from trainer.state import check_fits
 from trainer.step_times import StepTimes
 from trainer.weights import describes, save_weights, weights_path
-
-# What every state holds, of whatever model; looked at before there is a run to compare with.
-LAYOUT = {
-    "format": int,
-    "epoch": int,
-    "step": int,
-    "wandb_id": str | None,
-    "model": dict,
-    "optimizer": {"state": dict, "param_groups": [dict]},
-    "scaler": dict,
-    "settings": {str: int | float | str | None},
-    "rounding": {str: str},
-    "progress": {str: int | float},
-    "latest": {str: float},
-    "records": [dict],
-    "rollbacks": [[int | str | None]],
-    "plan": [int | float],
-    "rng": [{"python": list, "torch": Tensor, "cuda": Tensor | None}],
-}
-
-
-def check_layout(state: dict) -> None:
-    """Raises: CheckpointError naming the first field whose type or structure is wrong."""
-    check_fits(state, LAYOUT, "state")
-    for number, record in enumerate(state["records"]):
-        where, texts = f"records[{number}]", record.get("continuations", {})
-        check_fits(record | {"continuations": ""}, {str: int | float | str}, where)
-        check_fits(texts, {str: str}, f"{where}.continuations")
-        check_fits(record.get("step"), 0, f"{where}.step")
-    for number, rollback in enumerate(state["rollbacks"]):
-        try:
-            _, skipped = rollback
-            skipped_updates(skipped)
-        except (ValueError, AttributeError):
-            raise CheckpointError(
-                f"the state does not fit: rollbacks[{number}] is no pair of --resume_step and "
-                f"--skip_steps."
-            ) from None
 
 
 class Update(NamedTuple):
@@ -257,7 +217,7 @@ class Run:
         self.latest |= losses
         return losses
 
-    def save(self, tracker: NoTracker) -> tuple[Path, float]:
+    def save(self, tracker_id: str | None) -> tuple[Path, float]:
         """Write the state, then the weights: who has a run's weights can also resume it.
 
         Every rank calls it. Returns: the state's path, and the seconds it took.
@@ -276,10 +236,11 @@ class Run:
             "latest": self.latest,
             "records": self.records,
             "rollbacks": self.rollbacks,
-            "plan": [*self.plan, spent],
+            "plan": self.plan._asdict(),
+            "seconds_spent": spent,
             "epoch": epoch,
             "step": self.step,
-            "wandb_id": tracker.id,
+            "wandb_id": tracker_id,
         }
         path = save_for_all(
             args.checkpoint_dir,
@@ -323,36 +284,22 @@ class Run:
             self.plan_for(math.ceil(self.step * args.decay_ratio / stable))
 
     def restore(self, state: dict) -> None:
-        """Become the run that saved ``state``; nothing is copied before all of it is checked.
+        """Become the run that saved ``state``, which guard/check_state.py found to fit.
 
-        Raises: SettingsError if settings differ, CheckpointError if a part does not fit."""
-        check_same_settings(state["settings"], self.settings)
-        check_fits(state["model"], self.weights(), "model")
-        check_fits(state["optimizer"]["state"], expected_state(self.optimizer), "optimizer")
-        rates = [group.get("lr") for group in state["optimizer"]["param_groups"]]
-        own_rates = dict.fromkeys(range(len(self.optimizer.param_groups)), 0.0)
-        check_fits(dict(enumerate(rates)), own_rates, "optimizer.lr")
-        check_fits(state["scaler"], self.scaler.state_dict(), "scaler")
-        check_fits(state["progress"], Progress().to_dict(), "progress")
-        progress = Progress(**state["progress"])
-        plan, spent = self._check_plan(*state["plan"])
-        progress.check(state["step"], plan.total_rows, self.rows_per_epoch, self.global_batch)
-        self._check_scaler(**state["scaler"])
-        if not state["rng"]:
-            raise CheckpointError("the state does not fit: it has no random generators.")
+        Raises: CheckpointError, with nothing copied, if its random generators cannot be used."""
         if distributed.rank() < len(state["rng"]):
             restore_rng(state["rng"][distributed.rank()])
-        else:  # a rank that was not there draws numbers of its own
+        else:  # a rank that was not there draws other numbers
             setup_seed(hash((self.args.seed, state["step"], distributed.rank())) % 2**32)
-        self.plan, self.seconds_spent = plan, spent
-        if self.budget:
-            self.budget.spent_before = spent
-        self.model.load_state_dict(state["model"], strict=False)  # but for the tied matrix
+        self.model.load_state_dict(state["model"], strict=False)  # it lacks the tied matrix
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.progress, self.latest = progress, state["latest"]
-        self.records, self.rollbacks = state["records"], state["rollbacks"]
-        self.tracker_id = state["wandb_id"]
+        self.progress, self.plan = Progress(**state["progress"]), Plan(**state["plan"])
+        self.latest, self.records = state["latest"], state["records"]
+        self.rollbacks, self.tracker_id = state["rollbacks"], state["wandb_id"]
+        self.seconds_spent = state["seconds_spent"]
+        if self.budget:
+            self.budget.spent_before = self.seconds_spent
         now = self.rounding_now
         changed = [
             f"{name} {printable(old)} (now {now.get(name)})"
@@ -361,42 +308,6 @@ class Run:
         ]
         if changed:
             log(f"note: saved with {', '.join(changed)}: the same run but for rounding")
-
-    def _check_plan(self, *numbers: float) -> tuple[Plan, float]:
-        """Rows in all, row and share of the last change, seconds spent: the plan, and the seconds.
-
-        Raises: CheckpointError unless a run could have planned so."""
-        if len(numbers) == 4:
-            *plan, spent = numbers
-            total, from_row, from_share = plan
-            planned = type(total) is type(from_row) is int and 0 <= from_row <= total <= NOT_KNOWN
-            by_epochs = total == self.rows_per_epoch * self.args.epochs
-            replanned = self.budget or spent > 0 or from_row > 0
-            if (
-                planned
-                and (by_epochs or replanned)
-                and 0 <= from_share <= 1
-                and 0 <= spent < math.inf
-            ):
-                return Plan(*plan), spent
-        raise CheckpointError(
-            f"the state does not fit: its plan is {printable([*numbers][:5])}, expected rows in "
-            f"all, row and share of the last change, seconds spent."
-        )
-
-    def _check_scaler(
-        self, *, scale: float = 1.0, _growth_tracker: int = 0, **fixed: float
-    ) -> None:
-        """Raises: CheckpointError unless the run's own scaler could have come so far."""
-        own = self.scaler.state_dict()
-        good_updates_at_most = own.get("growth_interval", 0)
-        if not (
-            0 < scale < math.inf
-            and 0 <= _growth_tracker <= good_updates_at_most
-            and all(own[name] == value for name, value in fixed.items())
-        ):
-            found = {"scale": scale, "_growth_tracker": _growth_tracker, **fixed}
-            raise CheckpointError(f"the state does not fit: scaler is {found}, expected as {own}.")
 
 
 def largest_divisor(number: int, limit: float) -> int:

@@ -16,6 +16,7 @@ from trainer.console import log
 from trainer.distributed import on_main_process, restarted
 from trainer.errors import Interrupted
 from trainer.flags import TrainConfig
+from trainer.guard.check_state import check_state
 from trainer.guard.micro_batch import suggest_micro_batch
 from trainer.guard.run_folder import RunFolder, find_state, record_lost_rank, state_to_anneal
 from trainer.guard.signals import StopSignals
@@ -75,6 +76,7 @@ class Guard:
         config = self.config
         self.scope.push(partial(suggest_micro_batch, run))
         if state is not None:
+            check_state(state, run)
             run.restore(state)
         if run.budget and not config.dry_run:
             self.folder.seconds_spent(run.budget, self.resumed)
@@ -106,7 +108,7 @@ class Guard:
         to the same folder."""
         with metrics.outside_training("saving"):
             on_main_process(self.folder.check_no_other_run)
-            path, seconds = run.save(metrics.tracker)
+            path, seconds = run.save(metrics.tracker.id)
             on_main_process(partial(self.folder.saved, path))
             metrics.saved(seconds)
 

@@ -34,9 +34,9 @@ from trainer.console import log, write_line
 from trainer.distributed import is_main_process, on_main_process
 from trainer.errors import CheckpointError, Interrupted, RankError, SettingsError, exit_status_of
 from trainer.flags import TrainConfig
+from trainer.guard.check_state import check_layout
 from trainer.guard.mirror import Mirror, MirrorError, fetch_newest
 from trainer.plan import Budget
-from trainer.run import check_layout
 from trainer.weights import weights_path
 
 FILE = "run_state.json"

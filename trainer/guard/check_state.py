@@ -1,0 +1,94 @@
+"""Whether this run can have saved a state: asked before any part of it is restored."""
+
+import math
+
+from torch import Tensor
+
+from trainer.errors import CheckpointError, printable
+from trainer.flags import check_same_settings, skipped_updates
+from trainer.optimizer import expected_state
+from trainer.plan import NOT_KNOWN, Plan
+from trainer.progress import Progress
+from trainer.run import Run
+from trainer.state import check_fits, refuse_unless
+
+LAYOUT = {  # of every state, of whatever model; see check_fits
+    "format": int,
+    "epoch": int,
+    "step": int,
+    "wandb_id": str | None,
+    "model": dict,
+    "optimizer": {"state": dict, "param_groups": [dict]},
+    "scaler": dict,
+    "settings": {str: int | float | str | None},
+    "rounding": {str: str},
+    "progress": Progress().to_dict(),
+    "latest": {str: float},
+    "records": [dict],
+    "rollbacks": [[int | str | None]],
+    "plan": Plan(0)._asdict(),
+    "seconds_spent": float,
+    "rng": [{"python": list, "torch": Tensor, "cuda": Tensor | None}],
+}
+
+
+def check_layout(state: dict) -> None:
+    """Raises: CheckpointError naming the first field whose type or structure is wrong."""
+    check_fits(state, LAYOUT, "state")
+    refuse_unless(state["rng"], "it has no random generators")
+    for number, record in enumerate(state["records"]):
+        where, texts = f"records[{number}]", record.get("continuations", {})
+        check_fits(record | {"continuations": ""}, {str: int | float | str}, where)
+        check_fits(texts, {str: str}, f"{where}.continuations")
+        check_fits(record.get("step"), 0, f"{where}.step")
+    for number, rollback in enumerate(state["rollbacks"]):
+        try:
+            _, skipped = rollback
+            skipped_updates(skipped)
+        except (ValueError, AttributeError):
+            raise CheckpointError(
+                f"the state does not fit: rollbacks[{number}] is no pair of --resume_step and "
+                f"--skip_steps."
+            ) from None
+
+
+def check_state(state: dict, run: Run) -> None:
+    """Check that each part of a state fits the run that is to continue it.
+
+    Raises: SettingsError if settings differ, CheckpointError naming the first part that does not
+    fit."""
+    check_same_settings(state["settings"], run.settings)
+    check_fits(state["model"], run.weights(), "model")
+    check_fits(state["optimizer"]["state"], expected_state(run.optimizer), "optimizer")
+    rates = [group.get("lr") for group in state["optimizer"]["param_groups"]]
+    own_rates = dict.fromkeys(range(len(run.optimizer.param_groups)), 0.0)
+    check_fits(dict(enumerate(rates)), own_rates, "optimizer.lr")
+    check_scaler(state["scaler"], run.scaler.state_dict())
+    check_plan(Plan(**state["plan"]), state["seconds_spent"], run)
+    Progress(**state["progress"]).check(
+        state["step"], state["plan"]["total_rows"], run.rows_per_epoch, run.global_batch
+    )
+
+
+def check_scaler(found: dict, own: dict) -> None:
+    """Raises: CheckpointError unless the run's own scaler could have come so far."""
+    check_fits(found, own, "scaler")
+    if own:
+        start = own | {name: found[name] for name in ("scale", "_growth_tracker")}
+        possible = 0 < found["scale"] < math.inf and (
+            0 <= found["_growth_tracker"] <= own["growth_interval"]
+        )
+        refuse_unless(possible and found == start, f"scaler is {found}, expected as {own}")
+
+
+def check_plan(plan: Plan, seconds_spent: float, run: Run) -> None:
+    """Raises: CheckpointError unless the run could have planned so."""
+    by_epochs = plan.total_rows == run.rows_per_epoch * run.args.epochs
+    changed = run.budget or seconds_spent > 0 or plan.from_row > 0
+    refuse_unless(
+        0 <= plan.from_row <= plan.total_rows <= NOT_KNOWN
+        and 0 <= plan.from_share <= 1
+        and 0 <= seconds_spent < math.inf
+        and (by_epochs or changed),
+        f"its plan is {printable(tuple(plan))}, and {seconds_spent:.3f} s spent",
+    )
