@@ -190,10 +190,12 @@ def save_state(
             ) from again
     kept = [old for old in before if update_of(old) < update][: keep - 1]
     removed = [old for old in before if old != path and old not in kept]
-    for old in removed:
-        old.unlink(missing_ok=True)
-    if removed:  # else a power loss could bring back a branch that the run went back from
-        sync_folder(folder)
+    for same_update in (True, False):  # one that could pass for this state goes first, for sure
+        group = [old for old in removed if (update_of(old) == update) is same_update]
+        for old in group:
+            old.unlink(missing_ok=True)
+        if group:  # else a power loss could bring back a branch that the run went back from
+            sync_folder(folder)
     return path
 
 
