@@ -41,7 +41,7 @@ def state(update: int, size: int = 40) -> dict:
     """Different in every number from that of another update; of several tensors, so that it is
     written in several pieces."""
     values = torch.arange(1, size + 1) * update
-    return {"update": update, "values": values, "more": [*(values[:8] * 100).split(1)]}
+    return {"update": update, "values": values, "more": [*(values[:24] * 100).split(1)]}
 
 
 def unlink(path: Path, missing_ok: bool = False) -> None:
