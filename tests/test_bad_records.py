@@ -19,7 +19,7 @@ from dataset.records import DataError
 from dataset.token_cache import FILES, TokenCache, build_token_cache
 from tests.helpers import shipped_tokenizer, write_jsonl
 
-HINT = " Correct it, or leave such lines out: --bad_records skip."
+HINT = " Correct it, or skip such records with --bad_records skip."
 GOOD = [  # the first is long, so that offsets have thousands
     json.dumps({"text": "A long one. " * 100}).encode(),
     '{"id": 7, "text": "深度学习 🙂"}'.encode(),
@@ -32,15 +32,15 @@ BAD = {
     "trailing comma": (b'{"text": "once",}', "not valid JSON: "),
     "single quotes": (b"{'text': 'once'}", "not valid JSON: "),
     "no JSON": (b"once upon a time", "not valid JSON: Expecting value at column 1"),
-    "two objects": (b'{"text": "a"} {"text": "b"}', "more behind the first value at column 15"),
-    "old line ends": (b'{"text": "a"}\r{"text": "b"}', "more behind the first value"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "extra data after the first value at column 1"),
+    "old line ends": (b'{"text": "a"}\r{"text": "b"}', "extra data after the first value"),
     "invalid UTF-8": (b'{"text": "\xff"}', "byte 0xff at column 11 is not UTF-8"),
     "overlong UTF-8": (b'{"text": "\xc0\xaf"}', "byte 0xc0 at column 11 is not UTF-8"),
     "surrogate as UTF-8": (b'{"text": "\xed\xa0\x80"}', "byte 0xed at column 11 is not UTF-8"),
-    "half a surrogate pair": (rb'{"text": "\ud83d"}', "half of a surrogate pair"),
+    "half a surrogate pair": (rb'{"text": "\ud83d"}', "an unpaired surrogate"),
     "two byte order marks": (codecs.BOM_UTF8 * 2 + b'{"text": "a"}', "a byte order mark"),
-    "key twice": (b'{"text": "a", "text": "b"}', "cannot be read: the key 'text' comes twice"),
-    "inner key twice": (b'{"text": "a", "b": [{"c": 1, "c": 1}]}', "cannot be read: the key 'c'"),
+    "key twice": (b'{"text": "a", "text": "b"}', "cannot be read: duplicate key 'text'"),
+    "inner key twice": (b'{"text": "a", "b": [{"c": 1, "c": 1}]}', "cannot be read: duplicate key"),
     "NaN": (b'{"text": "a", "score": NaN}', "cannot be read: NaN is not JSON"),
     "Infinity": (b'{"text": "a", "score": Infinity}', "cannot be read: Infinity is not JSON"),
     "-Infinity": (b'{"text": -Infinity}', "cannot be read: -Infinity is not JSON"),
@@ -117,7 +117,7 @@ def test_a_bad_record_is_named_and_stops_the_build_or_is_left_out_exactly(
     path, where = file_with(tmp_path, bad, place, end)
     message = refusal(tmp_path, path)
     assert message.startswith(where + found), message
-    assert message.endswith(f". {records.expected()}{HINT}")
+    assert message.endswith(f". {records.expected_line()}{HINT}")
     cache = build(tmp_path, path, mode="skip")
     assert contents(cache) == good
     assert cache.meta["num_documents"] == 3 and cache.meta["num_bad"] == 1
@@ -149,7 +149,8 @@ def test_a_file_of_bad_records_only_is_refused_even_if_they_may_be_skipped(tmp_p
     good, bad = write_jsonl(tmp_path / "good.jsonl", ["fine"]), tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"story": "once"}\n\n{"story": "twice"}\n')
     message = refusal(tmp_path, good, bad, mode="skip")
-    assert message.startswith(f"no good record in {bad}, of 2. The first: {bad} line 1 (byte 0): ")
+    start = f"no good record among the 2 in {bad}. The first: {bad} line 1 (byte 0): "
+    assert message.startswith(start)
 
 
 def test_a_line_of_the_greatest_length_is_read_and_one_byte_more_is_not(
@@ -243,17 +244,19 @@ def test_empty_documents_are_dropped_and_counted_apart(
     [
         (gzip.compress(GOOD[0]), "gzip; end its name in .gz"),
         (b"\x28\xb5\x2f\xfd\x04\x00" + GOOD[0], "zstd; end its name in .zst"),
+        (b"PAR1\x15\x04" + GOOD[0], "parquet; end its name in .parquet"),
         (codecs.BOM_UTF16_LE + GOOD[0].decode().encode("utf-16-le"), "UTF-16; convert it to UTF-8"),
         (codecs.BOM_UTF16_BE + GOOD[0].decode().encode("utf-16-be"), "UTF-16; convert it to UTF-8"),
         (codecs.BOM_UTF32_LE + GOOD[0].decode().encode("utf-32-le"), "UTF-32; convert it to UTF-8"),
         (codecs.BOM_UTF32_BE + GOOD[0].decode().encode("utf-32-be"), "UTF-32; convert it to UTF-8"),
     ],
-    ids=["gzip", "zstd", "UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"],
+    ids=["gzip", "zstd", "parquet", "UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"],
 )
-def test_a_file_in_another_form_is_named_and_never_skipped(
-    tmp_path: Path, data: bytes, what: str, mode: str
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_a_file_in_another_format_is_named_and_never_skipped(
+    tmp_path: Path, data: bytes, what: str, mode: str, ending: str
 ) -> None:
-    good, other = write_jsonl(tmp_path / "good.jsonl", ["fine"]), tmp_path / "other.jsonl"
+    good, other = write_jsonl(tmp_path / "good.jsonl", ["fine"]), tmp_path / f"other.{ending}"
     other.write_bytes(data + b"\n" + GOOD[1] + b"\n")
     assert refusal(tmp_path, good, other, mode=mode) == f"{other} is {what}."
 
@@ -270,7 +273,7 @@ def test_a_json_array_is_called_one_and_never_skipped(
         monkeypatch.setattr(records, "MAX_LINE_BYTES", len(data) // 2)
     (tmp_path / "a.jsonl").write_text("\n" + data)
     message = refusal(tmp_path, tmp_path / "a.jsonl", mode=mode)
-    assert "JSON array" in message and "Expected one JSON object a line" in message
+    assert "JSON array" in message and "Expected one JSON object per line" in message
 
 
 @each_mode
@@ -376,7 +379,7 @@ def test_a_damaged_cache_is_made_again_with_a_warning(
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     damage(folder / name)
     build(tmp_path, path, mode="skip")
-    warning = f"warning: token cache {folder} is damaged ({name}); making it again\n"
+    warning = f"warning: token cache {folder} is damaged ({name}); rebuilding it\n"
     assert capsys.readouterr().err == warning
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dataset import token_cache
 from dataset.lm_dataset import PretrainDataset, as_is, permutation
 from dataset.records import DataError, read_documents
-from dataset.token_cache import TokenCache, build_token_cache, remove_unfinished, unsigned
+from dataset.token_cache import TokenCache, build_token_cache, remove_leftovers, unsigned
+from scripts import prepare_data
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
 from tests.running import contents
 from trainer.trainer_utils import SkipBatchSampler
@@ -390,7 +391,7 @@ def test_a_killed_build_leaves_no_cache_and_the_next_one_succeeds(tmp_path: Path
 def test_builds_of_a_machine_with_a_longer_name_are_left_alone(tmp_path: Path) -> None:
     other = tmp_path / f".building-{socket.gethostname()}-2-999999999"
     other.mkdir()
-    remove_unfinished(tmp_path)
+    remove_leftovers(tmp_path)
     assert other.exists()
 
 
@@ -399,14 +400,16 @@ def test_a_cache_made_ahead_is_the_one_that_training_finds(
 ) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     words = ["--data_path", str(corpus), "--cache_dir", str(tmp_path / "cache")]
-    assert token_cache.main(words) == 0
+    assert prepare_data.main(words) == 0
     (made,) = (tmp_path / "cache").iterdir()
     assert f"{made}: {len(TEXTS)} documents" in capsys.readouterr().out
     before = contents(tmp_path)
     assert build_token_cache(str(corpus), shipped_tokenizer(), tmp_path / "cache").folder == made
     assert contents(tmp_path) == before
-    assert token_cache.main([*words, "--data_path", str(tmp_path / "absent.jsonl")]) == 3
+    assert prepare_data.main([*words, "--data_path", str(tmp_path / "absent.jsonl")]) == 3
     assert capsys.readouterr().err.startswith(f"error: --data_path {tmp_path / 'absent.jsonl'}")
+    assert prepare_data.main([*words, "--tokenizer_path", str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --tokenizer_path {tmp_path / 'absent'}: no ")
 
 
 def test_two_processes_may_build_the_same_cache_at_once(tmp_path: Path) -> None:
