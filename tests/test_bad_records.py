@@ -1,4 +1,4 @@
-"""Bad data is never trained on silently: named by file, line and byte, it stops or is counted."""
+"""Bad data is never trained on silently: it is reported with file, line and byte, or counted."""
 
 import codecs
 import gzip
@@ -25,7 +25,7 @@ GOOD = [  # the first is long, so that offsets have thousands
     '{"id": 7, "text": "深度学习 🙂"}'.encode(),
     rb'{"text": "half \ud83d\ude42 and half, \u0000 and <|im_end|>"}',
 ]
-LIMIT = 2**17  # bytes in a line, for the tests of kinds: small and yet above the deep nesting
+LIMIT = 2**17  # bytes in a line, for the tests of BAD: small, but above the deep nesting
 BAD = {
     "cut short": (b'{"text": "once', "not valid JSON: Unterminated string starting at column 10"),
     "cut before the value": (b'{"text":', "not valid JSON: Expecting value at column 9"),
@@ -109,7 +109,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("bad", "found"), BAD.values(), ids=BAD)
 @pytest.mark.parametrize(("place", "end"), PLACES.values(), ids=PLACES)
-def test_a_bad_record_is_named_and_stops_the_build_or_is_left_out_exactly(
+def test_a_bad_record_is_named_and_stops_the_build_or_alone_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: dict[str, bytes],
     bad: bytes, found: str, place: int, end: bytes
 ) -> None:
@@ -124,12 +124,12 @@ def test_a_bad_record_is_named_and_stops_the_build_or_is_left_out_exactly(
     assert cache.meta["bad_examples"] == [message.removesuffix(HINT)]
 
 
-def test_a_missing_newline_is_suspected_behind_two_objects(tmp_path: Path) -> None:
+def test_a_missing_newline_is_suspected_after_two_objects(tmp_path: Path) -> None:
     path, _ = file_with(tmp_path, *BAD["two objects"][:1], 1, b"\n")
     assert "missing newline" in refusal(tmp_path, path)
 
 
-def test_all_bad_records_are_counted_and_the_first_three_told(
+def test_all_bad_records_are_counted_and_the_first_three_reported(
     tmp_path: Path, good: dict[str, bytes]
 ) -> None:
     one, two = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
@@ -139,10 +139,12 @@ def test_all_bad_records_are_counted_and_the_first_three_told(
     assert contents(cache) == good
     assert cache.meta["num_bad"] == 5
     offset = len(GOOD[0]) + 6
-    told = [f"{one} line 1 (byte 0): ", f"{one} line 4 (byte {offset:,}): ", f"{two} line 2 (byte "]
+    places = ["1.jsonl line 1 (byte 0): ", f"1.jsonl line 4 (byte {offset:,}): ",
+              "2.jsonl line 2 (byte "]
     examples = cache.meta["bad_examples"]
     assert len(examples) == 3
-    assert all(e.startswith(start) for e, start in zip(examples, told, strict=True)), examples
+    assert all(e.startswith(f"{tmp_path}/{place}")
+               for e, place in zip(examples, places, strict=True)), examples
 
 
 def test_a_file_of_bad_records_only_is_refused_even_if_they_may_be_skipped(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_a_blank_start_does_not_hide_the_rest_of_a_line_that_is_too_long(
     assert refusal(tmp_path, path).startswith(where)
 
 
-def test_a_line_of_64_mib_is_passed_over_without_being_held(
+def test_a_line_of_64_mib_is_skipped_without_being_held_in_memory(
     tmp_path: Path, good: dict[str, bytes]
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -190,7 +192,7 @@ def test_a_line_of_64_mib_is_passed_over_without_being_held(
     assert peak < 3 * records.MAX_LINE_BYTES == 48 * 2**20
 
 
-# ------------------------------------------------------------------------- what is no bad record
+# --------------------------------------------------------------------- what is not a bad record
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_a_file_in_another_format_is_named_and_never_skipped(
 
 @each_mode
 @pytest.mark.parametrize("layout", ["one line", "line by line", "indented", "longer than a line"])
-def test_a_json_array_is_called_one_and_never_skipped(
+def test_a_json_array_is_named_and_never_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, mode: str
 ) -> None:
     documents = [{"text": f"document {i}"} for i in range(20)]
@@ -317,7 +319,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(
 # ------------------------------------------------------------------------------ caches found later
 
 
-def test_what_one_run_skipped_stops_the_next_that_is_not_to_skip(
+def test_what_one_run_skipped_stops_the_next_that_must_not_skip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: dict[str, bytes]
 ) -> None:
     path, _ = file_with(tmp_path, b"bad", 1, b"\n")
@@ -359,7 +361,7 @@ DAMAGE = {
     "meta lost": ("meta.json", Path.unlink),
     "meta cut": ("meta.json", lambda path: os.truncate(path, 40)),
     "meta empty": ("meta.json", lambda path: os.truncate(path, 0)),
-    "meta no text": ("meta.json", lambda path: path.write_bytes(b"\xff")),
+    "meta not text": ("meta.json", lambda path: path.write_bytes(b"\xff")),
     "meta an array": ("meta.json", lambda path: path.write_text("[]")),
     "no digests": ("meta.json", lambda path: edit_meta(path, sha256=None)),
     "digests a string": ("meta.json", lambda path: edit_meta(path, sha256="none")),
@@ -406,7 +408,7 @@ def test_two_processes_may_find_the_same_damage(
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_what_a_killed_removal_left_is_swept(tmp_path: Path) -> None:
+def test_what_a_killed_removal_left_is_deleted(tmp_path: Path) -> None:
     left = tmp_path / "cache" / f".damaged-{socket.gethostname()}-999999999"
     left.mkdir(parents=True)
     (left / "tokens.bin").write_bytes(b"x")
@@ -421,7 +423,7 @@ class Stopped(BaseException):
 
 
 def encoding_threads() -> list[str]:
-    """Those alive; tqdm has one of its own."""
+    """Those alive; tqdm has its own thread."""
     return [t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
 
 
@@ -463,6 +465,6 @@ def test_an_error_while_writing_ends_the_thread_that_encodes(
     monkeypatch.setattr(token_cache, "encode", lambda _, texts: [[-1]] * len(texts))  # no id
     with pytest.raises(OverflowError) as caught:
         build(tmp_path, path)
-    assert caught.tb is not None  # who reports an error holds on to all that its frames held
+    assert caught.tb is not None  # whoever reports an error keeps all that its frames hold
     assert encoding_threads() == []
     assert list((tmp_path / "cache").iterdir()) == []

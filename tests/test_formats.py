@@ -66,7 +66,7 @@ def test_each_entry_of_the_tables_is_tested_here() -> None:
 
 
 def files_of(cache: TokenCache) -> dict[str, str]:
-    """Digests of all that training reads of a cache."""
+    """Digests of the files of a cache that training reads."""
     return {name: cache.meta["sha256"][name] for name in token_cache.FILES}
 
 
@@ -198,7 +198,7 @@ def test_a_text_without_blank_lines_does_not_fill_the_memory(
                      f"Expected one between two documents."]
 
 
-def test_a_long_line_of_text_is_not_cut_behind_a_byte_order_mark_or_blanks(
+def test_a_long_line_of_text_is_not_cut_after_a_byte_order_mark_or_blanks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
@@ -247,7 +247,7 @@ def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
     ]
 
 
-def test_kinds_of_text_are_told_apart() -> None:
+def test_kinds_of_text_are_distinguished() -> None:
     assert prepare_data.kinds_of_text("只有中文。") == {"Chinese": 15, "English": 0}
     assert prepare_data.kinds_of_text("Plain words, and a number: 5.")["code"] == 0
     for code in ("    return x;", "$ sudo apt install vim", "if (a == b) {", "x = f(1)",
