@@ -4,7 +4,7 @@ The sample states a small world of true, commonplace facts in English and Chines
 times and in many wordings, so that a tiny model can learn the fact itself and not one sentence.
 
 Templates are written in a mini-notation: ``{name}`` is a field and ``[a|b|c]`` a free choice.
-Clauses start in lower case and carry no full stop, so that they fit into longer sentences.
+Clauses start in lower case and have no full stop, so that they fit into longer sentences.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SEED = 20240607
 BYTES_PER_LANGUAGE = 580_000
 MIN_BYTES, MAX_BYTES = 88, 900
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "pretrain_sample.jsonl"
-# What the trained model is asked, with the answers; the sample must not contain the two together.
+# Prompts for the trained model and their answers; the sample must not contain the two together.
 PLAIN_PROMPTS = Path(__file__).resolve().parents[1] / "tests" / "plain_prompts.tsv"
 
 Row = tuple[str, str, str, str]
@@ -28,7 +28,7 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 class Phrases(NamedTuple):
-    """One language's ways to put a relation, since each document keeps to one language."""
+    """The wordings of a relation in one language; a document keeps to one language."""
 
     title: str
     statements: tuple[str, ...]
@@ -96,7 +96,7 @@ RECORDS = (
     ("the largest ocean in the world", "the Pacific", "世界上最大的海洋", "太平洋"),
     ("the tallest animal in the world", "the giraffe", "世界上最高的动物", "长颈鹿"),
 )
-# Every row is a sentence of its own kind here, so the subject carries the wordings.
+# Each of these rows needs a different sentence, so the wordings are in the subject.
 NATURE = (
     ("[water freezes at|the freezing point of water is|water turns into ice at|ice forms at"
      "|water becomes ice at|in winter the lake freezes at|water always freezes at]",
@@ -141,7 +141,7 @@ BOOKS = (
 )
 
 
-# Facts of which one asks in words of their own, by English subject or answer.
+# Questions about facts whose relation has no common wording for them, by English answer.
 ASKED = {
     "zero degrees Celsius": (
         "[at what|at which] temperature does [water|the lake] [freeze|turn into ice|become ice]?",
@@ -174,13 +174,13 @@ ASKED = {
 
 
 def column(table: tuple[tuple[str, ...], ...], index: int) -> tuple[Row, ...]:
-    """Turn one pair of table columns into rows, so that entities stay on one line each."""
+    """Turn one pair of a table's columns into rows."""
     cut = 2 + 2 * index
     return tuple((r[0], r[cut], r[1], r[cut + 1]) for r in table if r[cut])
 
 
 def cycle(english: tuple[str, ...], chinese: tuple[str, ...]) -> tuple[Row, ...]:
-    """Link each item with the one that comes next, because order is the fact worth knowing."""
+    """Link each item to the next one: their order is the fact."""
     follow = zip(english[1:] + english[:1], chinese[1:] + chinese[:1], strict=True)
     pairs = zip(english, chinese, follow, strict=True)
     return tuple((en, next_en, zh, next_zh) for en, zh, (next_en, next_zh) in pairs)
@@ -590,12 +590,12 @@ def expand(rng: random.Random, text: str) -> str:
 
 
 def capital(text: str) -> str:
-    """Upper-case the first letter only, because names inside the sentence must stay as they are."""
+    """Upper-case the first letter and leave the rest, as it may contain names."""
     return text[:1].upper() + text[1:]
 
 
 def third_person(phrase: str) -> str:
-    """Turn "teach children" into "teaches children", so that tables need only the base form."""
+    """Turn "teach children" into "teaches children"."""
     verb, _, rest = phrase.partition(" ")
     verb = (
         verb[:-1] + "ies" if verb.endswith("y") else verb + ("es" if verb.endswith("ch") else "s")
@@ -723,7 +723,7 @@ def questions(rng: random.Random, lang: str) -> str:
     blocks = []
     for i, fact in enumerate(group, 1):
         asked = phrases(lang, fact[0]).questions
-        if style.startswith("{q}"):  # a bare line that begins like a statement stays one
+        if style.startswith("{q}"):  # unmarked, a question must not begin like a statement
             asked = [pair for pair in asked if not pair[0].startswith(("{s}", "{o}", "“{s}"))]
         question, short = rng.choice(asked)
         form = fields(lang, fact[1])
@@ -813,11 +813,12 @@ KINDS: tuple[tuple[Generator, int], ...] = (
 
 
 def answered_prompts(path: Path = PLAIN_PROMPTS) -> re.Pattern[str]:
-    """A pattern that finds any plain prompt followed by its answer, whatever the case.
+    """A case-insensitive pattern that finds any plain prompt followed by its answer.
 
-    A statement's answer follows at once, but for quotes and an article; a question's within 60
-    characters, in which no other question ends, so that every layout of a dialogue is found. Nor
-    may a statement turn into a question: without its answer, that would be all that follows it."""
+    The answer follows a statement directly, except for quotes and an article, and a question within
+    60 characters in which no other question ends, whatever the layout of the dialogue. A statement
+    that turns into a question is found, too: without the answer, the model would learn only that.
+    """
     alternatives = []
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         _, prompt, answers = line.split("\t")
@@ -842,7 +843,7 @@ def make_documents(seed: int = SEED) -> list[str]:
             if fits and not answered.search(text):
                 documents[text] = None
                 size += length
-    # A document inside another one would be no honest test when it is held out.
+    # A document that is part of another would be no fair test if it were held out.
     whole = "\0".join(documents)
     mixed = [text for text in documents if whole.count(text) == 1]
     rng.shuffle(mixed)
@@ -850,7 +851,7 @@ def make_documents(seed: int = SEED) -> list[str]:
 
 
 def write_sample(path: Path, documents: list[str]) -> None:
-    """Write the file in one step, so that a reader never meets half a sample."""
+    """Replace the file in one step, so that a reader never sees half a sample."""
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(lines), encoding="utf-8", newline="\n")

@@ -1,8 +1,12 @@
-"""Documents from files: JSONL and text, also packed, and parquet.
+"""Documents from files: JSONL and text, plain or compressed, and parquet.
 
-JSONL is read strictly: each line is a document, or a bad record named by file, line and byte. What
-Python's json lets pass and a corpus should not have (a key twice, NaN, half of a surrogate pair) is
-a bad record. Memory holds one document, and of one too long its start.
+Each format is one entry of FORMATS and each compression one of COMPRESSIONS. File endings, readers
+and the recognition of misnamed files follow from these two tables.
+
+JSONL is read strictly: every line is a document, or a bad record that is reported with its file,
+line and byte. What Python's json module accepts but a corpus should not contain (duplicate keys,
+NaN, unpaired surrogates) is a bad record. One document is held in memory at a time; of a document
+that is too long, only the beginning.
 """
 
 import codecs
@@ -10,35 +14,30 @@ import contextlib
 import glob
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
-MAX_LINE_BYTES = 16 * 2**20  # end of line included; a longer one has most likely lost its newlines
-KINDS = ("jsonl", "txt", "parquet")  # by a file's name; jsonl if it ends otherwise
-PACKED = ("gz", "zst")
-ENDINGS = (".parquet", *(f".{k}{p}" for k in ("jsonl", "txt") for p in ("", ".gz", ".zst")))
+MAX_LINE_BYTES = 16 * 2**20  # newline included; a longer line has most likely lost its newlines
 TEXT_COLUMN = "text"
-WAY_TO_DATA = (
+WHITESPACE = b" \t\r\n"  # as JSON defines it; bytes.strip() would also drop control characters
+JSON_TYPES: dict[type, str] = {
+    list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"
+}
+OTHER_ENCODINGS = {  # by byte order mark
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+DOWNLOAD_HINT = (
     "Download MiniMind's corpus from https://huggingface.co/datasets/jingyaogong/minimind_dataset "
     "into dataset/, or try --preset demo."
 )
-BLANKS = b" \t\r\n"  # JSON's own; bytes.strip() alone would drop control characters as well
-TYPE_NAMES = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
-NOT_TEXT = {  # what a file begins with -> what it is and what to do about it
-    b"\x1f\x8b": "gzip; end its name in .gz",
-    b"\x28\xb5\x2f\xfd": "zstd; end its name in .zst",
-    b"PAR1": "parquet; end its name in .parquet",
-    codecs.BOM_UTF32_LE: "UTF-32; convert it to UTF-8",  # before UTF-16: it begins as that does
-    codecs.BOM_UTF32_BE: "UTF-32; convert it to UTF-8",
-    codecs.BOM_UTF16_LE: "UTF-16; convert it to UTF-8",
-    codecs.BOM_UTF16_BE: "UTF-16; convert it to UTF-8",
-}
-# Where a record is, how many bytes of the file were read with it, its text or what is wrong.
-Found = tuple[str, int, str | ValueError]
 
 
 class DataError(ValueError):
@@ -47,75 +46,146 @@ class DataError(ValueError):
     exit_status = 3
 
 
-def stop(message: str) -> NoReturn:
-    """What ``read_documents`` does about a bad record unless told otherwise."""
-    raise DataError(message)
+class Record(NamedTuple):
+    """One record of a file, good or bad."""
+
+    text: str | ValueError  # the document, or where the bad record is and what is wrong with it
+    bytes_read: int  # of the file, up to the end of this record
 
 
-def expected(text_column: str = TEXT_COLUMN) -> str:
-    """What a line should be, for messages."""
-    return f'Expected one JSON object a line, in UTF-8, with a string "{text_column}": ' \
-           f'{{"{text_column}": "..."}}.'
+class Format(NamedTuple):
+    """How the documents of a file are read; its ending is the key in FORMATS."""
+
+    read: Callable[[Path, str], Iterator[Record]]  # from a path and the name of the text column
+    is_text: bool  # lines of text; the file may be compressed
+    has_columns: bool  # --text_column applies
+    signature: bytes = b""  # the first bytes of every such file, if there is one
 
 
-def find_files(data_path: str | list[str]) -> list[Path]:
-    """The files that ``--data_path`` means: as given, a pattern's, or a folder's of known endings.
-
-    Raises: DataError if one is missing, or if a folder or pattern holds none."""
-    files: list[Path] = []
-    for given in [data_path] if isinstance(data_path, str | Path) else data_path:
-        path = Path(given)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
-            if not found:
-                raise DataError(
-                    f"--data_path {given}: the folder holds no file that ends in "
-                    f"{', '.join(ENDINGS)}."
-                )
-        elif path.is_file():
-            found = [path]
-        else:
-            found = [p for p in map(Path, sorted(glob.glob(str(given), recursive=True)))
-                     if p.is_file()]
-            if not found:
-                seen_from = f"Expected a file, a folder or a pattern, seen from {Path.cwd()}."
-                way = WAY_TO_DATA if path.name.startswith("pretrain_t2t") else seen_from
-                raise DataError(f"--data_path {given}: no such file. {way}")
-        files += found
-    return files
+# What a compressed file contains, and the exceptions that reading it raises if it is damaged.
+Content = tuple[BinaryIO, tuple[type[Exception], ...]]
 
 
-def kind_of(path: Path) -> tuple[str, str]:
-    """What a file holds, one of KINDS, and how it is packed, one of PACKED or "": by its name."""
-    name, packed = path.name, ""
-    for ending in PACKED:
-        if name.endswith(f".{ending}"):
-            name, packed = name.removesuffix(f".{ending}"), ending
-    kind = name.rpartition(".")[2]
-    return (kind if kind in KINDS else "jsonl"), packed
+class Compression(NamedTuple):
+    """How a file is decompressed; its ending is the key in COMPRESSIONS."""
+
+    name: str
+    signature: bytes  # the first bytes of every such file
+    open: Callable[[BinaryIO, Path], Content]  # from the open file and, for messages, its path
 
 
-def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object's content. Raises: ValueError if a key comes twice: which one is meant?"""
+def open_gzip(file: BinaryIO, path: Path) -> Content:
+    """For COMPRESSIONS."""
+    content = io.BufferedReader(gzip.GzipFile(fileobj=file))
+    return content, (gzip.BadGzipFile, EOFError, zlib.error)
+
+
+def open_zstd(file: BinaryIO, path: Path) -> Content:
+    """For COMPRESSIONS. Raises: DataError if neither Python nor a package can read zstd."""
+    try:
+        from compression import zstd  # since Python 3.14
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise DataError(f"{path}: zstd needs: pip install backports.zstd") from None
+    return io.BufferedReader(zstd.ZstdFile(file)), (zstd.ZstdError, EOFError)
+
+
+COMPRESSIONS = {
+    "gz": Compression("gzip", b"\x1f\x8b", open_gzip),
+    "zst": Compression("zstd", b"\x28\xb5\x2f\xfd", open_zstd),
+}
+
+
+@contextlib.contextmanager
+def decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The content of a file, and the file itself, whose position tells how much of it was read.
+
+    Raises: DataError if it cannot be decompressed."""
+    _, compression = endings_of(path)
+    with path.open("rb") as file:
+        if compression is None:
+            yield file, file
+            return
+        content, damage = COMPRESSIONS[compression].open(file, path)
+        try:
+            yield content, file
+        except damage as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise DataError(
+                f"{path} cannot be decompressed: {reason}. Was it copied completely?"
+            ) from None
+
+
+class Line(NamedTuple):
+    """One line of a text file."""
+
+    number: int  # from 1
+    offset: int  # of its first byte in the content
+    size: int  # bytes, newline included
+    data: bytes  # the first MAX_LINE_BYTES + 1 of these bytes
+    bytes_read: int  # of the file, up to the end of this line
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"line {self.number} (byte {self.offset:,})"
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a text file, without a byte order mark at its start.
+
+    Raises: DataError if the file cannot be decompressed or is not UTF-8 text."""
+    end = 0
+    with decompressed(path) as (content, file):
+        for number in itertools.count(1):
+            data = piece = content.readline(MAX_LINE_BYTES + 1)
+            offset, end = end, end + len(data)
+            while piece and not piece.endswith(b"\n"):
+                piece = content.readline(2**20)
+                end += len(piece)
+            if not data:
+                return
+            if number == 1:
+                check_is_text(path, data)
+                data = data.removeprefix(codecs.BOM_UTF8)
+            bytes_read = end if content is file else file.tell()
+            yield Line(number, offset, end - offset, data, bytes_read)
+
+
+def check_is_text(path: Path, start: bytes) -> None:
+    """Raises: DataError if its first bytes show that the file is in another format or encoding.
+
+    Skipping bad records would not help: the lines that happen to parse are not the corpus."""
+    for signature, what in NOT_TEXT.items():
+        if start.startswith(signature):
+            raise DataError(f"{path} is {what}.")
+
+
+def object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. Raises: ValueError if a key occurs twice, as either value may be meant."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r:.40} comes twice")
+        duplicate = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"duplicate key {duplicate!r:.40}")
     return record
 
 
-def refuse_constant(name: str) -> NoReturn:
+def reject_constant(name: str) -> NoReturn:
     """Python reads NaN and Infinity as floats; JSON has no such numbers."""
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=without_repeats, parse_constant=refuse_constant)
+DECODER = json.JSONDecoder(
+    object_pairs_hook=object_without_duplicates, parse_constant=reject_constant
+)
 
 
-def parse(line: bytes) -> object:
-    """What the JSON of one line says. Raises: ValueError with what is wrong with it."""
+def parse_json(line: bytes) -> object:
+    """The JSON value of a line. Raises: ValueError that says what is wrong with it."""
     if line.startswith(codecs.BOM_UTF8):
-        raise ValueError("a byte order mark, which only the start of a file may have")
+        raise ValueError("a byte order mark, which is allowed only at the start of a file")
     try:
         return DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -123,144 +193,90 @@ def parse(line: bytes) -> object:
         raise ValueError(f"{found} is not UTF-8") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            found = f"more behind the first value at column {error.colno}"
+            found = f"extra data after the first value at column {error.colno}"
             raise ValueError(f"{found} (missing newline?)") from None
         found = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise ValueError(f"not valid JSON: {found}") from None
-    except (ValueError, RecursionError) as error:  # also a number or a nesting beyond Python's
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond Python's limits
         raise ValueError(f"cannot be read: {error}") from None
 
 
-def find_text(line: bytes, text_column: str) -> str:
-    """The document in one line. Raises: ValueError with what was found in its place."""
-    record = parse(line)
+def text_of(line: bytes, text_column: str) -> str:
+    """The document in a line of JSONL. Raises: ValueError that says what was found instead."""
+    record = parse_json(line)
     if not isinstance(record, dict):
-        raise ValueError(f"found a JSON {TYPE_NAMES.get(type(record), 'number')}")
+        raise ValueError(f"found a JSON {JSON_TYPES.get(type(record), 'number')}")
     if text_column not in record:
         keys = ", ".join(map(repr, record)) or "none"
         raise ValueError(f'no "{text_column}"; its keys: {keys:.80}')
     if not isinstance(text := record[text_column], str):
-        raise ValueError(f'"{text_column}" is a JSON {TYPE_NAMES.get(type(text), "number")}')
+        raise ValueError(f'"{text_column}" is a JSON {JSON_TYPES.get(type(text), "number")}')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(
-            f'half of a surrogate pair (\\ud800-\\udfff) in "{text_column}"'
-        ) from None
+        raise ValueError(f'an unpaired surrogate (\\ud800-\\udfff) in "{text_column}"') from None
     return text
 
 
-def check_start(path: Path, line: bytes) -> None:
-    """Raises: DataError if a file's first bytes show that the whole file is in another form.
-
-    To skip bad records is no way out then: the lines that happen to parse are no corpus."""
-    for start, what in NOT_TEXT.items():
-        if line.startswith(start):
-            raise DataError(f"{path} is {what}.")
+def expected_line(text_column: str = TEXT_COLUMN) -> str:
+    """What a line of JSONL should be, for messages."""
+    example = f'{{"{text_column}": "..."}}'
+    return f'Expected one JSON object per line, in UTF-8, with a string "{text_column}": {example}.'
 
 
-@contextlib.contextmanager
-def unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The bytes that a file holds, and the file itself: its position tells how much was read.
-
-    Raises: DataError if it cannot be unpacked."""
-    _, packed = kind_of(path)
-    damages: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
-    with path.open("rb") as file:
-        stream = file
-        if packed == "gz":
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=file))
-        elif packed == "zst":
-            try:
-                from compression import zstd  # of Python 3.14
-            except ImportError:
-                try:
-                    from backports import zstd
-                except ImportError:
-                    raise DataError(f"{path}: zstd needs: pip install backports.zstd") from None
-            damages += (zstd.ZstdError,)
-            stream = io.BufferedReader(zstd.ZstdFile(file))
-        try:
-            yield stream, file
-        except damages as error:
-            raise DataError(
-                f"{path} cannot be unpacked: {str(error).splitlines()[0].rstrip('.')}. Was it "
-                f"copied whole?"
-            ) from None
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Where each line begins in what the file holds, how many bytes of the file were read, and the
-    line: no more than MAX_LINE_BYTES + 1 bytes of it."""
-    offset = 0
-    with unpacked(path) as (stream, file):
-        while piece := stream.readline(MAX_LINE_BYTES + 1):
-            begin, line = offset, piece
-            offset += len(piece)
-            while not piece.endswith(b"\n") and (piece := stream.readline(2**20)):
-                offset += len(piece)
-            yield begin, offset if stream is file else file.tell(), line
-
-
-def jsonl_records(path: Path, text_column: str) -> Iterator[Found]:
-    """One a line; blank lines are passed over."""
-    first = True
-    for number, (offset, done, line) in enumerate(read_lines(path), start=1):
-        too_long = len(line) > MAX_LINE_BYTES
-        line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip(BLANKS)
-        if not line and not too_long:
+def read_jsonl(path: Path, text_column: str) -> Iterator[Record]:
+    """One record per line; blank lines are skipped."""
+    is_first = True
+    for line in read_lines(path):
+        data, is_too_long = line.data.rstrip(WHITESPACE), line.size > MAX_LINE_BYTES
+        if not data and not is_too_long:
             continue
-        if first:
-            check_start(path, line)
-            if line.lstrip(BLANKS).startswith(b"[") and not line.endswith(b"]"):
-                raise DataError(f"{path} is one JSON array. {expected(text_column)}")
-        first = False
+        if is_first and data.lstrip(WHITESPACE).startswith(b"[") and not data.endswith(b"]"):
+            raise DataError(f"{path} is one JSON array. {expected_line(text_column)}")
+        is_first = False
         try:
-            if too_long:
+            if is_too_long:
                 raise ValueError(f"a line longer than {MAX_LINE_BYTES:,} bytes")
-            found = find_text(line, text_column)
+            text = text_of(data, text_column)
         except ValueError as error:
-            found = ValueError(f"{error}. {expected(text_column)}")
-        yield f"line {number} (byte {offset:,})", done, found
+            text = ValueError(f"{line.place}: {error}. {expected_line(text_column)}")
+        yield Record(text, line.bytes_read)
 
 
-def txt_records(path: Path, text_column: str) -> Iterator[Found]:
-    """Lines up to a blank one, or to the end, are a document; ``text_column`` is of no use here."""
-    lines: list[bytes] = []
-    size = first_line = first_byte = done = 0
+def read_txt(path: Path, text_column: str) -> Iterator[Record]:
+    """One record per paragraph, i.e. lines up to a blank line or the end of the file."""
 
-    def document() -> Found:
-        where, found = f"line {first_line} (byte {first_byte:,})", b"\n".join(lines)
-        if size > MAX_LINE_BYTES:
-            reason = f"more than {MAX_LINE_BYTES:,} bytes without a blank line"
-            return where, done, ValueError(f"{reason}. One stands between two documents.")
+    def is_blank(line: Line) -> bool:
+        return line.size <= MAX_LINE_BYTES and not line.data.strip(WHITESPACE)
+
+    for blank, lines in itertools.groupby(read_lines(path), is_blank):
+        if not blank:
+            yield paragraph(lines)
+
+
+def paragraph(lines: Iterator[Line]) -> Record:
+    """The record that all these lines make."""
+    first = last = next(lines)
+    parts, size = [], 0
+    for last in itertools.chain([first], lines):
+        size += last.size
+        if size <= MAX_LINE_BYTES:
+            parts.append(last.data.rstrip(b"\r\n"))
+    data = b"\n".join(parts)
+    if size > MAX_LINE_BYTES:
+        reason = f"more than {MAX_LINE_BYTES:,} bytes without a blank line"
+        text = ValueError(f"{first.place}: {reason}. Expected one between two documents.")
+    else:
         try:
-            return where, done, found.decode("utf-8")
+            text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            reason = f"byte 0x{found[error.start]:02x} is not UTF-8"
-            return where, done, ValueError(f"{reason}. Convert the file to UTF-8.")
-
-    for number, (offset, so_far, line) in enumerate(read_lines(path), start=1):
-        if number == 1:
-            check_start(path, line)
-            line = line.removeprefix(codecs.BOM_UTF8)
-        line = line.rstrip(b"\r\n")
-        if line.strip(BLANKS):
-            if not size:
-                first_line, first_byte = number, offset
-            size += len(line) + 1
-            if size <= MAX_LINE_BYTES:  # of one too long the rest is not held
-                lines.append(line)
-            done = so_far
-        elif size:
-            yield document()
-            lines, size = [], 0
-    if size:
-        yield document()
+            reason = f"byte 0x{data[error.start]:02x} is not UTF-8"
+            text = ValueError(f"{first.place}: {reason}. Convert the file to UTF-8.")
+    return Record(text, last.bytes_read)
 
 
-def parquet_records(path: Path, text_column: str) -> Iterator[Found]:
-    """One a row."""
+def read_parquet(path: Path, text_column: str) -> Iterator[Record]:
+    """One record per row."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -271,8 +287,8 @@ def parquet_records(path: Path, text_column: str) -> Iterator[Found]:
             names, num_rows = file.schema_arrow.names, file.metadata.num_rows
             if text_column not in names:
                 raise DataError(
-                    f'{path} has no column "{text_column}", but {", ".join(names):.200}. Choose '
-                    f"one with --text_column."
+                    f'{path} has no column "{text_column}"; its columns: '
+                    f"{', '.join(names):.200}. Choose one with --text_column."
                 )
             kind = file.schema_arrow.field(text_column).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
@@ -282,41 +298,101 @@ def parquet_records(path: Path, text_column: str) -> Iterator[Found]:
                 for value in batch.column(0):
                     number += 1
                     try:
-                        found = value.as_py()
-                        if found is None:
-                            found = ValueError("no text. Expected a string in each row.")
+                        text = value.as_py()
+                        if text is None:
+                            text = ValueError(
+                                f"row {number:,}: no text. Expected a string in each row."
+                            )
                     except UnicodeDecodeError:
-                        found = ValueError("bytes that are not UTF-8")
-                    yield f"row {number:,}", size * number // num_rows, found
+                        text = ValueError(f"row {number:,}: bytes that are not UTF-8")
+                    yield Record(text, size * number // num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{path} cannot be read as parquet: {reason:.160}.") from None
 
 
-READERS = {"jsonl": jsonl_records, "txt": txt_records, "parquet": parquet_records}
+FORMATS = {
+    "jsonl": Format(read_jsonl, is_text=True, has_columns=True),
+    "txt": Format(read_txt, is_text=True, has_columns=False),
+    "parquet": Format(read_parquet, is_text=False, has_columns=True, signature=b"PAR1"),
+}
+ENDINGS = tuple(
+    f".{name}{compressed}" for name, form in FORMATS.items()
+    for compressed in ("", *(f".{ending}" for ending in COMPRESSIONS if form.is_text))
+)
+NOT_TEXT = {  # the first bytes of a file -> what it is, and what to do about it
+    **{form.signature: f"{name}; end its name in .{name}"
+       for name, form in FORMATS.items() if form.signature},
+    **{compression.signature: f"{compression.name}; end its name in .{ending}"
+       for ending, compression in COMPRESSIONS.items()},
+    **{mark: f"{name}; convert it to UTF-8" for mark, name in OTHER_ENCODINGS.items()},
+}
+
+
+def endings_of(path: Path) -> tuple[str, str | None]:
+    """The keys in FORMATS and COMPRESSIONS (None: not compressed) that a file's name ends in.
+
+    A file whose name ends otherwise is taken for JSONL."""
+    name, _, compression = path.name.rpartition(".")
+    if compression not in COMPRESSIONS:
+        name, compression = path.name, None
+    form = name.rpartition(".")[2]
+    return (form if form in FORMATS else "jsonl"), compression
+
+
+def find_files(data_path: str | Path | list[str]) -> list[Path]:
+    """The files that ``--data_path`` names: files, folders (whose files of known endings are taken)
+    and glob patterns.
+
+    Raises: DataError if a file does not exist, or if a folder or pattern contains none."""
+    given = [data_path] if isinstance(data_path, str | Path) else data_path
+    return [file for name in given for file in files_at(name)]
+
+
+def files_at(name: str | Path) -> list[Path]:
+    """The files that one name means, see ``find_files``."""
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
+        problem = f"no file in this folder ends in {', '.join(ENDINGS)}."
+    else:
+        files = [p for p in map(Path, sorted(glob.glob(f"{name}", recursive=True))) if p.is_file()]
+        expected = f"Expected a file, a folder or a pattern, relative to {Path.cwd()}."
+        is_minimind_s = path.name.startswith("pretrain_t2t")
+        problem = f"no such file. {DOWNLOAD_HINT if is_minimind_s else expected}"
+    if not files:
+        raise DataError(f"--data_path {name}: {problem}")
+    return files
+
+
+def stop(message: str) -> NoReturn:
+    """What ``read_documents`` does with a bad record by default."""
+    raise DataError(message)
 
 
 def read_documents(
-    path: Path, refuse: Callable[[str], None] = stop, text_column: str = TEXT_COLUMN
+    path: Path, on_bad_record: Callable[[str], None] = stop, text_column: str = TEXT_COLUMN
 ) -> Iterator[tuple[str, int]]:
-    """Each document of a file, with the bytes of it that were read so far.
+    """The documents of a file, each with the number of the file's bytes read so far.
 
-    Of each bad record ``refuse`` is told where it is and what is wrong with it.
+    ``on_bad_record`` is called with a message for each bad record, which is then skipped.
 
-    Raises: DataError if the file has no record, none but bad ones, or cannot be read."""
+    Raises: DataError if the file has no record or only bad ones, or cannot be read."""
     num_records = num_bad = 0
     first_bad = ""
-    kind, _ = kind_of(path)
-    for where, done, found in READERS[kind](path, text_column):
+    name, _ = endings_of(path)
+    for text, bytes_read in FORMATS[name].read(path, text_column):
         num_records += 1
-        if isinstance(found, ValueError):
-            message = f"{path} {where}: {found}"
+        if isinstance(text, ValueError):
+            message = f"{path} {text}"
             num_bad += 1
             first_bad = first_bad or message
-            refuse(message)
+            on_bad_record(message)
         else:
-            yield found, done
+            yield text, bytes_read
     if num_records == 0:
-        raise DataError(f"no records in {path}. Write it again, or leave it out of --data_path.")
+        raise DataError(f"no records in {path}. Write it again, or remove it from --data_path.")
     if num_bad == num_records:
-        raise DataError(f"no good record in {path}, of {num_bad:,}. The first: {first_bad}")
+        raise DataError(f"no good record among the {num_bad:,} in {path}. The first: {first_bad}")

@@ -19,7 +19,7 @@ PACKAGES = ("model", "dataset", "trainer")
 
 def imports() -> dict[str, set[str]]:
     """Each file of the program, and those of it that it imports when it is imported."""
-    files = [*ROOT.glob("*.py"), *(f for p in PACKAGES for f in (ROOT / p).glob("*.py"))]
+    files = [*ROOT.glob("*.py"), *(f for p in PACKAGES for f in (ROOT / p).rglob("*.py"))]
     names = {str(f.relative_to(ROOT).with_suffix("")).replace("/", "."): f for f in files}
     found: dict[str, set[str]] = {}
     for name, file in names.items():

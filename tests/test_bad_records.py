@@ -1,4 +1,4 @@
-"""Bad data is never trained on silently: named by file, line and byte, it stops or is counted."""
+"""Bad data is never trained on silently: it is reported with file, line and byte, or counted."""
 
 import codecs
 import gzip
@@ -19,28 +19,28 @@ from dataset.records import DataError
 from dataset.token_cache import FILES, TokenCache, build_token_cache
 from tests.helpers import shipped_tokenizer, write_jsonl
 
-HINT = " Correct it, or leave such lines out: --bad_records skip."
+HINT = " Correct it, or skip such records with --bad_records skip."
 GOOD = [  # the first is long, so that offsets have thousands
     json.dumps({"text": "A long one. " * 100}).encode(),
     '{"id": 7, "text": "深度学习 🙂"}'.encode(),
     rb'{"text": "half \ud83d\ude42 and half, \u0000 and <|im_end|>"}',
 ]
-LIMIT = 2**17  # bytes in a line, for the tests of kinds: small and yet above the deep nesting
+LIMIT = 2**17  # bytes in a line, for the tests of BAD: small, but above the deep nesting
 BAD = {
     "cut short": (b'{"text": "once', "not valid JSON: Unterminated string starting at column 10"),
     "cut before the value": (b'{"text":', "not valid JSON: Expecting value at column 9"),
     "trailing comma": (b'{"text": "once",}', "not valid JSON: "),
     "single quotes": (b"{'text': 'once'}", "not valid JSON: "),
     "no JSON": (b"once upon a time", "not valid JSON: Expecting value at column 1"),
-    "two objects": (b'{"text": "a"} {"text": "b"}', "more behind the first value at column 15"),
-    "old line ends": (b'{"text": "a"}\r{"text": "b"}', "more behind the first value"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "extra data after the first value at column 1"),
+    "old line ends": (b'{"text": "a"}\r{"text": "b"}', "extra data after the first value"),
     "invalid UTF-8": (b'{"text": "\xff"}', "byte 0xff at column 11 is not UTF-8"),
     "overlong UTF-8": (b'{"text": "\xc0\xaf"}', "byte 0xc0 at column 11 is not UTF-8"),
     "surrogate as UTF-8": (b'{"text": "\xed\xa0\x80"}', "byte 0xed at column 11 is not UTF-8"),
-    "half a surrogate pair": (rb'{"text": "\ud83d"}', "half of a surrogate pair"),
+    "half a surrogate pair": (rb'{"text": "\ud83d"}', "an unpaired surrogate"),
     "two byte order marks": (codecs.BOM_UTF8 * 2 + b'{"text": "a"}', "a byte order mark"),
-    "key twice": (b'{"text": "a", "text": "b"}', "cannot be read: the key 'text' comes twice"),
-    "inner key twice": (b'{"text": "a", "b": [{"c": 1, "c": 1}]}', "cannot be read: the key 'c'"),
+    "key twice": (b'{"text": "a", "text": "b"}', "cannot be read: duplicate key 'text'"),
+    "inner key twice": (b'{"text": "a", "b": [{"c": 1, "c": 1}]}', "cannot be read: duplicate key"),
     "NaN": (b'{"text": "a", "score": NaN}', "cannot be read: NaN is not JSON"),
     "Infinity": (b'{"text": "a", "score": Infinity}', "cannot be read: Infinity is not JSON"),
     "-Infinity": (b'{"text": -Infinity}', "cannot be read: -Infinity is not JSON"),
@@ -109,7 +109,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("bad", "found"), BAD.values(), ids=BAD)
 @pytest.mark.parametrize(("place", "end"), PLACES.values(), ids=PLACES)
-def test_a_bad_record_is_named_and_stops_the_build_or_is_left_out_exactly(
+def test_a_bad_record_is_named_and_stops_the_build_or_alone_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: dict[str, bytes],
     bad: bytes, found: str, place: int, end: bytes
 ) -> None:
@@ -117,19 +117,19 @@ def test_a_bad_record_is_named_and_stops_the_build_or_is_left_out_exactly(
     path, where = file_with(tmp_path, bad, place, end)
     message = refusal(tmp_path, path)
     assert message.startswith(where + found), message
-    assert message.endswith(f". {records.expected()}{HINT}")
+    assert message.endswith(f". {records.expected_line()}{HINT}")
     cache = build(tmp_path, path, mode="skip")
     assert contents(cache) == good
     assert cache.meta["num_documents"] == 3 and cache.meta["num_bad"] == 1
     assert cache.meta["bad_examples"] == [message.removesuffix(HINT)]
 
 
-def test_a_missing_newline_is_suspected_behind_two_objects(tmp_path: Path) -> None:
+def test_a_missing_newline_is_suspected_after_two_objects(tmp_path: Path) -> None:
     path, _ = file_with(tmp_path, *BAD["two objects"][:1], 1, b"\n")
     assert "missing newline" in refusal(tmp_path, path)
 
 
-def test_all_bad_records_are_counted_and_the_first_three_told(
+def test_all_bad_records_are_counted_and_the_first_three_reported(
     tmp_path: Path, good: dict[str, bytes]
 ) -> None:
     one, two = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
@@ -139,17 +139,20 @@ def test_all_bad_records_are_counted_and_the_first_three_told(
     assert contents(cache) == good
     assert cache.meta["num_bad"] == 5
     offset = len(GOOD[0]) + 6
-    told = [f"{one} line 1 (byte 0): ", f"{one} line 4 (byte {offset:,}): ", f"{two} line 2 (byte "]
+    places = ["1.jsonl line 1 (byte 0): ", f"1.jsonl line 4 (byte {offset:,}): ",
+              "2.jsonl line 2 (byte "]
     examples = cache.meta["bad_examples"]
     assert len(examples) == 3
-    assert all(e.startswith(start) for e, start in zip(examples, told, strict=True)), examples
+    assert all(e.startswith(f"{tmp_path}/{place}")
+               for e, place in zip(examples, places, strict=True)), examples
 
 
 def test_a_file_of_bad_records_only_is_refused_even_if_they_may_be_skipped(tmp_path: Path) -> None:
     good, bad = write_jsonl(tmp_path / "good.jsonl", ["fine"]), tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"story": "once"}\n\n{"story": "twice"}\n')
     message = refusal(tmp_path, good, bad, mode="skip")
-    assert message.startswith(f"no good record in {bad}, of 2. The first: {bad} line 1 (byte 0): ")
+    start = f"no good record among the 2 in {bad}. The first: {bad} line 1 (byte 0): "
+    assert message.startswith(start)
 
 
 def test_a_line_of_the_greatest_length_is_read_and_one_byte_more_is_not(
@@ -171,7 +174,7 @@ def test_a_blank_start_does_not_hide_the_rest_of_a_line_that_is_too_long(
     assert refusal(tmp_path, path).startswith(where)
 
 
-def test_a_line_of_64_mib_is_passed_over_without_being_held(
+def test_a_line_of_64_mib_is_skipped_without_being_held_in_memory(
     tmp_path: Path, good: dict[str, bytes]
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -189,7 +192,7 @@ def test_a_line_of_64_mib_is_passed_over_without_being_held(
     assert peak < 3 * records.MAX_LINE_BYTES == 48 * 2**20
 
 
-# ------------------------------------------------------------------------- what is no bad record
+# --------------------------------------------------------------------- what is not a bad record
 
 
 @pytest.mark.parametrize(
@@ -243,24 +246,26 @@ def test_empty_documents_are_dropped_and_counted_apart(
     [
         (gzip.compress(GOOD[0]), "gzip; end its name in .gz"),
         (b"\x28\xb5\x2f\xfd\x04\x00" + GOOD[0], "zstd; end its name in .zst"),
+        (b"PAR1\x15\x04" + GOOD[0], "parquet; end its name in .parquet"),
         (codecs.BOM_UTF16_LE + GOOD[0].decode().encode("utf-16-le"), "UTF-16; convert it to UTF-8"),
         (codecs.BOM_UTF16_BE + GOOD[0].decode().encode("utf-16-be"), "UTF-16; convert it to UTF-8"),
         (codecs.BOM_UTF32_LE + GOOD[0].decode().encode("utf-32-le"), "UTF-32; convert it to UTF-8"),
         (codecs.BOM_UTF32_BE + GOOD[0].decode().encode("utf-32-be"), "UTF-32; convert it to UTF-8"),
     ],
-    ids=["gzip", "zstd", "UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"],
+    ids=["gzip", "zstd", "parquet", "UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"],
 )
-def test_a_file_in_another_form_is_named_and_never_skipped(
-    tmp_path: Path, data: bytes, what: str, mode: str
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_a_file_in_another_format_is_named_and_never_skipped(
+    tmp_path: Path, data: bytes, what: str, mode: str, ending: str
 ) -> None:
-    good, other = write_jsonl(tmp_path / "good.jsonl", ["fine"]), tmp_path / "other.jsonl"
+    good, other = write_jsonl(tmp_path / "good.jsonl", ["fine"]), tmp_path / f"other.{ending}"
     other.write_bytes(data + b"\n" + GOOD[1] + b"\n")
     assert refusal(tmp_path, good, other, mode=mode) == f"{other} is {what}."
 
 
 @each_mode
 @pytest.mark.parametrize("layout", ["one line", "line by line", "indented", "longer than a line"])
-def test_a_json_array_is_called_one_and_never_skipped(
+def test_a_json_array_is_named_and_never_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, mode: str
 ) -> None:
     documents = [{"text": f"document {i}"} for i in range(20)]
@@ -270,7 +275,7 @@ def test_a_json_array_is_called_one_and_never_skipped(
         monkeypatch.setattr(records, "MAX_LINE_BYTES", len(data) // 2)
     (tmp_path / "a.jsonl").write_text("\n" + data)
     message = refusal(tmp_path, tmp_path / "a.jsonl", mode=mode)
-    assert "JSON array" in message and "Expected one JSON object a line" in message
+    assert "JSON array" in message and "Expected one JSON object per line" in message
 
 
 @each_mode
@@ -314,7 +319,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(
 # ------------------------------------------------------------------------------ caches found later
 
 
-def test_what_one_run_skipped_stops_the_next_that_is_not_to_skip(
+def test_what_one_run_skipped_stops_the_next_that_must_not_skip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: dict[str, bytes]
 ) -> None:
     path, _ = file_with(tmp_path, b"bad", 1, b"\n")
@@ -356,7 +361,7 @@ DAMAGE = {
     "meta lost": ("meta.json", Path.unlink),
     "meta cut": ("meta.json", lambda path: os.truncate(path, 40)),
     "meta empty": ("meta.json", lambda path: os.truncate(path, 0)),
-    "meta no text": ("meta.json", lambda path: path.write_bytes(b"\xff")),
+    "meta not text": ("meta.json", lambda path: path.write_bytes(b"\xff")),
     "meta an array": ("meta.json", lambda path: path.write_text("[]")),
     "no digests": ("meta.json", lambda path: edit_meta(path, sha256=None)),
     "digests a string": ("meta.json", lambda path: edit_meta(path, sha256="none")),
@@ -376,7 +381,7 @@ def test_a_damaged_cache_is_made_again_with_a_warning(
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     damage(folder / name)
     build(tmp_path, path, mode="skip")
-    warning = f"warning: token cache {folder} is damaged ({name}); making it again\n"
+    warning = f"warning: token cache {folder} is damaged ({name}); rebuilding it\n"
     assert capsys.readouterr().err == warning
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]
@@ -403,7 +408,7 @@ def test_two_processes_may_find_the_same_damage(
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_what_a_killed_removal_left_is_swept(tmp_path: Path) -> None:
+def test_what_a_killed_removal_left_is_deleted(tmp_path: Path) -> None:
     left = tmp_path / "cache" / f".damaged-{socket.gethostname()}-999999999"
     left.mkdir(parents=True)
     (left / "tokens.bin").write_bytes(b"x")
@@ -418,7 +423,7 @@ class Stopped(BaseException):
 
 
 def encoding_threads() -> list[str]:
-    """Those alive; tqdm has one of its own."""
+    """Those alive; tqdm has its own thread."""
     return [t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
 
 
@@ -460,6 +465,6 @@ def test_an_error_while_writing_ends_the_thread_that_encodes(
     monkeypatch.setattr(token_cache, "encode", lambda _, texts: [[-1]] * len(texts))  # no id
     with pytest.raises(OverflowError) as caught:
         build(tmp_path, path)
-    assert caught.tb is not None  # who reports an error holds on to all that its frames held
+    assert caught.tb is not None  # whoever reports an error keeps all that its frames hold
     assert encoding_threads() == []
     assert list((tmp_path / "cache").iterdir()) == []

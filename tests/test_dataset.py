@@ -1,4 +1,4 @@
-"""Rows, their order and the token cache, against plain Python that reads the contract aloud."""
+"""Rows, their order and the token cache, compared with plain Python that follows their contract."""
 
 import itertools
 import os
@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dataset import token_cache
 from dataset.lm_dataset import PretrainDataset, as_is, permutation
 from dataset.records import DataError, read_documents
-from dataset.token_cache import TokenCache, build_token_cache, remove_unfinished, unsigned
+from dataset.token_cache import TokenCache, build_token_cache, remove_leftovers, unsigned
+from scripts import prepare_data
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
 from tests.running import contents
 from trainer.trainer_utils import SkipBatchSampler
@@ -101,8 +102,8 @@ def test_every_token_comes_once_an_epoch_in_rows_that_know_their_documents(tmp_p
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_rows_are_made_on_a_device_without_asking_it(tmp_path: Path, packing: bool) -> None:
-    """The meta device knows shapes and nothing else: whoever looks at a value there fails."""
+def test_rows_are_made_on_a_device_without_waiting_for_it(tmp_path: Path, packing: bool) -> None:
+    """The meta device knows only shapes: looking at a value there raises an error."""
     data = open_rows(tmp_path, length=16, packing=packing)
     batches = [[0], [1, 0], list(range(len(data) + 2))]
     expected = [data.__getitems__(rows) for rows in batches]
@@ -115,7 +116,7 @@ def test_rows_are_made_on_a_device_without_asking_it(tmp_path: Path, packing: bo
                 assert part.is_meta and part.shape == same.shape and part.dtype == same.dtype
 
 
-def test_a_control_token_in_a_text_is_no_bound_of_a_document(tmp_path: Path) -> None:
+def test_a_control_token_in_a_text_does_not_end_a_document(tmp_path: Path) -> None:
     data = open_rows(tmp_path, [TEXTS[3]], length=64)
     ids, labels, starts = data[0]
     assert (ids == BOS).sum() == 3 and (ids == EOS).sum() == 3
@@ -131,7 +132,7 @@ def test_rows_past_the_last_are_padding(tmp_path: Path) -> None:
         assert batch.num_labels == 0
 
 
-def test_unpacked_rows_hold_one_document_each_cut_without_a_false_eos(tmp_path: Path) -> None:
+def test_unpacked_rows_hold_one_document_each_truncated_without_a_false_eos(tmp_path: Path) -> None:
     data = open_rows(tmp_path, packing=False)
     assert len(data) == len(TEXTS)
     for row, number in zip(data, permutation(len(TEXTS), 42, 0).tolist(), strict=True):
@@ -146,7 +147,7 @@ def test_unpacked_rows_hold_one_document_each_cut_without_a_false_eos(tmp_path: 
 
 def test_order_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        torch.rand(3)  # the global generator has no say
+        torch.rand(3)  # the global generator has no influence
         data = open_rows(tmp_path, [f"text {i}" for i in range(50)], seed=seed)
         data.set_epoch(epoch)
         return data.order.tolist()
@@ -211,7 +212,7 @@ def test_loader_processes_may_be_started_in_any_way(tmp_path: Path, method: str)
     assert torch.equal(next(iter(loader)).input_ids, data.__getitems__([0, 1, 2, 3]).input_ids)
 
 
-def test_held_out_documents_are_the_asked_share_and_never_trained_on(many: TokenCache) -> None:
+def test_held_out_documents_are_the_given_share_and_never_trained_on(many: TokenCache) -> None:
     data = PretrainDataset(many, shipped_tokenizer(), 32, heldout_fraction=0.1)
     numbers = data.is_held_out.nonzero().flatten().tolist()
     kept_aside = {tuple(encode(short_text(i))) for i in numbers}
@@ -231,7 +232,7 @@ def test_a_document_stays_on_its_side_when_the_corpus_grows(tmp_path: Path) -> N
     assert torch.equal(after[:250], after[250:])
 
 
-def test_documents_are_told_apart_by_language(tmp_path: Path) -> None:
+def test_documents_are_separated_by_language(tmp_path: Path) -> None:
     texts = ["Paris is the capital of France", "巴黎是法国的首都", "for i in range(9): print(i)",
              "用 print 函数可以输出 a、b、c", "The word 中 stands for the middle of something here"]
     data = open_rows(tmp_path, texts)
@@ -310,7 +311,7 @@ def test_a_cache_is_known_by_content_not_by_name(tmp_path: Path) -> None:
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of so many words: w0, w1, ..., EOS."""
+    """A tokenizer of whole words: w0, w1, ..., EOS."""
     vocab = {f"w{i}": i for i in range(vocab_size - 1)} | {"</s>": vocab_size - 1}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -390,7 +391,7 @@ def test_a_killed_build_leaves_no_cache_and_the_next_one_succeeds(tmp_path: Path
 def test_builds_of_a_machine_with_a_longer_name_are_left_alone(tmp_path: Path) -> None:
     other = tmp_path / f".building-{socket.gethostname()}-2-999999999"
     other.mkdir()
-    remove_unfinished(tmp_path)
+    remove_leftovers(tmp_path)
     assert other.exists()
 
 
@@ -399,14 +400,16 @@ def test_a_cache_made_ahead_is_the_one_that_training_finds(
 ) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     words = ["--data_path", str(corpus), "--cache_dir", str(tmp_path / "cache")]
-    assert token_cache.main(words) == 0
+    assert prepare_data.main(words) == 0
     (made,) = (tmp_path / "cache").iterdir()
     assert f"{made}: {len(TEXTS)} documents" in capsys.readouterr().out
     before = contents(tmp_path)
     assert build_token_cache(str(corpus), shipped_tokenizer(), tmp_path / "cache").folder == made
     assert contents(tmp_path) == before
-    assert token_cache.main([*words, "--data_path", str(tmp_path / "absent.jsonl")]) == 3
+    assert prepare_data.main([*words, "--data_path", str(tmp_path / "absent.jsonl")]) == 3
     assert capsys.readouterr().err.startswith(f"error: --data_path {tmp_path / 'absent.jsonl'}")
+    assert prepare_data.main([*words, "--tokenizer_path", str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --tokenizer_path {tmp_path / 'absent'}: no ")
 
 
 def test_two_processes_may_build_the_same_cache_at_once(tmp_path: Path) -> None:

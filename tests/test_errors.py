@@ -99,7 +99,7 @@ def test_a_missing_data_file_names_the_download_and_the_demo(
     assert name in error and "minimind_dataset" in error and "--preset demo" in error
     status, error = refusal(flags(tmp_path, data_path="my_own.jsonl"), capsys)
     assert status == 3 and "my_own.jsonl: no such file. Expected a file" in error
-    assert f"seen from {Path.cwd()}" in error and "minimind_dataset" not in error
+    assert f"relative to {Path.cwd()}" in error and "minimind_dataset" not in error
 
 
 def test_weights_of_another_shape_are_refused_with_the_sizes_that_fit(

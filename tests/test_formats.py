@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset import report, token_cache
-from dataset.records import DataError, find_files, read_documents
+from dataset import records, token_cache
+from dataset.records import DataError, expected_line, find_files, read_documents
 from dataset.token_cache import TokenCache, build_token_cache
+from scripts import prepare_data
 from tests.helpers import ROOT, shipped_tokenizer, write_jsonl
 
 TEXTS = [
@@ -60,8 +61,12 @@ def write_as(kind: str, folder: Path) -> Path:
 KINDS = ("jsonl.gz", "jsonl.zst", "txt", "txt.gz", "txt.zst", "parquet")
 
 
+def test_each_entry_of_the_tables_is_tested_here() -> None:
+    assert {*KINDS, "jsonl"} == {ending.removeprefix(".") for ending in records.ENDINGS}
+
+
 def files_of(cache: TokenCache) -> dict[str, str]:
-    """Digests of all that training reads of a cache."""
+    """Digests of the files of a cache that training reads."""
     return {name: cache.meta["sha256"][name] for name in token_cache.FILES}
 
 
@@ -174,24 +179,35 @@ def test_bad_rows_and_paragraphs_are_named_by_place(tmp_path: Path) -> None:
     assert "row 2: no text" in message(rows)
     assert [text for text, _ in read_documents(rows, found.append)] == ["one", "three"]
     lines = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    assert 'no "content"; its keys: \'text\'. Expected one JSON object a line, in UTF-8, with a ' \
-           'string "content"' in message(lines, text_column="content")
-    assert 'has no column "content", but id, text.' in message(rows, text_column="content")
+    found_in_line = message(lines, text_column="content")
+    assert f'no "content"; its keys: \'text\'. {expected_line("content")}' in found_in_line
+    assert 'with a string "content": {"content": "..."}.' in found_in_line
+    assert 'has no column "content"; its columns: id, text.' in message(rows, text_column="content")
     assert 'its column "id" is of int64' in message(rows, text_column="id")
 
 
 def test_a_text_without_blank_lines_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataset import records
-
     monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
     path = tmp_path / "a.txt"
     path.write_text("short\n\n" + "a line of the long one\n" * 50 + "\nlast\n")
     found: list[str] = []
     assert [text for text, _ in read_documents(path, found.append)] == ["short", "last"]
-    assert found == [f"{path} line 3 (byte 7): more than 100 bytes without a blank line. One "
-                     f"stands between two documents."]
+    assert found == [f"{path} line 3 (byte 7): more than 100 bytes without a blank line. "
+                     f"Expected one between two documents."]
+
+
+def test_a_long_line_of_text_is_not_cut_after_a_byte_order_mark_or_blanks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
+    for start in ("\ufeff" + "x" * 90, " " * 101):
+        path = tmp_path / "a.txt"
+        path.write_text(f"{start} end of the long line\n\nlast\n")
+        found: list[str] = []
+        assert [text for text, _ in read_documents(path, found.append)] == ["last"]
+        assert found[0].startswith(f"{path} line 1 (byte 0): more than 100 bytes without")
 
 
 @pytest.mark.parametrize(("kind", "package", "name"), [
@@ -199,7 +215,7 @@ def test_a_text_without_blank_lines_does_not_fill_the_memory(
 ])
 def test_a_missing_package_is_one_line(tmp_path: Path, kind: str, package: str, name: str) -> None:
     path = write_as(kind, tmp_path / "data")
-    code = (f"import sys; sys.modules[{package!r}] = None; from dataset.token_cache import main; "
+    code = (f"import sys; sys.modules[{package!r}] = None; from scripts.prepare_data import main; "
             f"sys.exit(main(['--data_path', {str(path)!r}]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 3
@@ -214,15 +230,16 @@ def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
     texts += ["same", "same", "long " * 3000]
     cache = built(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path)
     lengths = cache.offsets.diff()
-    said = report.report(cache, shipped_tokenizer())
+    said = prepare_data.report(cache, shipped_tokenizer())
     rows = {line.split()[0]: line for line in said.splitlines() if not line.startswith(" ")}
     num_bytes = sum(len(text.encode()) for text in texts)
-    assert rows["documents"].startswith("documents   7; empty")
-    assert f" of {num_bytes:,} bytes: {num_bytes / int(lengths.sum()):.2f} bytes" in rows["tokens"]
+    assert rows["documents"].startswith("documents   7; skipped: 0 without text, 0 bad records")
+    rate = num_bytes / int(lengths.sum())
+    assert f" from {num_bytes:,} bytes, {rate:.2f} bytes per token" in rows["tokens"]
     assert "2 documents are exact copies" in rows["duplicates"]
     padding = sum(max(0, 340 - n - 2) for n in lengths.tolist()) / (7 * 340)
     cut = sum(max(0, n + 2 - 340) for n in lengths.tolist()) / (int(lengths.sum()) + 14)
-    assert f"would be {padding:.0%} padding and never show {cut:.0%} of" in rows["padded"]
+    assert f"would be {padding:.0%} padding and lose {cut:.0%} of" in rows["padded"]
     counts = re.findall(r"^ +(?:to [\d,]+|more) +(\d+) +[\d.]+%", said, flags=re.MULTILINE)
     edges = [0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10**9]
     assert [int(count) for count in counts] == [
@@ -230,21 +247,21 @@ def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
     ]
 
 
-def test_kinds_of_text_are_told_apart() -> None:
-    assert report.kinds_of_text("只有中文。") == {"Chinese": 15, "English": 0}
-    assert report.kinds_of_text("Plain words, and a number: 5.")["code"] == 0
+def test_kinds_of_text_are_distinguished() -> None:
+    assert prepare_data.kinds_of_text("只有中文。") == {"Chinese": 15, "English": 0}
+    assert prepare_data.kinds_of_text("Plain words, and a number: 5.")["code"] == 0
     for code in ("    return x;", "$ sudo apt install vim", "if (a == b) {", "x = f(1)",
                  "import os", "ls -la /usr/share/doc"):
-        assert report.kinds_of_text(code)["English"] == 0, code
-    both = report.kinds_of_text("中文 with English words")
+        assert prepare_data.kinds_of_text(code)["English"] == 0, code
+    both = prepare_data.kinds_of_text("中文 with English words")
     assert both == {"Chinese": 6, "English": 19}
 
 
 def test_copies_are_compared_token_by_token(tmp_path: Path) -> None:
     cache = built(write_jsonl(tmp_path / "a.jsonl", ["one two", "two one", "one two"]), tmp_path)
-    assert report.duplicates(cache)[0] == 1
+    assert prepare_data.duplicates(cache)[0] == 1
     cache.hashes[:] = 7  # as if all collided
-    assert report.duplicates(cache)[0] == 1
+    assert prepare_data.duplicates(cache)[0] == 1
 
 
 def test_the_report_is_a_flag_of_the_tokenizing_command(
@@ -252,5 +269,5 @@ def test_the_report_is_a_flag_of_the_tokenizing_command(
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     words = ["--data_path", path, "--cache_dir", tmp_path / "cache", "--report"]
-    assert token_cache.main([str(word) for word in words]) == 0
+    assert prepare_data.main([str(word) for word in words]) == 0
     assert "duplicates  0 documents" in capsys.readouterr().out

@@ -10,8 +10,7 @@ import pytest
 
 import eval_llm
 import train_pretrain
-from dataset import token_cache
-from scripts import export, plot, train_tokenizer
+from scripts import export, plot, prepare_data, train_tokenizer
 from tests.helpers import ROOT, write_jsonl
 from tests.running import BY_HEART, facts, texts
 from trainer.flags import build_parser
@@ -88,7 +87,7 @@ MAINS = {
     "eval_llm.py": (eval_llm.main, "--max_new_tokens 12 --device cpu --temperature 0"),
     "scripts/export.py": (export.main, ""),
     "scripts/plot.py": (plot.main, ""),
-    "dataset.token_cache": (token_cache.main, ""),
+    "scripts.prepare_data": (prepare_data.main, ""),
     "scripts.train_tokenizer": (train_tokenizer.main, "--vocab_size 400"),
 }
 
