@@ -16,7 +16,7 @@ from trainer import distributed
 from trainer.checkpoint import checkpoint_name, restore_rng, save_for_all
 from trainer.console import log
 from trainer.device import setup_seed
-from trainer.errors import BadUpdateError, SettingsError, printable
+from trainer.errors import BadUpdateError, SettingsError
 from trainer.flags import TrainConfig, skipped_updates
 from trainer.optimizer import load_optimizer
 from trainer.plan import NOT_KNOWN, Budget, Plan
@@ -185,21 +185,13 @@ class Run:
     def _report_bad(self, update: Update, ranks: list[int]) -> None:
         """Say which documents an update that was not applied had read. Raises: BadUpdateError."""
         ranks = ranks or ([0] if distributed.world_size() == 1 else [])
-        documents = sorted(
-            {
-                d
-                for rank in ranks
-                for d in self.documents_of(
-                    rows_of(rank, update, self.micro_batch, distributed.world_size())
-                )
-            }
-        )
+        world_size = distributed.world_size()
+        rows = [r for rank in ranks for r in rows_of(rank, update, self.micro_batch, world_size)]
+        documents = sorted(set(self.documents_of(rows)))
         shown = ", ".join(map(str, documents[:8])) + (", …" if len(documents) > 8 else "")
-        where = (
-            f"rank {', '.join(map(str, ranks))}, documents {shown}"
-            if ranks
-            else ("only in the sum over all ranks")
-        )
+        where = "only in the sum over all ranks"
+        if ranks:
+            where = f"rank {', '.join(map(str, ranks))}, documents {shown}"
         found = f"update {update.step:,}: loss or gradient is not finite ({where})"
         in_a_row = self.progress.bad_in_a_row
         if in_a_row > self.args.max_bad_updates:
@@ -224,8 +216,7 @@ class Run:
         Raises: OSError if a disk fails; what was saved before is intact."""
         self.read_outcomes()
         args, since = self.args, time.monotonic()
-        epoch = min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1)
-        spent = self.budget.spent() if self.budget else self.seconds_spent
+        name = checkpoint_name(args.save_weight, self.config)
         parts = {
             "model": self.weights(),
             "optimizer": self.optimizer,
@@ -237,18 +228,12 @@ class Run:
             "records": self.records,
             "rollbacks": self.rollbacks,
             "plan": self.plan._asdict(),
-            "seconds_spent": spent,
-            "epoch": epoch,
+            "seconds_spent": self.budget.spent() if self.budget else self.seconds_spent,
+            "epoch": min(self.rows_seen // self.rows_per_epoch, self.num_epochs - 1),
             "step": self.step,
             "wandb_id": tracker_id,
         }
-        path = save_for_all(
-            args.checkpoint_dir,
-            checkpoint_name(args.save_weight, self.config),
-            self.step,
-            parts,
-            args.keep_states,
-        )
+        path = save_for_all(args.checkpoint_dir, name, self.step, parts, args.keep_states)
         distributed.on_main_process(self.export)
         return path, time.monotonic() - since
 
@@ -300,14 +285,6 @@ class Run:
         self.seconds_spent = state["seconds_spent"]
         if self.budget:
             self.budget.spent_before = self.seconds_spent
-        now = self.rounding_now
-        changed = [
-            f"{name} {printable(old)} (now {now.get(name)})"
-            for name, old in state["rounding"].items()
-            if now.get(name) != old
-        ]
-        if changed:
-            log(f"note: saved with {', '.join(changed)}: the same run but for rounding")
 
 
 def largest_divisor(number: int, limit: float) -> int:

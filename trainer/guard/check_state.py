@@ -70,6 +70,16 @@ def check_state(state: dict, run: Run) -> None:
     )
 
 
+def changed_rounding(state: dict, run: Run) -> str:
+    """What differs from the run that saved the state, of that which decides only its last bits."""
+    now = run.rounding_now
+    return ", ".join(
+        f"{name} {printable(old)} (now {now.get(name)})"
+        for name, old in state["rounding"].items()
+        if now.get(name) != old
+    )
+
+
 def check_scaler(found: dict, own: dict) -> None:
     """Raises: CheckpointError unless the run's own scaler could have come so far."""
     check_fits(found, own, "scaler")

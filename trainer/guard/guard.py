@@ -16,7 +16,7 @@ from trainer.console import log
 from trainer.distributed import on_main_process, restarted
 from trainer.errors import Interrupted
 from trainer.flags import TrainConfig
-from trainer.guard.check_state import check_state
+from trainer.guard.check_state import changed_rounding, check_state
 from trainer.guard.micro_batch import suggest_micro_batch
 from trainer.guard.run_folder import RunFolder, find_state, record_lost_rank, state_to_anneal
 from trainer.guard.signals import StopSignals
@@ -78,6 +78,8 @@ class Guard:
         if state is not None:
             check_state(state, run)
             run.restore(state)
+            if changed := changed_rounding(state, run):
+                log(f"note: saved with {changed}: the same run but for rounding")
         if run.budget and not config.dry_run:
             self.folder.seconds_spent(run.budget, self.resumed)
         if config.anneal_from and not self.resumed:
