@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -115,6 +115,13 @@ def _meet(store: dist.Store, rank: int, world_size: int) -> int:
     return number
 
 
+def _joined_store() -> dist.Store:
+    """The store of this start of the group. Raises: RuntimeError unless the group was joined."""
+    if _store is None:
+        raise RuntimeError("init_distributed_mode() did not join a group")
+    return _store
+
+
 def close() -> None:
     """Leave the group; only on the clean path, since it may wait for the others."""
     if dist.is_initialized():
@@ -122,7 +129,7 @@ def close() -> None:
 
 
 @contextlib.contextmanager
-def exchange() -> Iterator[None]:
+def exchange() -> Generator[None]:
     """Every exchange happens inside, so that its failure names the ranks that are missing.
 
     Raises: RankError."""
@@ -140,7 +147,8 @@ def _roll_call(reason: str) -> RankError:
     """Say that this rank is alive, wait until the others did, and tell who did not."""
     own, ranks = rank(), range(world_size())
     try:
-        _store.set(f"alive/{own}", "")
+        store = _joined_store()
+        store.set(f"alive/{own}", "")
         if dist.get_backend() == "gloo":  # NCCL might wait here
             dist.destroy_process_group()  # who waits for this rank notices, and answers, too
         silent, since = list(ranks), time.monotonic()
@@ -148,8 +156,8 @@ def _roll_call(reason: str) -> RankError:
             if time.monotonic() - since > ROLL_CALL:
                 break
             time.sleep(POLL)
-            silent = [r for r in silent if not _store.check([f"alive/{r}"])]
-        names = [f"rank {r} on {_store.get(f'host/{r}').decode()}" for r in silent]
+            silent = [r for r in silent if not store.check([f"alive/{r}"])]
+        names = [f"rank {r} on {store.get(f'host/{r}').decode()}" for r in silent]
     except RuntimeError:
         return RankError("the machine of rank 0 is gone")
     first = next((r for r in ranks if r not in silent), 0)
@@ -291,21 +299,21 @@ def _on_first_machines(work: Callable[[], T], num_machines: int, patience: float
     if world_size() == 1:
         return work()
     number, machine = next(_works), int(os.environ["GROUP_RANK"])
-    result = None
+    store, results = _joined_store(), []
     if os.environ["LOCAL_RANK"] == "0" and machine < num_machines:
         status = ""
         try:
-            result = work()
+            results.append(work())
         except BaseException as error:  # a signal, too, must not leave the others waiting
             status = str(exit_status_of(error))
             raise
         finally:
-            _store.set(f"work/{number}/{machine}", status)
+            store.set(f"work/{number}/{machine}", status)
     keys = [f"work/{number}/{i}" for i in range(num_machines)]
-    for status in _await(_store, keys, patience):
+    for status in _await(store, keys, patience):
         if status:
             sys.exit(int(status))
-    return broadcast(result)
+    return broadcast(results)[0]  # rank 0 always has one
 
 
 def _await(store: dist.Store, keys: list[str], patience: float) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time",
 
 def evaluate(
     run: Run,
-    held_out: dict[str, tuple[Iterable[Any], int]],
+    held_out: Mapping[str, tuple[Iterable[Any], int]],
     tokenizer: PreTrainedTokenizerBase,
     metrics: Metrics,
     stopping: Callable[[], bool] = lambda: False,
@@ -32,14 +32,15 @@ def evaluate(
         held_out: batches and bytes of text, by language; each is scored, and all together.
         stopping: asked before each batch and prompt; once true on any rank, nothing is reported.
     Returns: whether it came to the end, on every rank alike."""
-    scores, sums = {}, []
+    scores, sums = {}, list[tuple[float, int, int]]()
     for language, (batches, num_bytes) in held_out.items():
         with run.autocast:
             nats, num_labels = held_out_nats(run.model, unless(stopping, batches))
         sums.append((nats, num_labels, num_bytes))
         scores[f"heldout_bits_per_byte_{language}"] = bits_per_byte(nats, num_bytes)
     if sums:
-        nats, num_labels, num_bytes = map(sum, zip(*sums, strict=True))
+        nats, num_labels = sum(part[0] for part in sums), sum(part[1] for part in sums)
+        num_bytes = sum(part[2] for part in sums)
         all_together = {
             "heldout_loss": nats / max(num_labels, 1),  # none if it was stopped at once
             "heldout_bits_per_byte": bits_per_byte(nats, num_bytes),
@@ -72,7 +73,7 @@ def unless(stopping: Callable[[], bool], items: Iterable[T]) -> Iterator[T]:
     return itertools.takewhile(lambda _: not stopping(), items)
 
 
-def held_out_nats(model: MiniMindForCausalLM, batches: Iterable[Any]) -> tuple[float, float]:
+def held_out_nats(model: MiniMindForCausalLM, batches: Iterable[Any]) -> tuple[float, int]:
     """Summed nats, and labels, of batches from ``PretrainDataset.for_evaluation``.
 
     Every rank brings its share of them; each gets the sums over all."""
@@ -91,8 +92,8 @@ def held_out_nats(model: MiniMindForCausalLM, batches: Iterable[Any]) -> tuple[f
             nats += out.loss * batch.num_labels
             num_labels += batch.num_labels
     model.train(was_training)
-    nats, num_labels = distributed.totals(nats.item(), num_labels)
-    return nats, num_labels
+    all_nats, all_labels = distributed.totals(nats.item(), num_labels)
+    return all_nats, int(all_labels)
 
 
 def continuations(

@@ -298,7 +298,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[type, ...] = GROUPS
             said = declared.metadata
             names = [f"--{name}" for name in (declared.name, said.get("alias")) if name]
             default = declared.default
-            if default is dataclasses.MISSING:
+            if declared.default_factory is not dataclasses.MISSING:
                 default = declared.default_factory()
             kind = kinds[declared.name]
             if isinstance(kind, types.UnionType):  # int | None

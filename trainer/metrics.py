@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -90,7 +90,6 @@ def open_metrics(run: Run) -> "Metrics":
     """The log of a run, with its tracker if there is to be one."""
     config = run.args
     metrics = Metrics(metrics_path(config, run.config), run)
-    metrics.tracker.id = run.tracker_id  # kept even if this start does not track
     if config.use_wandb and is_main_process():
         metrics.tracker = SwanLabTracker(
             config.wandb_project,
@@ -113,7 +112,7 @@ class Metrics:
 
     def __init__(self, path: Path, run: Run) -> None:
         self.path, self.run = path, run
-        self.tracker: NoTracker | SwanLabTracker = NoTracker()
+        self.tracker: NoTracker | SwanLabTracker = NoTracker(run.tracker_id)  # its id is kept
         _, active = get_model_params(run.model, run.config)
         self.flops_per_token = flops_per_token(run.config, active, run.args.max_seq_len)
         peak = peak_flops(run.device)
@@ -145,7 +144,7 @@ class Metrics:
         self.bar.update(num_rows)
 
     @contextlib.contextmanager
-    def outside_training(self, part: str) -> Iterator[None]:
+    def outside_training(self, part: str) -> Generator[None]:
         """What happens inside does not count as training time, but as this part of a step's."""
         since = time.monotonic()
         yield
@@ -169,16 +168,15 @@ class Metrics:
 
     def plan_changed(self) -> None:
         """Log the plan when it first appears or moves by more than 10 %."""
-        run = self.run
+        run, minutes = self.run, self.run.args.max_minutes
         self.bar.total = run.total_rows
-        if abs(run.total_rows - self.told_rows) > 0.1 * run.total_rows:
+        if minutes is not None and abs(run.total_rows - self.told_rows) > 0.1 * run.total_rows:
             self.told_rows = run.total_rows
             updates = run.step + math.ceil((run.total_rows - run.rows_seen) / run.global_batch)
             tokens = run.total_rows * run.args.max_seq_len
             log(
                 f"plan: {updates:,} updates, {tokens:,} tokens, {run.num_epochs} passes over the "
-                f"data end within {run.args.max_minutes:g} minutes"
-                f"{cost(run.args, run.args.max_minutes)}"
+                f"data end within {minutes:g} minutes{cost(run.args, minutes)}"
             )
 
     def stopped(self, received: str | None) -> str:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that draws singular values towards one
@@ -61,12 +61,14 @@ class Muon(torch.optim.AdamW):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict) -> None:
-        alike: dict[torch.Size, list[nn.Parameter]] = {}
+        by_shape: dict[torch.Size, tuple[list[Tensor], list[Tensor]]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                alike.setdefault(parameter.shape, []).append(parameter)
+                parameters, gradients = by_shape.setdefault(parameter.shape, ([], []))
+                parameters.append(parameter)
+                gradients.append(parameter.grad)
         bad = getattr(self, "found_inf", None)
-        for shape, parameters in alike.items():
+        for shape, (parameters, gradients) in by_shape.items():
             states = [self.state[p] for p in parameters]
             for state, parameter in zip(states, parameters, strict=True):
                 if not state:
@@ -74,9 +76,9 @@ class Muon(torch.optim.AdamW):
                     state["momentum"] = torch.zeros_like(parameter)
             momenta = [state["momentum"] for state in states]
             old, weights = torch.stack(momenta), torch.stack([p.detach() for p in parameters])
-            gradients = torch.stack([p.grad for p in parameters])
-            new = old.lerp(gradients, 1 - group["momentum"])
-            moves = orthogonalised(gradients.lerp(new, group["momentum"]), self.dtype)
+            grad = torch.stack(gradients)
+            new = old.lerp(grad, 1 - group["momentum"])
+            moves = orthogonalised(grad.lerp(new, group["momentum"]), self.dtype)
             rate = group["lr"] * LIKE_ADAMW * math.sqrt(max(shape[-2:]))
             moved = weights * (1 - group["lr"] * group["weight_decay"]) - rate * moves
             steps = [state["step"] for state in states]

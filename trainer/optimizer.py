@@ -101,13 +101,14 @@ def step_if_finite(
 
     The fused kernel decides it on the device, by the flag that GradScaler made for it, so that
     nobody waits. A scaler sets the flag itself, from the same gradients."""
-    optimizer.found_inf = (~torch.isfinite(sums.sum() + grad_norm)).to(torch.float32)
+    found_inf = (~torch.isfinite(sums.sum() + grad_norm)).to(torch.float32)
+    optimizer.found_inf = found_inf  # pyrefly: ignore[missing-attribute]  # torch declares none
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
 
-def expected_state(optimizer: torch.optim.AdamW) -> dict[int, dict[str, Tensor]]:
+def expected_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     """What the optimizer's saved state looks like, by names, shapes and types."""
     expected: list[dict[str, Tensor]] = []
     for group in optimizer.param_groups:

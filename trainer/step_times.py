@@ -29,28 +29,33 @@ class StepTimes:
 
     def restart(self) -> None:
         """Forget all before now."""
-        self.marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self.on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.marks: list[tuple[str, float]] = []  # seconds, by the host's clock
+        self.events: list[tuple[str, torch.cuda.Event]] = []  # on CUDA, in place of marks
+        self.mark("")
 
     def mark(self, part: str) -> None:
         """What ran since the last mark was this part."""
-        self.marks.append((part, self._now()))
+        if not self.on_cuda:
+            return self.marks.append((part, time.perf_counter()))
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append((part, event))
 
     def read(self) -> dict[str, float]:
         """Seconds of each part that was marked; waits for the device."""
-        if self.on_cuda:
-            self.marks[-1][1].synchronize()
+        if self.events:
+            self.events[-1][1].synchronize()
+        lasted = [
+            *((part, end - begin) for (_, begin), (part, end) in itertools.pairwise(self.marks)),
+            *(
+                (part, begin.elapsed_time(end) / 1000)  # from milliseconds
+                for (_, begin), (part, end) in itertools.pairwise(self.events)
+            ),
+        ]
         seconds: dict[str, float] = {}
-        for (_, begin), (part, end) in itertools.pairwise(self.marks):
-            lasted = begin.elapsed_time(end) / 1000 if self.on_cuda else end - begin
-            seconds[part] = seconds.get(part, 0.0) + lasted
-        self.marks = self.marks[-1:]
+        for part, duration in lasted:
+            seconds[part] = seconds.get(part, 0.0) + duration
+        self.marks, self.events = self.marks[-1:], self.events[-1:]
         return seconds
 
 
@@ -63,7 +68,7 @@ def shares(seconds: dict[str, float]) -> dict[str, float]:
 def bottleneck(found: dict[str, float]) -> tuple[str, str] | None:
     """The part that most exceeds its share, and a line that says what helps; None if none does."""
     excess = {p: found.get(p, 0.0) / limit for p, (limit, _) in ADVICE.items()}
-    worst = max(excess, key=excess.get)
+    worst = max(excess, key=lambda part: excess[part])
     if excess[worst] <= 1:
         return None
     return worst, f"{found[worst]:.0%} of the time goes to {worst}: try {ADVICE[worst][1]}"

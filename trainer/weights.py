@@ -167,6 +167,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if path == "model" and not Path(path).is_dir():
         path = str(Path(__file__).resolve().parents[1] / path)
     try:
+        # pyrefly: ignore[bad-return]  # its annotation allows None, which it never returns
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]

@@ -6,7 +6,7 @@ only the first one may do.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -66,7 +66,7 @@ class Guard:
                 on_main_process(self.folder.refuse_to_overwrite)
         self.resumed = state is not None
         if config.anneal_from and not self.resumed:
-            state = state_to_anneal(config)
+            state = state_to_anneal(config, config.anneal_from)
         return state
 
     def begin(self, run: Run, state: dict | None, num_bad_records: int) -> bool:
@@ -95,7 +95,7 @@ class Guard:
         return True
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self) -> Generator[None]:
         """Inside, a signal is only noted; elsewhere nothing is to be saved, and it ends the run."""
         self.stop.training = True
         yield

@@ -33,8 +33,10 @@ def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int
         free_bytes: the device's, with the model there, but neither gradients nor moments; None:
             begin with the run's own micro-batch.
     Raises: torch.OutOfMemoryError, or RuntimeError on a CPU, if not even one row fits."""
-    rows = run.micro_batch if free_bytes is None else run.args.micro_batch_size
-    if rows is None:
+    rows = run.args.micro_batch_size
+    if free_bytes is None:
+        rows = run.micro_batch
+    elif rows is None:
         fitting = min(distributed.gather(rows_that_fit(run, one_pass, free_bytes)))
         rows = min(MOST_TOKENS // run.args.max_seq_len, fitting)
     rows = largest_divisor(run.rows_per_device, rows)

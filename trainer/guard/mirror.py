@@ -12,9 +12,9 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -79,7 +79,7 @@ def reason_of(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def connected(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+def connected(url: str) -> Generator[tuple[AbstractFileSystem, str]]:
     """A file system and the folder in it. Never a cached one: it may be the one that broke."""
     is_ssh = url.startswith(("sftp://", "ssh://"))
     limits = {"timeout": PATIENCE, "channel_timeout": PATIENCE} if is_ssh else {}
@@ -102,10 +102,15 @@ def names_in(fs: AbstractFileSystem, folder: str) -> list[str]:
         return []
 
 
+def open_binary(fs: AbstractFileSystem, path: str, mode: Literal["rb", "wb"]) -> Any:
+    """A file of bytes; fsspec annotates it as text or bytes, whatever the mode."""
+    return fs.open(path, mode)
+
+
 def pieces(fs: AbstractFileSystem, path: str) -> Iterator[bytes]:
     """A file's bytes, in order."""
     size = fs.size(path)
-    with fs.open(path, "rb") as file:
+    with open_binary(fs, path, "rb") as file:
         for start in range(0, size, PIECE):
             if hasattr(file, "prefetch"):  # paramiko: else it waits for every 32 KiB
                 file.prefetch(min(start + PIECE, size))
@@ -117,7 +122,7 @@ def copy(source: BinaryIO, fs: AbstractFileSystem, folder: str, state: str) -> N
     fs.makedirs(folder, exist_ok=True)
     part = f"{folder}/.{state}.{secrets.token_hex(8)}.part"
     try:
-        with fs.open(part, "wb") as target:
+        with open_binary(fs, part, "wb") as target:
             if hasattr(target, "set_pipelined"):  # paramiko again
                 target.set_pipelined()
             while piece := source.read(PIECE):
@@ -208,7 +213,7 @@ class Mirror:
                     break
                 self._changed.notify_all()  # no long pauses now
                 self._changed.wait(min(left, 1))  # in slices, for the sake of signals
-            if (path := self._offered) != self._copied:
+            if (path := self._offered) is not None and path != self._copied:
                 self._tell_once(
                     path,
                     f"the state of update {update_of(path.name):,} is not at "
@@ -240,15 +245,19 @@ class Mirror:
     def _work(self) -> None:
         """The thread: try the newest offer until it is there, then wait for the next."""
         failures = 0
-        while True:
-            with self._changed:
-                if failures and self._offered == self._taken and not self._ended:
-                    self._changed.wait(PAUSES[min(failures, len(PAUSES)) - 1])
-                self._changed.wait_for(lambda: self._ended or self._offered != self._copied)
-                if self._ended:
-                    return
-                self._taken = self._offered
-            failures = 0 if self._attempt(self._taken) else failures + 1
+        while (path := self._next(failures)) is not None:
+            failures = 0 if self._attempt(path) else failures + 1
+
+    def _next(self, failures: int) -> Path | None:
+        """Wait for a state to copy, after a pause if the last attempts failed. None: no more."""
+        with self._changed:
+            if failures and self._offered == self._taken and not self._ended:
+                self._changed.wait(PAUSES[min(failures, len(PAUSES)) - 1])
+            self._changed.wait_for(lambda: self._ended or self._offered != self._copied)
+            if self._ended:
+                return None
+            self._taken = self._offered
+            return self._taken
 
     def _attempt(self, path: Path) -> bool:
         """Copy a state over a connection of its own. Whether it is there now."""

@@ -17,6 +17,7 @@ import socket
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from model.model_minimind import MiniMindConfig
 from trainer.checkpoint import (
@@ -63,7 +64,7 @@ class RunFolder:
         if args.checkpoint_mirror and is_main_process():
             warn = partial(write_line, print)
             self.mirror = Mirror(args.checkpoint_mirror, self.name, warn, args.keep_states)
-        self.content = {
+        self.content: dict[str, Any] = {
             "status": "running",
             "code": None,
             "run": self.name,
@@ -259,11 +260,11 @@ def record_lost_rank(folder: str, kind: object, error: BaseException | None, tra
             write_atomically(Path(folder) / FILE, json.dumps(content, indent=1).encode())
 
 
-def state_to_anneal(args: TrainConfig) -> dict:
+def state_to_anneal(args: TrainConfig, anneal_from: str) -> dict:
     """The state that --anneal_from names, on every rank; how long its run was to be is forgotten.
 
     Raises: CheckpointError if it cannot be used."""
-    path, flag = Path(args.anneal_from), f"--anneal_from {args.anneal_from}"
+    path, flag = Path(anneal_from), f"--anneal_from {anneal_from}"
 
     def read() -> dict:
         if not is_state(path.name) or not path.exists():

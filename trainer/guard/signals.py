@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType
 
 from trainer.console import drop_output
@@ -37,7 +37,7 @@ class StopSignals:
             raise Interrupted(f"stopping: {self.received} received, there was nothing to save")
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator["StopSignals"]:
+    def heard(self) -> Generator["StopSignals"]:
         """Listen, except to what is ignored already, as nohup has SIGHUP ignored."""
         before = {}
         if threading.current_thread() is threading.main_thread():

@@ -6,13 +6,15 @@ import io
 import signal
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from typing import Literal
 
 
 class NoTracker:
     """What training talks to without ``--use_wandb``."""
 
-    id: str | None = None
+    def __init__(self, run_id: str | None = None) -> None:
+        self.id = run_id
 
     def log(self, metrics: dict, step: int) -> None:
         """Nothing."""
@@ -22,7 +24,7 @@ class NoTracker:
 
 
 @contextlib.contextmanager
-def contained() -> Iterator[None]:
+def contained() -> Generator[None]:
     """Turn any failure into one line, keep SwanLab's prints off the console, undo its hooks.
 
     It installs its own SIGINT handler and exception hook, which are ours to decide."""
@@ -69,7 +71,7 @@ class SwanLabTracker:
                 terminal=swanlab.Settings.Terminal(proxy_type="none"),
                 probe=swanlab.Settings.Probe(monitor=False),
             )
-            modes = ["online"] if settings.api_key else []
+            modes: list[Literal["online", "local"]] = ["online"] if settings.api_key else []
             if importlib.util.find_spec("swanboard"):
                 modes.append("local")
             if not modes:

@@ -70,8 +70,8 @@ def check_archive(file: BinaryIO) -> None:
             raise ValueError(f"it has {len(pickled)} entries data.pkl")
         steps = pickletools.genops(archive.read(pickled[0]))
     for opcode, argument, _ in steps:
-        if opcode.name == "GLOBAL" and not NEEDED.fullmatch(argument):
-            wanted = argument.replace(" ", ".")
+        if opcode.name == "GLOBAL" and not NEEDED.fullmatch(str(argument)):
+            wanted = str(argument).replace(" ", ".")
             raise ValueError(f"it asks to import {wanted}, and tensors need no code")
     file.seek(0)
 
