@@ -70,7 +70,8 @@ def build_parser() -> Parser:
     add("--text_column", default="text", help="with --data_path: where the text is in a record")
     add("--max_seq_len", type=int, default=512, help="with --data_path: tokens in a row")
     add("--batch_size", type=int, default=16, help="with --data_path: rows at once")
-    add("--bad_records", choices=["stop", "skip"], default="stop", help="at a line that is no text")
+    add("--bad_records", choices=["stop", "skip"], default="stop",
+        help="with --data_path: what to do with a record that cannot be read")
     add("--cache_dir", default=DEFAULT_CACHE_DIR, help="with --data_path: for tokenized data")
 
     add = parser.add_argument_group("sampling").add_argument

@@ -136,7 +136,7 @@ class Line(NamedTuple):
 def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a text file, without a byte order mark at its start.
 
-    Raises: DataError if the file cannot be decompressed or is not UTF-8 text."""
+    Raises: DataError if the file cannot be decompressed, or see ``check_is_text``."""
     end = 0
     with decompressed(path) as (content, file):
         for number in itertools.count(1):
