@@ -54,11 +54,11 @@ Step = Callable[[Run, list[Batch], int], Outcome]  # see train_step
 def train(
     config: TrainConfig, guard: Guard,
     open_data: Callable[[TrainConfig, PreTrainedTokenizerBase, torch.device], PretrainDataset],
-    step: Step
+    build_run: Callable[..., Run], step: Step
 ) -> None:
     """From flags to a trained model.
 
-    Args: open_data, step: as below; another kind of training hands in its own.
+    Args: open_data, build_run, step: as below; another kind of training hands in its own.
     Raises: the errors of trainer/errors.py, DataError, OSError."""
     # 1. Ranks, device, seed
     device = join_ranks(config.device, config.timeout)
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     def program() -> None:
         config = parse_flags(argv, __doc__)
         with Guard(config) as guard:
-            train(config, guard, open_data, train_step)
+            train(config, guard, open_data, build_run, train_step)
             distributed.close()
 
     return run_program(program)

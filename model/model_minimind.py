@@ -336,7 +336,7 @@ class MiniMindForCausalLM(nn.Module):
         self.model = MiniMindModel(self.config)
         self.num_experts = self.config.num_experts if self.config.use_moe else 0
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-        self.next_token_nats = next_token_nats
+        self.next_token_nats = next_token_nats  # another loss may take its place
         self.apply(self._draw_weights)
         self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -353,7 +353,7 @@ class MiniMindForCausalLM(nn.Module):
         end."""
         for layer in self.model.layers:
             layer.compile(backend=backend, dynamic=False)
-        self.next_token_nats = torch.compile(next_token_nats, backend=backend, dynamic=False)
+        self.next_token_nats = torch.compile(self.next_token_nats, backend=backend, dynamic=False)
 
     @torch.no_grad()
     def _draw_weights(self, module: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Our weights for other tools, and theirs for ours.
 
-    python scripts/export.py --to hf --output exported             # a folder for transformers
-    python scripts/export.py --to gguf --output pretrain.gguf      # a file for llama.cpp and ollama
-    python scripts/export.py --to gguf --gguf_type q8_0 --output pretrain-q8.gguf
-    python scripts/export.py --from hf --input tuned --save_weight tuned  # -> out/tuned_768.pth
+    python -m scripts.export --to hf --output exported             # a folder for transformers
+    python -m scripts.export --to gguf --output pretrain.gguf      # a file for llama.cpp and ollama
+    python -m scripts.export --to gguf --gguf_type q8_0 --output pretrain-q8.gguf
+    python -m scripts.export --from hf --input tuned --save_weight tuned  # -> out/tuned_768.pth
 
 The folder is an ordinary Qwen3ForCausalLM or Qwen3MoeForCausalLM, without code of ours. What was
 written is opened again and compared with the model before it gets its name.
@@ -27,17 +27,14 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
-
-import eval_llm  # noqa: E402
-from model.generation import MOE_SIZES, SIZES, generating_model  # noqa: E402
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # noqa: E402
-from trainer.errors import CheckpointError, SettingsError  # noqa: E402
-from trainer.evaluation import encode_prompt  # noqa: E402
-from trainer.flags import Parser  # noqa: E402
-from trainer.program import run_program  # noqa: E402
-from trainer.weights import load_tokenizer, save_weights, weights_path  # noqa: E402
+import eval_llm
+from model.generation import MOE_SIZES, SIZES, generating_model
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.errors import CheckpointError, SettingsError
+from trainer.evaluation import encode_prompt
+from trainer.flags import Parser
+from trainer.program import run_program
+from trainer.weights import load_tokenizer, save_weights, weights_path
 
 CLOSE = 1e-3  # of logits in float32, which two programs add up in another order
 NOTHING_WRITTEN = (

@@ -14,20 +14,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "CODE.md"
 BEGIN, END = "<!-- imports: made by scripts/import_map.py -->\n```\n", "```\n<!-- imports end -->"
-PACKAGES = ("model", "dataset", "trainer")
+PACKAGES = ("model", "dataset", "trainer", "scripts", "bench")
 
 
 def imports() -> dict[str, set[str]]:
-    """Each file of the program, and those of it that it imports when it is imported."""
+    """Each file of the programs, and those of them that it imports when it is imported."""
     files = [*ROOT.glob("*.py"), *(f for p in PACKAGES for f in (ROOT / p).rglob("*.py"))]
-    names = {str(f.relative_to(ROOT).with_suffix("")).replace("/", "."): f for f in files}
+    names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
+    names = {name.removesuffix(".__init__"): file for name, file in names.items()}
     found: dict[str, set[str]] = {}
     for name, file in names.items():
-        found[name] = set()
+        used: set[str] = set()
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ImportFrom) and node.module:
-                submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-                found[name] |= ({node.module} | submodules) & names.keys()
+            if isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                used |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] = used & names.keys()
     return found
 
 

@@ -1,9 +1,9 @@
 """Draw what runs reported: loss, held-out bits per byte, rate, gradient norm, tokens a second.
 
-    python scripts/plot.py out/pretrain_768_metrics.jsonl                # -> out/pretrain_768.png
-    python scripts/plot.py a_metrics.jsonl b_metrics.jsonl --output both.png
-    python scripts/plot.py out/pretrain_256_metrics.jsonl --band docs/bands/demo.json
-    python scripts/plot.py seed_*_metrics.jsonl --write_band docs/bands/demo.json
+    python -m scripts.plot out/pretrain_768_metrics.jsonl                # -> out/pretrain_768.png
+    python -m scripts.plot a_metrics.jsonl b_metrics.jsonl --output both.png
+    python -m scripts.plot out/pretrain_256_metrics.jsonl --band docs/bands/demo.json
+    python -m scripts.plot seed_*_metrics.jsonl --write_band docs/bands/demo.json
 
 A band is where the losses of runs with one recipe and several seeds lie; with --band it is told
 whether a run stays inside: is its loss right? Needs matplotlib, but for the bands alone.

@@ -1,8 +1,8 @@
 """Continue prompts in the browser, as eval_llm.py does in the terminal.
 
     pip install gradio
-    python scripts/web_demo.py                       # the only weights in out/, at localhost:7860
-    python scripts/web_demo.py --weight pretrain --hidden_size 768 --port 8080
+    python -m scripts.web_demo                       # the only weights in out/, at localhost:7860
+    python -m scripts.web_demo --weight pretrain --hidden_size 768 --port 8080
 
 It listens on this machine alone. From a rented one: ssh -L 7860:localhost:7860 user@machine
 """
@@ -12,23 +12,19 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
-
-import eval_llm  # noqa: E402
-from model.generation import generating_model  # noqa: E402
-from trainer.device import setup_seed  # noqa: E402
-from trainer.errors import SettingsError  # noqa: E402
-from trainer.evaluation import encode_prompt  # noqa: E402
-from trainer.flags import Parser  # noqa: E402
-from trainer.program import run_program  # noqa: E402
-from trainer.weights import load_tokenizer  # noqa: E402
+import eval_llm
+from model.generation import generating_model
+from trainer.device import setup_seed
+from trainer.errors import SettingsError
+from trainer.evaluation import encode_prompt
+from trainer.flags import Parser
+from trainer.program import run_program
+from trainer.weights import load_tokenizer
 
 WAIT_S = 300  # for the next token: a model that gives none for so long has failed
 

@@ -131,7 +131,8 @@ def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
     expected = list(Continuer(model, shipped_tokenizer()).text(
         "Berlin ist", 100, eval_llm.TEMPERATURE, 0.9, 42
     ))[-1]
-    with serving(tmp_path, "scripts/web_demo.py", "--weight", path, "--device", "cpu") as address:
+    words = ["-m", "scripts.web_demo", "--weight", path, "--device", "cpu"]
+    with serving(tmp_path, *words) as address:
         browser.get(address)
         by = "css selector"
         prompt, text = until(lambda: browser.find_elements(by, "textarea") or None)[:2]

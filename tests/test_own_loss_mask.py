@@ -11,7 +11,7 @@ import torch
 from dataset.lm_dataset import IGNORE, Batch, PretrainDataset
 from tests.helpers import shipped_tokenizer
 from tests.running import assert_same, final_state, flags, records, untimed, write_corpus
-from train_pretrain import Guard, train, train_step
+from train_pretrain import Guard, build_run, train, train_step
 from trainer.flags import parse_flags
 from trainer.program import run_program
 
@@ -42,7 +42,7 @@ def fine_tune(argv: list[str], killed_at: int = 0) -> int:
     def program() -> None:
         config = parse_flags(argv)
         with Guard(config) as guard:
-            train(config, guard, open_answers, step)
+            train(config, guard, open_answers, build_run, step)
 
     def open_answers(config: object, tokenizer: object, device: torch.device) -> Answers:
         return Answers(

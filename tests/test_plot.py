@@ -31,7 +31,7 @@ def write(path: Path, found: list[dict]) -> Path:
 
 
 def plot(*args: object, code: str = "") -> subprocess.CompletedProcess:
-    words = [sys.executable, *(["-c", code] if code else ["scripts/plot.py"]), *map(str, args)]
+    words = [sys.executable, *(["-c", code] if code else ["-m", "scripts.plot"]), *map(str, args)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

@@ -73,7 +73,7 @@ def test_every_flag_in_the_readme_exists() -> None:
 # What a test cannot run as it stands, and which test runs the like.
 ELSEWHERE = {
     "pip install -r requirements.txt": "test_repository, .ci/run",
-    "python scripts/web_demo.py": "test_browser: it serves until it is stopped",
+    "python -m scripts.web_demo": "test_browser: it serves until it is stopped",
     "hf download": "nothing is fetched in a test",
     "torchrun": "test_ranks",
     "nohup": "test_signals",
@@ -85,8 +85,8 @@ SMALL = BY_HEART + "--overwrite 1 --save_interval 50 --eval_interval 100 --eval_
 MAINS = {
     "train_pretrain.py": (train_pretrain.main, SMALL),
     "eval_llm.py": (eval_llm.main, "--max_new_tokens 12 --device cpu --temperature 0"),
-    "scripts/export.py": (export.main, ""),
-    "scripts/plot.py": (plot.main, ""),
+    "scripts.export": (export.main, ""),
+    "scripts.plot": (plot.main, ""),
     "scripts.prepare_data": (prepare_data.main, ""),
     "scripts.train_tokenizer": (train_tokenizer.main, "--vocab_size 400"),
 }
@@ -107,7 +107,7 @@ def test_each_command_of_the_readme_runs(
     (tmp_path / "dataset/pretrain_sample.jsonl").symlink_to(ROOT / "dataset/pretrain_sample.jsonl")
     for name in ("dataset/pretrain_t2t_mini", "my_texts", "corpus", "texts/a"):
         write_jsonl(tmp_path / f"{name}.jsonl", [*facts() * 20, *texts(60)])
-    inline = re.findall(r"`(python (?:-m|scripts)[^`]+)`", README)
+    inline = re.findall(r"`(python -m [^`]+)`", README)
     lines = [*commands(README), *(line for line in inline if "benchmark" not in line)]
     ran, continued = Counter(), ""
     for line in lines:

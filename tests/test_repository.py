@@ -133,17 +133,19 @@ def imported_packages(source: str) -> set[str]:
 
 
 ALLOWED = {"model": {"model"}, "dataset": {"dataset"}, "trainer": {"trainer", "model"}}
+PROGRAMS = ("scripts", "bench")  # they may import all of these
 
 
 def source_files() -> list[Path]:
-    folders = [ROOT, *(ROOT / name for name in (*ALLOWED, "scripts"))]
-    return [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    folders = [ROOT / name for name in (*ALLOWED, *PROGRAMS)]
+    inside = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    return [*sorted(ROOT.glob("*.py")), *inside]
 
 
 def test_arrows_between_packages_point_one_way() -> None:
-    packages = {"model", "dataset", "trainer", "scripts", "train_pretrain", "eval_llm", "tests"}
+    packages = {*ALLOWED, *PROGRAMS, "train_pretrain", "eval_llm", "tests"}
     for package, allowed in ALLOWED.items():
-        for file in (ROOT / package).glob("*.py"):
+        for file in (ROOT / package).rglob("*.py"):
             used = imported_packages(file.read_text(encoding="utf-8")) & packages
             faces_outward = {"dataset"} if file.name == "trainer_utils.py" else set()
             assert used <= allowed | faces_outward, file
@@ -159,7 +161,7 @@ def test_nothing_inside_imports_the_door_with_minimind_s_names() -> None:
 def test_only_declared_packages_are_imported() -> None:
     declared = {"torch", "transformers", "tqdm", "swanlab", "fsspec"}
     brought = {"tokenizers", "packaging"}  # by transformers, which is built on them
-    ours = {*ALLOWED, "scripts", "train_pretrain", "eval_llm"}
+    ours = {*ALLOWED, *PROGRAMS, "train_pretrain", "eval_llm"}
     optional = {"matplotlib", "gguf", "pyarrow", "backports", "gradio"}  # where they are used
     future = {"compression"}  # of Python 3.14
     for file in source_files():
@@ -174,6 +176,56 @@ def test_one_file_speaks_to_torch_distributed() -> None:
     pattern = re.compile(r"^\s*(import|from) torch\.distributed", flags=re.MULTILINE)
     found = [f for f in source_files() if pattern.search(f.read_text(encoding="utf-8"))]
     assert [file.name for file in found] == ["distributed.py"]
+
+
+def root_of(node: ast.expr) -> str | None:
+    """The name that an expression such as ``a.b[c].d`` starts from."""
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def changes_from_outside(source: str) -> list[str]:
+    """Code that mentions sys.path or assigns to an attribute of something imported."""
+    nodes = [*ast.walk(ast.parse(source))]
+    imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    imported = {
+        alias.asname or alias.name.split(".")[0] for n in imports for alias in n.names
+    }
+
+    def is_change(node: ast.AST) -> bool:
+        if isinstance(node, ast.ImportFrom):
+            return node.module == "sys" and "path" in {alias.name for alias in node.names}
+        if isinstance(node, ast.Call):
+            by_name = isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr")
+            return by_name and root_of(node.args[0]) in imported
+        if not isinstance(node, ast.Attribute):
+            return False
+        name = ast.unparse(node)
+        assigned = isinstance(node.ctx, ast.Store | ast.Del) and root_of(node) in imported
+        return name == "sys.path" or (assigned and name != "sys.excepthook")  # Python's own seam
+
+    return [ast.unparse(node) for node in nodes if is_change(node)]
+
+
+@pytest.mark.parametrize(("source", "found"), [
+    ("import sys\nsys.path.insert(0, 'here')", ["sys.path"]),
+    ("from sys import path\npath.append('here')", ["from sys import path"]),
+    ("import train_pretrain\ntrain_pretrain.train_step = print", ["train_pretrain.train_step"]),
+    ("def f():\n    from trainer import muon as m\n    m.Muon.step = print", ["m.Muon.step"]),
+    ("from trainer.run import Run\nRun.save, x = print, 1", ["Run.save"]),
+    ("from trainer.run import Run\nsetattr(Run, 'save', print)", ["setattr(Run, 'save', print)"]),
+    ("import os, trainer.run\ndel trainer.run.Run\nos.environ['A'] = 'b'", ["trainer.run.Run"]),
+    ("import sys\nfrom trainer.run import Run\nrun = Run()\nrun.model = sys.argv", []),
+])
+def test_a_change_from_outside_is_found(source: str, found: list[str]) -> None:
+    assert changes_from_outside(source) == found
+
+
+def test_no_program_changes_another_from_outside() -> None:
+    assert ROOT / "bench" / "benchmark.py" in source_files()
+    for file in source_files():
+        assert changes_from_outside(file.read_text(encoding="utf-8")) == [], file
 
 
 def commands(text: str) -> list[str]:

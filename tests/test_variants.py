@@ -1,38 +1,35 @@
-"""scripts/try_variants.py: each variant changes what it says, and the table its differences."""
+"""bench/try_variants.py: each variant changes what it says, and the table its differences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model import model_minimind
-from model.model_minimind import MiniMindForCausalLM
-from scripts import try_variants
+from bench import try_variants
+from bench.measuring import drawn_outputs, redraw
+from model.model_minimind import IGNORE, MiniMindForCausalLM, next_token_nats
 from tests.helpers import tiny_config
 
 
-@pytest.fixture(autouse=True)
-def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variants change the program for good; after a test it is as before."""
-    monkeypatch.setattr(MiniMindForCausalLM, "__init__", MiniMindForCausalLM.__init__)
-    monkeypatch.setattr(model_minimind, "next_token_nats", model_minimind.next_token_nats)
-
-
-def weights(use_moe: bool) -> dict[str, torch.Tensor]:
+def weights(use_moe: bool, change: Callable | None = None) -> dict[str, torch.Tensor]:
+    """Those that a model begins with, by name; two layers."""
     torch.manual_seed(0)
-    return dict(MiniMindForCausalLM(tiny_config(use_moe=use_moe)).named_parameters())  # 2 layers
+    model = MiniMindForCausalLM(tiny_config(use_moe=use_moe))
+    if change:
+        redraw(change, SimpleNamespace(model=model, config=model.config))
+    return dict(model.named_parameters())
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize(("change", "deviation"), [
-    (try_variants.drawn_outputs, 0.02), (try_variants.smaller_outputs, 0.01),
+    (drawn_outputs, 0.02), (try_variants.smaller_outputs, 0.01),
 ])
 def test_outputs_of_layers_are_drawn_and_nothing_else(
     use_moe: bool, change: Callable, deviation: float
 ) -> None:
     before = weights(use_moe)
-    try_variants.initialised(change)
-    for name, now in weights(use_moe).items():
+    for name, now in weights(use_moe, change).items():
         if "o_proj" in name or "down_proj" in name:
             assert not before[name].any()
             assert now.std().item() == pytest.approx(deviation, rel=0.1)
@@ -42,8 +39,7 @@ def test_outputs_of_layers_are_drawn_and_nothing_else(
 
 def test_by_width_matrices_keep_the_size_of_what_they_multiply() -> None:
     before = weights(False)
-    try_variants.initialised(try_variants.by_width)
-    for name, now in weights(False).items():
+    for name, now in weights(False, try_variants.by_width).items():
         if ".layers." in name and now.ndim == 2 and before[name].any():
             assert now.std().item() == pytest.approx(now.shape[1] ** -0.5, rel=0.1)
         else:
@@ -53,15 +49,35 @@ def test_by_width_matrices_keep_the_size_of_what_they_multiply() -> None:
 def test_z_loss_is_added_in_training_alone() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    labels[1, 3:] = model_minimind.IGNORE
-    plain = model_minimind.next_token_nats(logits, labels)
-    try_variants.z_loss(0.01)
+    labels[1, 3:] = IGNORE
+    plain, loss = next_token_nats(logits, labels), try_variants.ZLoss(0.01)
     real = [logits[0, t] for t in range(4)] + [logits[1, t] for t in range(2)]
     z = sum(float(x.exp().sum().log()) ** 2 for x in real)
-    now = model_minimind.next_token_nats(logits, labels)
-    assert now.item() == pytest.approx(plain.item() + 0.01 * z, rel=1e-5)
-    with torch.inference_mode():
-        assert model_minimind.next_token_nats(logits, labels).equal(plain)
+    assert loss(logits, labels).item() == pytest.approx(plain.item() + 0.01 * z, rel=1e-5)
+    assert loss.eval()(logits, labels).equal(plain)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Compiled code is global; leave none behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own, which it hides itself
+def test_a_model_learns_by_the_loss_that_took_the_place_of_its_own(compiled: bool) -> None:
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(tiny_config())
+    ids = torch.randint(3, 96, (2, 8))
+    plain = model(ids, labels=ids).loss.item()
+    try_variants.z_loss(0.01, SimpleNamespace(model=model))
+    if compiled:
+        model.compile_parts(backend="eager")
+    assert model(ids, labels=ids).loss.item() > plain + 0.1
+    assert model.eval()(ids, labels=ids).loss.item() == pytest.approx(plain)
 
 
 def test_the_table_compares_seed_by_seed() -> None:

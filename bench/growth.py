@@ -1,11 +1,10 @@
 """How cost grows: an update's time with rows and width, memory and waiting with the corpus.
 
-    python scripts/growth.py --device cpu        # five minutes on a laptop's CPU
+    python -m bench.growth --device cpu        # five minutes on a laptop's CPU
 
 Synthetic data; every measurement is a process of its own, so that none inherits another's memory.
 """
 
-import argparse
 import json
 import multiprocessing
 import re
@@ -18,15 +17,21 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
+import torch
+
+from bench.measuring import ROOT, parser, reports, surroundings, words
+from dataset.lm_dataset import PretrainDataset
+from dataset.token_cache import TokenCache
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.device import default_dtype, keep_freed_memory
+from trainer.optimizer import build_optimizer
+from trainer.weights import load_tokenizer
 
 LENGTH = 20  # tokens of a synthetic document
 
 
 def write_corpus(folder: Path, num_documents: int) -> None:
     """A token cache of equal documents, as dataset/token_cache.py would have made it."""
-    import torch
 
     def write(name: str, values: torch.Tensor) -> None:
         with (folder / name).open("ab") as file:
@@ -56,13 +61,7 @@ def current_mib() -> float:
 
 def corpus_cost(num_documents: int) -> dict[str, float]:
     """Seconds until the first rows, microseconds a row, memory above an empty program's."""
-    import torch
-
-    from dataset.lm_dataset import PretrainDataset
-    from dataset.token_cache import TokenCache
-    from trainer.weights import load_tokenizer
-
-    tokenizer = load_tokenizer(str(ROOT / "model"))
+    tokenizer = load_tokenizer("model")
     with tempfile.TemporaryDirectory() as folder:
         writer = multiprocessing.get_context("spawn").Process(
             target=write_corpus, args=(Path(folder), num_documents)
@@ -83,13 +82,6 @@ def corpus_cost(num_documents: int) -> dict[str, float]:
 
 def update_cost(batch_size: int, hidden_size: int, length: int, device: str) -> dict[str, float]:
     """Milliseconds of one update's forward, backward and optimizer, and memory."""
-    import torch
-
-    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-    from trainer.optimizer import build_optimizer
-    from trainer.device import default_dtype
-    from trainer.device import keep_freed_memory
-
     keep_freed_memory()
     torch.manual_seed(0)
     empty = current_mib()
@@ -97,10 +89,10 @@ def update_cost(batch_size: int, hidden_size: int, length: int, device: str) -> 
     optimizer = build_optimizer(model, 1e-3)
     ids = torch.randint(3, 6400, (batch_size, length), device=device)
     starts = (torch.arange(length, device=device) // 50 * 50).expand(batch_size, -1)
-    milliseconds = []
+    dtype, milliseconds = getattr(torch, default_dtype(device)), []
     for _ in range(9):
         since = time.perf_counter()
-        with torch.autocast(device, getattr(torch, default_dtype(device))):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = model(ids, labels=ids, document_starts=starts).loss
         loss.backward()
         optimizer.step()
@@ -137,9 +129,8 @@ def exchange_cost(num_ranks: int) -> dict[str, float]:
                 "eval_interval": 10**9, "log_interval": 10**9, "cache_dir": f"{folder}/cache",
                 "save_dir": f"{folder}/out", "checkpoint_dir": f"{folder}/checkpoints",
             }
-            words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
             run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            run += [f"--nproc_per_node={num_ranks}", "train_pretrain.py", *words]
+            run += [f"--nproc_per_node={num_ranks}", "train_pretrain.py", *words(flags)]
             before = sent_over_loopback()
             said = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout
             sent.append((sent_over_loopback() - before, said))
@@ -153,19 +144,13 @@ COSTS = {"corpus": corpus_cost, "update": update_cost, "exchange": exchange_cost
 
 
 def child(pipe: Connection, what: str, arguments: dict) -> None:
-    """One measurement."""
+    """Send one measurement."""
     pipe.send(COSTS[what](**arguments))
 
 
 def measured(what: str, **arguments: object) -> dict[str, float]:
-    """One measurement, in a new process."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=child, args=(theirs, what, arguments))
-    process.start()
-    theirs.close()
-    found = ours.recv()
-    process.join()
+    """One measurement, in a process of its own."""
+    (found,) = reports(what, child, what, arguments)
     return found
 
 
@@ -188,15 +173,11 @@ def table(what: str, name: str, cases: list[dict]) -> None:
 
 def main() -> None:
     """Measure, and print the tables."""
-    from scripts.measuring import surroundings
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--largest_corpus", type=int, default=10**7, help="documents")
-    args = parser.parse_args()
-    print(surroundings(args, "scripts/growth.py"))
+    cli = parser(__doc__)
+    cli.set_defaults(device="cpu")
+    cli.add_argument("--largest_corpus", type=int, default=10**7, help="documents")
+    args = cli.parse_args()
+    print(surroundings(args, "bench.growth"))
     default = {"batch_size": 8, "hidden_size": 256, "length": 128}
     values = {"batch_size": (4, 8, 16, 32), "hidden_size": (128, 256, 512)}
     for name, several in (values | {"length": (64, 128, 256, 512)}).items():

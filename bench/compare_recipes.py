@@ -1,6 +1,6 @@
 """What a token and a minute teach: MiniMind's padded recipe, and ours, on the same text.
 
-    python scripts/compare_recipes.py --data_path corpus.jsonl --device cpu --minutes 20
+    python -m bench.compare_recipes --data_path corpus.jsonl --device cpu --minutes 20
 
 The last 5 % of the documents are kept aside. Each run is the real program, one after another, alone
 on the machine, planned to end when its minutes are over; looking at the documents kept aside stops
@@ -10,31 +10,36 @@ recipe's rate is tuned: the best of --padded_rates at the first seed.
 
 import argparse
 import contextlib
-import io
 import json
 import math
-import multiprocessing
 import os
 import signal
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # python puts scripts/ there, as it is this file's folder
+import torch
 
-from scripts import benchmark  # noqa: E402
-from scripts.measuring import surroundings  # noqa: E402
+import train_pretrain
+from bench.benchmark import PADDED, PADDED_LENGTH, padded_flags
+from bench.measuring import OURS, NoGuard, parser, reports, surroundings, train, words
+from dataset.lm_dataset import Batch, PretrainDataset
+from dataset.token_cache import build_token_cache
+from trainer.evaluation import bits_per_byte, held_out_nats
+from trainer.plan import Budget, process_start
+from trainer.progress import Outcome
+from trainer.run import Run
+from trainer.weights import load_tokenizer
 
 HELD_OUT = 0.05  # of the documents, the last ones
 ASIDE_TOKENS = 2**17  # of them that are looked at: every n-th document
-ROW_LENGTH = 340  # of the padded recipe's rows, and of those kept aside
-OURS = {
+AT_ONCE = 32  # of their rows
+OUR_FLAGS = {
     "cpu": {"optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0, "decay_ratio": 0.6,
             "learning_rate": 8e-3, "batch_size": 8, "accumulation_steps": 1},
     "cuda": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 2e-3},
@@ -68,105 +73,102 @@ def split(path: Path, folder: Path) -> tuple[Path, Path]:
     return parts
 
 
-def child(pipe: Connection, trial: Trial, argv: list[str], kept_aside: str, looks: int) -> None:
-    """Train with the real program; look at what was kept aside at equal times and at the end."""
-    import torch
+class Watch(NoGuard):
+    """Guard and step of a trial: plans it to end in time, and looks at the documents kept aside, at
+    equal times and at the end. Its clock stands still meanwhile.
 
-    import train_pretrain
-    from dataset.lm_dataset import PretrainDataset
-    from trainer import metrics
-    from trainer.evaluation import bits_per_byte, held_out_nats
-    from trainer.plan import Budget, process_start
+    Args:
+        kept_aside: JSONL; looks: how many."""
 
-    seconds, begun = 60 * trial.minutes, process_start()
-    lost, tokens, next_look = 0.0, 0, seconds / looks
+    def __init__(self, pipe: Connection, trial: Trial, kept_aside: str, looks: int) -> None:
+        self.pipe, self.kept_aside = pipe, kept_aside
+        self.seconds, self.begun = 60 * trial.minutes, process_start()
+        self.next_look = self.between_looks = self.seconds / looks
+        self.seconds_lost = 0.0  # while the clock stood still
+        self.updates = self.tokens = 0
 
-    def clock() -> float:
-        return time.monotonic() - lost
+    def clock(self) -> float:
+        """Seconds, without those that were lost."""
+        return time.monotonic() - self.seconds_lost
 
-    def stand_still(*_: object) -> None:
-        nonlocal lost
-        since = time.monotonic()
-        os.kill(os.getpid(), signal.SIGSTOP)
-        lost += time.monotonic() - since
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """What happens inside takes no time."""
+        lost_before, since = self.seconds_lost, time.monotonic()
+        yield
+        self.seconds_lost = lost_before + time.monotonic() - since
 
-    signal.signal(signal.SIGTSTP, stand_still)
-    train_pretrain.Budget = partial(Budget, clock=clock, begun=begun)
-    if trial.padded:
-        benchmark.DATA_PATH = [argv[argv.index("--data_path") + 1]]
-        benchmark.padded_recipe()
-    step, Metrics = train_pretrain.train_step, metrics.Metrics
-    aside = None
+    def pause(self, *_: object) -> None:
+        """What a handler of SIGTSTP does: sleep until somebody sends SIGCONT."""
+        with self.standing_still():
+            os.kill(os.getpid(), signal.SIGSTOP)
 
-    def look(run: train_pretrain.Run) -> None:
-        nonlocal lost, aside
-        since = time.monotonic()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        spent = clock() - begun
-        if aside is None:
-            tokenizer = train_pretrain.load_tokenizer(run.args.tokenizer_path)
-            aside = PretrainDataset(
-                [kept_aside], tokenizer, ROW_LENGTH, cache_dir=run.args.cache_dir
+    def begin(self, run: Run, state: None, num_bad_records: int) -> bool:
+        """Plan by this clock, and open what is kept aside."""
+        run.budget = Budget(self.seconds, clock=self.clock, begun=self.begun)
+        with self.standing_still():
+            data = PretrainDataset(
+                [self.kept_aside], load_tokenizer(run.args.tokenizer_path), PADDED_LENGTH,
+                cache_dir=run.args.cache_dir
             )
-            every = max(1, aside.num_tokens // ASIDE_TOKENS)
-            aside = aside.for_evaluation(aside.documents[::every])
-        rows, size = range(len(aside)), 32
-        batches = [aside.__getitems__(list(rows[i : i + size])) for i in range(0, len(rows), size)]
-        with run.autocast:
-            nats, _ = held_out_nats(run.model, batches)
-        point = {"seconds": spent, "tokens": tokens, "updates": run.step}
-        pipe.send(point | {"bits_per_byte": bits_per_byte(nats, aside.num_text_bytes)})
-        lost += time.monotonic() - since
+            every = max(1, data.num_tokens // ASIDE_TOKENS)
+            self.aside = data.for_evaluation(data.documents[::every])
+        return super().begin(run, state, num_bad_records)
 
-    def counted(run: train_pretrain.Run, window: list, num_labels: int) -> torch.Tensor:
-        nonlocal tokens, next_look
-        outcome = step(run, window, num_labels)
-        tokens += num_labels
-        if clock() - begun > next_look:
-            next_look += seconds / looks
-            look(run)
+    def step(self, run: Run, window: list[Batch], num_labels: int) -> Outcome:
+        """One update, and a look if it is time."""
+        outcome = train_pretrain.train_step(run, window, num_labels)
+        self.updates += 1
+        self.tokens += num_labels
+        if self.clock() - self.begun > self.next_look:
+            self.next_look += self.between_looks
+            self.look()
         return outcome
 
-    class Last(Metrics):
-        def close(self) -> None:
-            look(self.run)
-            super().close()
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """All updates happen inside; at the end comes the last look."""
+        yield
+        self.look()
 
-    train_pretrain.train_step, metrics.Metrics = counted, Last
-    train_pretrain.evaluate = lambda run, *_: (
-        setattr(run.progress, "evaluated_step", run.step) or True
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        status = train_pretrain.main(argv)
-    pipe.send({"ended": status})
+    def look(self) -> None:
+        """Send what the model has cost, and how good it is."""
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = self.clock() - self.begun
+        with self.standing_still():
+            rows = range(len(self.aside))
+            batches = (self.aside.__getitems__([*rows[i : i + AT_ONCE]])
+                       for i in range(0, len(rows), AT_ONCE))
+            with self.run.autocast:
+                nats, _ = held_out_nats(self.run.model, batches)
+            score = bits_per_byte(nats, self.aside.num_text_bytes)
+        self.pipe.send({"seconds": seconds, "tokens": self.tokens, "updates": self.updates,
+                        "bits_per_byte": score})
+
+
+def child(
+    pipe: Connection, trial: Trial, flags: list[str], kept_aside: str, looks: int
+) -> None:
+    """Train with the recipe of this trial, and send the points of its curve."""
+    watch = Watch(pipe, trial, kept_aside, looks)
+    signal.signal(signal.SIGTSTP, watch.pause)
+    train(flags, watch, (PADDED if trial.padded else OURS)._replace(step=watch.step))
 
 
 def run_trial(trial: Trial, args: argparse.Namespace, parts: tuple[Path, Path]) -> Trial:
     """Fill in the trial's points."""
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         flags = {
             "preset": args.preset, "device": args.device, "seed": trial.seed,
-            "max_minutes": trial.minutes, "save_dir": folder, "checkpoint_dir": folder,
+            "max_minutes": trial.minutes, "data_path": parts[0], "save_dir": folder,
             "cache_dir": parts[0].parent / "cache", "log_interval": 10**6,
             "save_interval": 10**9, "eval_interval": 10**9, "heldout_fraction": 0,
-            "optimizer": "adamw", "lr_schedule": "cosine",  # the padded recipe's
         } | trial.flags
-        argv = ["--data_path", str(parts[0])]
-        argv += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=child, args=(theirs, trial, argv, str(parts[1]), args.looks)
+        trial.points += reports(
+            f"{trial.name}, seed {trial.seed}", child, trial, words(flags), str(parts[1]),
+            args.looks
         )
-        process.start()
-        theirs.close()
-        with contextlib.suppress(EOFError):
-            while "ended" not in (point := ours.recv()):
-                trial.points.append(point)
-        process.join()
-    if process.exitcode or not trial.points:
-        raise SystemExit(f"{trial.name}, seed {trial.seed}: failed, the cause is above")
     last = trial.final
     print(f"{trial.name}, seed {trial.seed}, {trial.minutes:g} minutes: {last['updates']:,} "
           f"updates, {last['tokens']:,} tokens, {last['bits_per_byte']:.4f} bits/byte",
@@ -219,26 +221,18 @@ def report(args: argparse.Namespace, padded: list[Trial], ours: list[Trial]) -> 
 
 def main() -> None:
     """Run all trials, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data_path", required=True, type=Path, help="JSONL")
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--device", default=None, help="cuda, mps or cpu; None: the best there is")
-    parser.add_argument("--minutes", type=float, default=20, help="of the padded recipe")
-    parser.add_argument("--ours_minutes", type=float, nargs="+", help="None: a tenth, and as many")
-    parser.add_argument("--padded_rates", type=float, nargs="+", default=[5e-4, 2e-3, 4e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--looks", type=int, default=10, help="at what was kept aside, in each run")
-    parser.add_argument("--ours", nargs="*", default=[], help="name=value: flags of ours to change")
-    parser.add_argument("--only", choices=["padded", "ours"], help="the other is not run")
-    parser.add_argument("--json", type=Path, help="all points; what it holds is not run again")
-    args = parser.parse_args()
-    from dataset.token_cache import build_token_cache
-    from trainer.device import default_device
-    from trainer.weights import load_tokenizer
-
-    args.device = args.device or default_device()
+    cli = parser(__doc__)
+    cli.add_argument("--data_path", required=True, type=Path, help="JSONL")
+    cli.add_argument("--preset", default="demo")
+    cli.add_argument("--minutes", type=float, default=20, help="of the padded recipe")
+    cli.add_argument("--ours_minutes", type=float, nargs="+", help="None: a tenth, and as many")
+    cli.add_argument("--padded_rates", type=float, nargs="+", default=[5e-4, 2e-3, 4e-3])
+    cli.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    cli.add_argument("--looks", type=int, default=10, help="at what was kept aside, in each run")
+    cli.add_argument("--ours", nargs="*", default=[], help="name=value: flags of ours to change")
+    cli.add_argument("--only", choices=["padded", "ours"], help="the other is not run")
+    cli.add_argument("--json", type=Path, help="all points; what it holds is not run again")
+    args = cli.parse_args()
     folder = Path(tempfile.mkdtemp())
     parts = split(args.data_path, folder)
     tokenizer = load_tokenizer("model")
@@ -257,24 +251,20 @@ def main() -> None:
         return trial
 
     on_cuda = args.device.startswith("cuda")
-    base = {
-        "packing": 0, "max_seq_len": ROW_LENGTH, "batch_size": 32, "accumulation_steps": 8,
-        "micro_batch_size": 32, "use_compile": 0, "dtype": "bfloat16" if on_cuda else "float32",
-        "num_workers": 8 if on_cuda else 0, "warmup_ratio": 0,
-    }
     padded, ours = [], []
     if args.only != "ours":
+        base = padded_flags(on_cuda)
         first = [tried(f"padded, rate {rate:g}", base | {"learning_rate": rate}, args.minutes,
                        args.seeds[0], True) for rate in args.padded_rates]
         best = min(first, key=lambda trial: trial.final["bits_per_byte"])
         padded = [tried(best.name, best.flags, args.minutes, s, True) for s in args.seeds]
     if args.only != "padded":
         changes = dict(word.split("=", 1) for word in args.ours)
-        flags = OURS["cuda" if on_cuda else "cpu"] | {"max_seq_len": ROW_LENGTH} | changes
+        flags = OUR_FLAGS["cuda" if on_cuda else "cpu"] | {"max_seq_len": PADDED_LENGTH} | changes
         name = " ".join(["ours", *args.ours])
         for minutes in args.ours_minutes or (args.minutes / 10, args.minutes):
             ours += [tried(name, flags, minutes, seed) for seed in args.seeds]
-    print(surroundings(args, "scripts/compare_recipes.py"))
+    print(surroundings(args, "bench.compare_recipes"))
     if padded and ours:
         print("\n" + report(args, padded, ours))
 

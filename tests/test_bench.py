@@ -1,0 +1,203 @@
+"""The programs that measure: each variant really runs, on a model that takes seconds."""
+
+import time
+from argparse import Namespace
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import compare_recipes, growth, try_variants
+from bench.benchmark import (
+    PADDED, LoopingExperts, Padded, Variant, looping_experts, muon_in_a_loop, padded_flags,
+    plain_adamw, table, train_variant, variants
+)
+from bench.measuring import NoGuard, train
+from dataset.lm_dataset import PretrainDataset
+from tests.helpers import shipped_tokenizer, tiny_model, write_jsonl
+from tests.running import flags, records, texts
+from tests.running import train as train_program
+from trainer.optimizer import build_optimizer, step_if_finite
+
+SMALL = {"max_seq_len": 32, "batch_size": 2, "accumulation_steps": 2, "micro_batch_size": 2,
+         "num_workers": 0}
+COMPILES = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the compiler's own warnings
+VARIANTS = {  # those for CUDA run on a CPU as well
+    f"{variant.name}, {'moe' if use_moe else 'dense'}": (variant, use_moe)
+    for use_moe in (False, True) for on_cuda in (True, False)
+    for variant in variants(on_cuda, use_moe)
+}
+
+
+class Pipe:
+    """The parent of a variant: lets it take two turns of one update each, then ends it."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict] = []
+
+    def send(self, said: dict) -> None:
+        self.heard.append(said)
+
+    def recv(self) -> float | None:
+        return 0.0 if len(self.heard) < 3 else None
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=COMPILES if "compiled" in name else []) for name in VARIANTS
+])
+def test_each_variant_of_the_benchmark_takes_turns(tmp_path: Path, name: str) -> None:
+    variant, use_moe = VARIANTS[name]
+    given = {"use_compile": 0} | variant.flags | SMALL
+    given |= {"use_moe": int(use_moe), "heldout_fraction": 0, "epochs": 100}
+    pipe = Pipe()
+    with pytest.raises(SystemExit) as end:
+        train_variant(pipe, variant, flags(tmp_path, **given), since=0.0)
+    assert not end.value.code
+    first, *turns = pipe.heard
+    assert first["first"] > first["first_step"] > 0 and first["flops"] > 0
+    assert len(turns) == 2
+    for turn in turns:
+        assert 0 < turn["tokens"] <= turn["positions"] == 4 * 32
+        assert 0 < turn["waited"] < turn["seconds"]
+    result = first | {"name": name, "turns": turns, "cold": True, "memory": turns[0]["memory"]}
+    assert f"| {name} | " in table(Namespace(device="cpu"), [result]).splitlines()[-1]
+
+
+def test_a_variant_that_fails_says_so_by_its_status(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        train_variant(Pipe(), Variant("ours"), flags(tmp_path, learning_rate=-1), since=0.0)
+    assert end.value.code == 2
+
+
+# ------------------------------------------------------------------ what a variant changes, alone
+
+
+def test_experts_in_a_loop_compute_what_stacked_ones_do() -> None:
+    model = tiny_model(use_moe=True)
+    ids = torch.randint(3, 96, (2, 16))
+    expected = model(ids, labels=ids)
+    weights = [*model.parameters()]
+    looping_experts(SimpleNamespace(model=model, config=model.config))
+    assert all(isinstance(layer.mlp, LoopingExperts) for layer in model.model.layers)
+    assert {*map(id, weights)} == {*map(id, model.parameters())}
+    found = model(ids, labels=ids)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss)
+    assert found.expert_load.equal(expected.expert_load)
+
+
+@pytest.mark.parametrize(("kind", "change"), [("adamw", plain_adamw), ("muon", muon_in_a_loop)])
+def test_an_optimizer_in_a_loop_moves_weights_as_ours_does(kind: str, change: object) -> None:
+    ours = tiny_model()
+    theirs = deepcopy(ours)
+    runs = [SimpleNamespace(model=model, optimizer=build_optimizer(model, 1e-2, kind,
+            torch.float32)) for model in (ours, theirs)]
+    change(runs[1])
+    assert type(runs[1].optimizer) is not type(runs[0].optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for seed in range(3):
+        for run in runs:
+            torch.manual_seed(seed)
+            for group in run.optimizer.param_groups:
+                group["lr"] = 1e-2
+            for parameter in run.model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            step_if_finite(run.optimizer, scaler, torch.zeros(1), torch.ones(()))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(b, a, atol=1e-3, rtol=1e-2)  # torch's Muon is of bfloat16
+
+
+def test_padded_rows_are_those_that_the_trainer_pads_but_for_what_is_cut(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [*texts(20), "long " * 200])
+    sets = [kind([str(corpus)], shipped_tokenizer(), 128, packing=False, cache_dir=str(tmp_path))
+            for kind in (Padded, PretrainDataset)]
+    rows = [*range(22)]  # the last is past the end: all padding
+    padded, own = (data.__getitems__(rows) for data in sets)
+    is_cut = own.input_ids[:, -1] > 2
+    assert is_cut.sum() == 1
+    assert padded.input_ids[~is_cut].equal(own.input_ids[~is_cut])
+    assert padded.input_ids[is_cut, :-1].equal(own.input_ids[is_cut, :-1])
+    assert padded.input_ids[is_cut, -1] == sets[0].eos, "and ends nevertheless"
+    assert padded.labels[:, 1:].equal(
+        padded.input_ids.masked_fill(padded.input_ids == sets[0].pad, -100)[:, 1:]
+    )
+
+
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_the_padded_recipe_draws_all_matrices_as_minimind_does(
+    tmp_path: Path, use_moe: int
+) -> None:
+    drawn = []
+
+    class Guard(NoGuard):
+        def begin(self, run: object, state: None, num_bad_records: int) -> bool:
+            drawn.extend(w.std().item() for w in run.model.parameters() if w.ndim > 1)
+            return False
+
+    given = padded_flags(on_cuda=False) | SMALL | {"use_moe": use_moe, "num_hidden_layers": 1}
+    train(flags(tmp_path, **given), Guard(), PADDED)
+    assert len(drawn) == 1 + 4 + (4 if use_moe else 3)
+    assert all(0.015 < deviation < 0.025 for deviation in drawn)
+
+
+# ---------------------------------------------------------------------------- the other programs
+
+
+def test_what_measures_trains_as_the_program_does(tmp_path: Path) -> None:
+    """The same held-out score, to the last bit; and each variant of the recipe runs."""
+    given = {"num_hidden_layers": 1, "epochs": 1, "use_moe": 1, "save_interval": 10**9}
+    train_program(tmp_path, **given)
+    (score,) = (r["heldout_bits_per_byte"] for r in records(tmp_path) if "heldout_loss" in r)
+    scores = {}
+    for variant in (try_variants.AS_IT_IS, *try_variants.VARIANTS):
+        pipe = Pipe()
+        try_variants.child(pipe, variant, flags(tmp_path / "variants", **given))
+        scores[variant] = pipe.heard[0]["bits_per_byte"]
+        assert pipe.heard[0]["updates"] == records(tmp_path)[-1]["step"]
+    assert scores[try_variants.AS_IT_IS] == score
+    for variant in (*try_variants.CHANGES, "--grad_clip 0.3"):
+        assert scores[variant] != score, variant
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_trial_ends_in_time_and_looks_at_what_was_kept_aside(
+    tmp_path: Path, padded: bool
+) -> None:
+    kept_aside = write_jsonl(tmp_path / "kept_aside.jsonl", texts(20))
+    given = (padded_flags(on_cuda=False) if padded else {}) | SMALL
+    given |= {"heldout_fraction": 0, "max_minutes": 0.05, "dtype": "float32"}
+    trial = compare_recipes.Trial("ours", given, minutes=0.05, seed=1, padded=padded)
+    pipe = Pipe()
+    watch = compare_recipes.Watch(pipe, trial, str(kept_aside), looks=10)
+    watch.begun = time.monotonic()  # not when the tests began
+    parts = compare_recipes.PADDED if padded else compare_recipes.OURS
+    train(flags(tmp_path, **given), watch, parts._replace(step=watch.step))
+    *before, last = pipe.heard
+    assert len(before) >= 1 and last["updates"] > before[0]["updates"] > 0
+    assert last["bits_per_byte"] < before[0]["bits_per_byte"]
+    assert last["seconds"] < 1.5 * 60 * trial.minutes
+    with watch.standing_still():
+        since = watch.clock()
+        time.sleep(0.2)
+    assert watch.clock() - since < 0.1
+
+
+def test_growth_measures_an_update() -> None:
+    found = growth.update_cost(batch_size=2, hidden_size=32, length=16, device="cpu")
+    assert found["microseconds a token"] == pytest.approx(found["milliseconds"] / 32 * 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "arguments"), [
+    ("corpus", {"num_documents": 1000}), ("exchange", {"num_ranks": 2}),
+])
+def test_growth_measures_a_corpus_and_an_exchange(what: str, arguments: dict) -> None:
+    assert all(value >= 0 for value in growth.measured(what, **arguments).values())
+
+
+@pytest.mark.slow
+def test_what_fails_in_a_process_of_its_own_is_named() -> None:
+    with pytest.raises(SystemExit, match="corpus: failed"):
+        growth.measured("corpus", num_documents="none")
