@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from dataset.lm_dataset import PretrainDataset, as_is
+from dataset.lm_dataset import PretrainDataset
+from dataset.loader import load_batches
 from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
@@ -168,7 +168,7 @@ def measure(
     for language, part in data.by_language(tokenizer).items():
         rows = range(len(part))
         batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-        loader = DataLoader(part, batch_sampler=batches, collate_fn=as_is)
+        loader = load_batches(part, batches)
         sums[language] = (*held_out_nats(model, loader), part.num_text_bytes)
     nats, num_labels, num_bytes = map(sum, zip(*sums.values(), strict=True))
     print(

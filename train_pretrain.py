@@ -12,22 +12,14 @@ and resume follow from it. This file tells the story; its parts are in dataset/,
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import (
-    Batch,
-    PretrainDataset,
-    SkipBatchSampler,
-    as_is,
-    from_loader,
-    ignore_signals,
-)
+from dataset.lm_dataset import Batch, PretrainDataset, SkipBatchSampler
+from dataset.loader import load_batches
 from dataset.token_cache import TokenCache, build_token_cache, special_ids
 from model.documents import can_attend_within
 from model.model_minimind import MiniMindConfig
@@ -36,9 +28,16 @@ from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, keep_compiled_code, keep_freed_memory, setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
-from trainer.flags import TrainConfig, deciding_settings, keep_split, parse_flags, rounding_settings
+from trainer.flags import (
+    TrainConfig,
+    architecture,
+    deciding_settings,
+    keep_split,
+    parse_flags,
+    rounding_settings,
+)
 from trainer.guard.guard import Guard
-from trainer.guard.micro_batch import fit_micro_batch, free_bytes
+from trainer.guard.micro_batch import choose_micro_batch
 from trainer.metrics import Metrics, open_metrics
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
@@ -48,17 +47,19 @@ from trainer.run import Run
 from trainer.step_times import StepTimes
 from trainer.weights import init_model, load_tokenizer
 
-Step = Callable[[Run, list[Batch], int], Outcome]  # see train_step
+OpenData = Callable[[TrainConfig, PreTrainedTokenizerBase, torch.device], PretrainDataset]
+BuildRun = Callable[..., Run]
+Evaluate = Callable[[], bool]  # whether it came to the end; a signal stops it
+Step = Callable[[Run, list[Batch], int], Outcome]
 
 
 def train(
-    config: TrainConfig, guard: Guard,
-    open_data: Callable[[TrainConfig, PreTrainedTokenizerBase, torch.device], PretrainDataset],
-    build_run: Callable[..., Run], step: Step
+    config: TrainConfig, guard: Guard, open_data: OpenData, build_run: BuildRun, step: Step
 ) -> None:
     """From flags to a trained model.
 
-    Args: open_data, build_run, step: as below; another kind of training hands in its own.
+    Args: open_data, build_run, step: as below (the last one train_step); another kind of training
+        hands in its own.
     Raises: the errors of trainer/errors.py, DataError, OSError."""
     # 1. Ranks, device, seed
     device = join_ranks(config.device, config.timeout)
@@ -82,28 +83,40 @@ def train(
     if not guard.begin(run, state, data.cache.meta["num_bad"]):
         return
     del state  # as large as model and optimizer together
-    make_ready(run, data)
+    if config.use_compile:
+        keep_compiled_code(config.cache_dir)
+        run.model.compile_parts()
+    choose_micro_batch(
+        run, lambda num_rows: forward_backward(run, data.__getitems__([*range(num_rows)]), 1.0)
+    )
+    describe_pass(run)
     if config.dry_run:
-        return report_dry_run(run, updates(run, data, step))
+        return report_dry_run(run, (window for window, _ in windows(run, data)), step)
 
     # 5. Train
     metrics = open_metrics(run)
     parts = held_out.by_language(tokenizer) if held_out else {}
-    evaluate_now = partial(evaluate_run, run, parts, tokenizer, metrics, guard)
+
+    def eval_now() -> bool:
+        scored = {
+            name: (batches_of(run, part), part.num_text_bytes) for name, part in parts.items()
+        }
+        with metrics.outside_training("evaluation"):
+            return evaluate(run, scored, tokenizer, metrics, guard.stopping)
+
     with guard.training():
         if run.evaluation_due:  # put off by the signal that stopped the last run
-            if not evaluate_now():
+            if not eval_now():
                 raise guard.interrupted(run, metrics, saved=False)
             guard.save(run, metrics)
         while not run.is_done:
             data.set_epoch(run.rows_seen // run.rows_per_epoch)
-            train_epoch(run, data, metrics, guard, evaluate_now, step)
+            train_epoch(run, data, metrics, guard, eval_now, step)
     metrics.close()
 
 
 def train_epoch(
-    run: Run, data: PretrainDataset, metrics: Metrics, guard: Guard,
-    evaluate_now: Callable[[], bool], step: Step
+    run: Run, data: PretrainDataset, metrics: Metrics, guard: Guard, eval_now: Evaluate, step: Step
 ) -> None:
     """Train on the rows that are left of this epoch. Raises: Interrupted, saved, after a signal."""
     config = run.args
@@ -125,7 +138,7 @@ def train_epoch(
         metrics.count(num_rows, int(num_labels))
         if run.due(config.log_interval):  # it waits for the device: not on every update
             metrics.interval(lr)
-        stopping = num_stops > 0 or (run.evaluation_due and not evaluate_now())
+        stopping = num_stops > 0 or (run.evaluation_due and not eval_now())
         if stopping or run.due(config.save_interval):
             guard.save(run, metrics)
         if stopping:
@@ -157,10 +170,7 @@ def forward_backward(run: Run, batch: Batch, share: float) -> Tensor:
     Returns: (2 + E,) nats, aux loss * labels and the tokens that each expert had, in this batch."""
     batch = batch.to(run.device)
     with run.autocast:
-        out = run.model(
-            batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
-            max_documents=batch.max_documents
-        )
+        out = run.model(**batch.model_inputs)
     run.scaler.scale((out.loss + out.aux_loss) * share).backward()
     losses = torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
     return torch.cat((losses, out.expert_load))
@@ -171,7 +181,7 @@ def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]
 
     The last window of an epoch may be short, and a rank may have no batch in it."""
     first_row = run.rows_seen % run.rows_per_epoch
-    batches = from_loader(batches_of(run, data, first_row))
+    batches = batches_of(run, data, first_row)
     per_rank = run.global_batch // distributed.world_size()
     for start in range(first_row, run.rows_per_epoch, run.global_batch):
         if run.is_done:
@@ -180,44 +190,30 @@ def windows(run: Run, data: PretrainDataset) -> Iterator[tuple[list[Batch], int]
         yield window, min(run.global_batch, run.rows_per_epoch - start)
 
 
-def updates(run: Run, data: PretrainDataset, step: Step) -> Iterator[Outcome]:
-    """The updates of an epoch and no more: each is made when it is asked for."""
-    for window, _ in windows(run, data):
-        num_labels = distributed.totals(sum(batch.num_labels for batch in window))[0]
-        yield step(run, window, int(num_labels))
-
-
-def batches_of(run: Run, data: PretrainDataset, first_row: int = 0) -> Iterable[Batch]:
+def batches_of(run: Run, data: PretrainDataset, first_row: int = 0) -> Iterator[Batch]:
     """This rank's share of the rows from ``first_row`` on, in full micro-batches."""
-    args, size = run.args, run.micro_batch
+    config, size = run.args, run.micro_batch
     sampler = SkipBatchSampler(
         range(math.ceil(len(data) / size) * size),  # rows past the last are padding
-        size, skip_batches=first_row // size,
-        rank=distributed.rank(), world_size=distributed.world_size()
+        size,
+        skip_batches=first_row // size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
     )
-    return DataLoader(
-        data,
-        batch_sampler=sampler, num_workers=args.num_workers, collate_fn=as_is,
-        timeout=args.timeout if args.num_workers else 0, worker_init_fn=ignore_signals,
-        pin_memory=args.device.startswith("cuda") and not data.was_moved,
-        generator=torch.Generator(),  # without its own, a loader draws from the global one
-    )
+    pin_memory = run.device.type == "cuda" and not data.was_moved
+    workers = {"num_workers": config.num_workers, "timeout": config.timeout}
+    return load_batches(data, sampler, **workers, pin_memory=pin_memory)
 
 
 # ---------------------------------------------------------------------------------------- build
 
 
-def build_config(args: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> MiniMindConfig:
+def build_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> MiniMindConfig:
     """The architecture that the flags describe. Raises: SettingsError if sizes do not fit."""
     bos, eos, pad = special_ids(tokenizer)
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     try:
-        return MiniMindConfig(
-            hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers,
-            use_moe=bool(args.use_moe), num_attention_heads=args.num_attention_heads,
-            num_key_value_heads=args.num_key_value_heads, intermediate_size=args.intermediate_size,
-            dropout=args.dropout, vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=eos,
-            pad_token_id=pad
-        )
+        return MiniMindConfig(**architecture(config), vocab_size=len(tokenizer), **ids)
     except ValueError as error:
         raise SettingsError(str(error)) from None
 
@@ -225,16 +221,21 @@ def build_config(args: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> MiniM
 def open_data(
     args: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> PretrainDataset:
-    """The rows, tokenized by one process of each machine while the others wait. Raises: DataError.
-    """
-    build = partial(
-        build_token_cache, args.data_path, tokenizer, args.cache_dir, args.bad_records,
-        args.text_column
-    )
-    cache = distributed.on_each_machine(lambda: str(build().folder))
+    """The rows, tokenized by one process of each machine while the others wait.
+
+    Raises: DataError."""
+
+    def build() -> str:
+        source = args.data_path, tokenizer, args.cache_dir, args.bad_records, args.text_column
+        return str(build_token_cache(*source).folder)
+
     data = PretrainDataset(
-        TokenCache.open(cache), tokenizer, args.max_seq_len, packing=bool(args.packing),
-        seed=args.seed, heldout_fraction=args.heldout_fraction
+        TokenCache.open(distributed.on_each_machine(build)),
+        tokenizer,
+        args.max_seq_len,
+        packing=bool(args.packing),
+        seed=args.seed,
+        heldout_fraction=args.heldout_fraction,
     )
     on_cuda = device.type == "cuda" and not args.num_workers
     if on_cuda and data.num_bytes_in_use < torch.cuda.mem_get_info(device)[0] / 4:
@@ -243,8 +244,12 @@ def open_data(
 
 
 def build_run(
-    args: TrainConfig, config: MiniMindConfig, data: PretrainDataset, num_rows_held_out: int,
-    state: dict | None, device: torch.device
+    args: TrainConfig,
+    config: MiniMindConfig,
+    data: PretrainDataset,
+    num_rows_held_out: int,
+    state: dict | None,
+    device: torch.device,
 ) -> Run:
     """Model, optimizer, precision, as at the start of a run; ``state`` is restored later.
 
@@ -257,44 +262,22 @@ def build_run(
     if state is not None:
         args = keep_split(args, state, num_ranks)
     return Run(
-        args=args, config=config, rounding=rounding,
+        args=args,
+        config=config,
+        rounding=rounding,
         settings=deciding_settings(args, num_ranks, data.cache.meta["digests"]),
-        model=model, optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype),
+        model=model,
+        optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32), device=device,
-        rows_per_epoch=len(data), documents_of=data.documents_of, times=StepTimes(device),
+        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        device=device,
+        rows_per_epoch=len(data),
+        documents_of=data.documents_of,
+        times=StepTimes(device),
         budget=Budget(60 * args.max_minutes) if args.max_minutes else None,
         rows_held_out=num_rows_held_out,
-        rollbacks=[[None, args.skip_steps]] if args.skip_steps else []
+        rollbacks=[[None, args.skip_steps]] if args.skip_steps else [],
     )
-
-
-def make_ready(run: Run, data: PretrainDataset) -> None:
-    """Compile, and choose how many rows the device works on at once."""
-
-    def one_pass(num_rows: int) -> Tensor:
-        return forward_backward(run, data.__getitems__(list(range(num_rows))), 1.0)
-
-    if run.args.use_compile:
-        keep_compiled_code(run.args.cache_dir)
-        run.model.compile_parts()
-    if run.device.type != "cpu":  # there the system ends who takes too much: nothing fails
-        drawing = [run.device] if run.device.type == "cuda" else []
-        with torch.random.fork_rng(drawing):  # a try must not change what the run draws
-            fit_micro_batch(run, one_pass, free_bytes(run.device))
-    describe_pass(run)
-
-
-def evaluate_run(
-    run: Run, parts: dict[str, PretrainDataset], tokenizer: PreTrainedTokenizerBase,
-    metrics: Metrics, guard: Guard
-) -> bool:
-    """Score held-out documents, by language, and continue fixed prompts. Returns: whether it came
-    to the end; a signal stops it."""
-    with metrics.outside_training("evaluation"):
-        scored = {language: (from_loader(batches_of(run, part)), part.num_text_bytes)
-                  for language, part in parts.items()}
-        return evaluate(run, scored, tokenizer, metrics, guard.stopping)
 
 
 # ----------------------------------------------------------------------------------------- main

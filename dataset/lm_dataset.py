@@ -11,9 +11,7 @@ Shapes: B rows in a batch, T tokens in a row, N documents.
 import copy
 import hashlib
 import itertools
-import multiprocessing
 import re
-import signal
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
@@ -24,7 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.records import TEXT_COLUMN, DataError
 from dataset.token_cache import (
-    DEFAULT_CACHE_DIR, TokenCache, build_token_cache, special_ids, unsigned
+    DEFAULT_CACHE_DIR,
+    TokenCache,
+    build_token_cache,
+    special_ids,
+    unsigned,
 )
 
 HAN = re.compile("[\u4e00-\u9fff]")  # the common Chinese characters, without punctuation
@@ -40,6 +42,13 @@ class Batch(NamedTuple):
     num_labels: int  # labels that carry loss once shifted, i.e. at t >= 1
     max_documents: int | None = None  # a power of two, see MiniMindForCausalLM.forward
 
+    @property
+    def model_inputs(self) -> dict[str, Tensor | int | None]:
+        """The arguments of ``MiniMindForCausalLM.forward``."""
+        inputs = self._asdict()
+        del inputs["num_labels"]
+        return inputs
+
     def to(self, device: torch.device) -> "Batch":
         """The same rows on another device, without waiting for the copy."""
 
@@ -49,39 +58,6 @@ class Batch(NamedTuple):
         starts = None if self.document_starts is None else moved(self.document_starts)
         ids, labels = moved(self.input_ids), moved(self.labels)
         return self._replace(input_ids=ids, labels=labels, document_starts=starts)
-
-
-def as_is(batch: Batch) -> Batch:
-    """For DataLoader(collate_fn=...): ``PretrainDataset.__getitems__`` has collated already."""
-    return batch
-
-
-def ignore_signals(worker: int) -> None:
-    """For DataLoader(worker_init_fn=...): the trainer alone answers a signal to its process group.
-
-    The signal would end the loader's processes first, and with them the trainer, before it saves.
-    """
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def from_loader(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The loader's batches. Raises: DataError if one of its processes died or does not respond."""
-    try:
-        iterator = iter(batches)
-        if getattr(batches, "num_workers", 0):  # torch's handler raises at any point, even during a
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # save; the loader also checks by itself
-        yield from iterator
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        is_lost = isinstance(error, ConnectionError | EOFError)  # died while handing over a batch
-        if not is_lost and not str(error).startswith("DataLoader"):
-            raise
-        for process in multiprocessing.active_children():
-            process.kill()  # a stuck one ignores gentler signals, and exiting would wait for it
-        reason = "DataLoader: a worker is gone" if is_lost else str(error).splitlines()[0].rstrip()
-        raise DataError(
-            f"{reason.removesuffix('.')}. Often memory ran out: try a lower --num_workers."
-        ) from None
 
 
 def permutation(num: int, seed: int, epoch: int) -> Tensor:
@@ -109,13 +85,22 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
     Raises: DataError as ``build_token_cache``, or if no document is left to train on."""
 
     def __init__(
-        self, data_path: str | list[str] | TokenCache, tokenizer: PreTrainedTokenizerBase,
-        max_length: int = 512, *, packing: bool = True, seed: int = 42,
-        heldout_fraction: float = 0.0, cache_dir: str = DEFAULT_CACHE_DIR,
-        bad_records: str = "stop", text_column: str = TEXT_COLUMN
+        self,
+        data_path: str | list[str] | TokenCache,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 512,
+        *,
+        packing: bool = True,
+        seed: int = 42,
+        heldout_fraction: float = 0.0,
+        cache_dir: str = DEFAULT_CACHE_DIR,
+        bad_records: str = "stop",
+        text_column: str = TEXT_COLUMN,
     ) -> None:
-        self.cache = data_path if isinstance(data_path, TokenCache) else build_token_cache(
-            data_path, tokenizer, cache_dir, bad_records, text_column
+        self.cache = (
+            data_path
+            if isinstance(data_path, TokenCache)
+            else build_token_cache(data_path, tokenizer, cache_dir, bad_records, text_column)
         )
         self.bos, self.eos, self.pad = special_ids(tokenizer)
         self.row_length, self.stride = max_length, max_length
@@ -282,8 +267,13 @@ class SkipBatchSampler(Sampler[list[int]]):
         skip_batches: batches to leave out at the beginning, counted over all ranks."""
 
     def __init__(
-        self, sampler: Collection[int], batch_size: int, skip_batches: int = 0, *, rank: int = 0,
-        world_size: int = 1
+        self,
+        sampler: Collection[int],
+        batch_size: int,
+        skip_batches: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.sampler = sampler
         self.batch_size = batch_size

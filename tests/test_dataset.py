@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset import token_cache
-from dataset.lm_dataset import PretrainDataset, as_is, permutation
+from dataset.lm_dataset import PretrainDataset, permutation
+from dataset.loader import as_is
 from dataset.records import DataError, read_documents
 from dataset.token_cache import TokenCache, build_token_cache, remove_leftovers, unsigned
 from scripts import prepare_data

@@ -5,7 +5,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -125,13 +125,16 @@ def cost(args: TrainConfig, minutes: float) -> str:
     return f", {minutes / 60 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour"
 
 
-def report_dry_run(run: Run, outcomes: Iterable[Outcome]) -> None:
+def report_dry_run(
+    run: Run, windows: Iterable[list], step: Callable[[Run, list, int], Outcome]
+) -> None:
     """--dry_run 1: what a few updates tell of time, memory and cost of the whole run.
 
-    Args: outcomes: each is an update when it is asked for."""
+    Args: windows, step: the batches of each update, and what makes it of them."""
     seconds, since = [], time.monotonic()
-    for outcome in itertools.islice(outcomes, DRY_RUN_UPDATES):
-        outcome.grad_norm.item()  # waits for the device
+    for window in itertools.islice(windows, DRY_RUN_UPDATES):
+        num_labels = distributed.totals(sum(batch.num_labels for batch in window))[0]
+        step(run, window, int(num_labels)).grad_norm.item()  # waits for the device
         seconds.append(time.monotonic() - since)
         since = time.monotonic()
     update = statistics.median(seconds[SKIPPED:] or seconds)

@@ -83,12 +83,7 @@ def held_out_nats(model: MiniMindForCausalLM, batches: Iterable[Any]) -> tuple[f
     with torch.inference_mode():
         for batch in batches:
             batch = batch.to(device)
-            out = model(
-                batch.input_ids,
-                labels=batch.labels,
-                document_starts=batch.document_starts,
-                max_documents=batch.max_documents,
-            )
+            out = model(**batch.model_inputs)
             nats += out.loss * batch.num_labels
             num_labels += batch.num_labels
     model.train(was_training)

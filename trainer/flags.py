@@ -412,6 +412,12 @@ def skipped_updates(given: str | None) -> range:
     return range(first, end)
 
 
+def architecture(config: TrainConfig) -> dict[str, Any]:
+    """The flags that size the model, by the names of MiniMindConfig's arguments."""
+    kept = {f.name for f in fields(ModelFlags)} - {"preset", "tokenizer_path", "from_weight"}
+    return {name: getattr(config, name) for name in sorted(kept)}
+
+
 # ------------------------------------------------------------------------------------- resume
 
 

@@ -24,6 +24,16 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def choose_micro_batch(run: Run, one_pass: Callable[[int], Tensor]) -> None:
+    """Set the run's micro-batch so that its memory suffices; what the run draws does not change.
+
+    Args: one_pass: forward and backward of so many rows. Raises: as ``fit_micro_batch``."""
+    if run.device.type != "cpu":  # there the system kills who takes too much: no try would fail
+        drawing = [run.device] if run.device.type == "cuda" else []
+        with torch.random.fork_rng(drawing):
+            fit_micro_batch(run, one_pass, free_bytes(run.device))
+
+
 def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int | None) -> None:
     """Set the run's micro-batch to as many rows as are useful and fit, or to the flag's; if they
     turn out not to fit, halve it until they do. All ranks take the same.
