@@ -129,15 +129,15 @@ def train_epoch(
         run.times.mark("exchange")  # also the wait for a slower rank
         if updates_left:
             run.plan_for(int(updates_left))
-            metrics.plan_changed()
+            metrics.log_plan()
         lr = set_lr(run.optimizer, run.learning_rate(num_rows))
         if run.skips_next():
             run.advance(num_rows)
         else:
             run.advance(num_rows, int(num_labels), step(run, window, int(num_labels)))
-        metrics.count(num_rows, int(num_labels))
+        metrics.add_update(num_rows, int(num_labels))
         if run.due(config.log_interval):  # it waits for the device: not on every update
-            metrics.interval(lr)
+            metrics.log_interval(lr)
         stopping = num_stops > 0 or (run.evaluation_due and not eval_now())
         if stopping or run.due(config.save_interval):
             guard.save(run, metrics)

@@ -32,11 +32,11 @@ if __name__ == "__main__":
 
     distributed.GradientSum.sum_over_ranks = noting
     torch.distributed.all_reduce = counting
-    ways = [(), distributed.ONE_BY_ONE]  # as with NCCL, and as with gloo
+    ways = [(), distributed.SERIAL_BACKENDS]  # as with NCCL, and as with gloo
     for i, (batch_size, accumulation_steps) in enumerate(
         zip(splits[::2], splits[1::2], strict=True)
     ):
-        distributed.ONE_BY_ONE = ways[i % 2]
+        distributed.SERIAL_BACKENDS = ways[i % 2]
         at_once.clear()
         result = window_gradient(folder, batch_size, accumulation_steps, use_moe=True)
         if distributed.is_main_process():

@@ -142,7 +142,7 @@ def test_skipped_records_are_told_and_counted_in_the_state_file(tmp_path: Path) 
     assert launched.wait(launched.start(words, tmp_path / "log")) == [3]
     assert "corpus.jsonl line 81 (byte " in (tmp_path / "log").read_text()
     output = train(tmp_path, epochs=1, bad_records="skip")
-    assert "warning: passed over 2 bad records; the first: " in output
+    assert "warning: skipped 2 bad records; the first: " in output
     assert read_run_state(tmp_path / "checkpoints")["bad_records"] == 2
 
 

@@ -224,7 +224,7 @@ def test_swanlab_is_imported_only_when_asked_for() -> None:
 
 def said_by(changes: dict, updates: int = 5000) -> str:
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    return "; ".join(describe.usual_mistakes(parse_flags(words), updates, 256))
+    return "; ".join(describe.likely_mistakes(parse_flags(words), updates, 256))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -254,9 +254,9 @@ def test_a_held_out_loss_that_rises_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the best one so far; a real rise takes many passes, so a margin below zero here."""
-    assert "held-out loss was" not in train(tmp_path, eval_interval=6)
+    assert "held-out loss has risen" not in train(tmp_path, eval_interval=6)
     held = [r["heldout_loss"] for r in records(tmp_path) if "heldout_loss" in r]
-    monkeypatch.setattr(metrics, "OVERFITTING", -10.0)
+    monkeypatch.setattr(metrics, "OVERFITTING_NATS", -10.0)
     output = train(tmp_path, eval_interval=6, overwrite=1)
-    warned = re.findall(r"warning: the held-out loss was ([\d.]+) and rises", output)
+    warned = re.findall(r"warning: the held-out loss has risen from ([\d.]+):", output)
     assert warned == [f"{min(held[:i]):.4f}" for i in range(1, len(held))]

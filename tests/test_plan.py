@@ -114,7 +114,7 @@ def test_a_killed_run_spends_what_is_left(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_pretrain.Metrics, "count", killed)
+        patch.setattr(train_pretrain.Metrics, "add_update", killed)
         assert train_pretrain.main(flags(tmp_path, **SETTINGS, max_minutes=5)) == 130
     lost = clock() - begun - read_run_state(tmp_path / "checkpoints")["seconds_spent"]
     assert 0 <= lost <= 4, "a look at the clock is 3 s after the last"
@@ -197,13 +197,13 @@ def test_a_dry_run_tells_and_leaves_nothing_but_the_token_cache(tmp_path: Path) 
         assert train_pretrain.main(words) == 0
     assert {path for path in tmp_path.rglob("*") if "cache" not in str(path)} == before
     updates, tokens, minutes, money = re.search(
-        r"dry run: ([\d,]+) updates, ([\d,]+) tokens, [\d.]+ a parameter, in ([\d.]+) minutes, "
-        r"([\d.]+) at 36 an hour", out.getvalue()
+        r"dry run: ([\d,]+) updates, ([\d,]+) tokens, [\d.]+ per parameter, in ([\d.]+) minutes, "
+        r"([\d.]+) at 36 per hour", out.getvalue()
     ).groups()
     assert int(updates.replace(",", "")) == 12 * 100  # 91 rows in updates of 8
     assert int(tokens.replace(",", "")) == 12 * 100 * 8 * 32
     assert float(money) == pytest.approx(float(minutes) / 60 * 36, abs=0.04)
-    assert re.search(r"s an update \(median of 5\), [\d,]+ tokens/s, [\d.]+ GiB at the peak",
+    assert re.search(r"s per update \(median of 5\), [\d,]+ tokens/s, peak memory [\d.]+ GiB",
                      out.getvalue())
 
 

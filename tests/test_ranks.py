@@ -156,11 +156,11 @@ def test_ranks_that_never_come_are_named(tmp_path: Path) -> None:
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     words = flags(tmp_path, **SETTINGS | {"timeout": 1})
     assert launched.wait(launched.start(words, tmp_path / "log", environment=alone)) == [8]
-    assert "error: ranks [1, 2] did not come within 1 s" in (tmp_path / "log").read_text()
+    assert "error: ranks [1, 2] did not join within 1 s" in (tmp_path / "log").read_text()
     del store  # nobody listens any more
     assert launched.wait(launched.start(words, tmp_path / "log2", environment=alone)) == [8]
     error = (tmp_path / "log2").read_text()
-    assert f"error: the ranks do not meet at 127.0.0.1:{alone['MASTER_PORT']}: " in error
+    assert f"error: the ranks cannot connect at 127.0.0.1:{alone['MASTER_PORT']}: " in error
     assert "Traceback" not in error
 
 

@@ -20,7 +20,7 @@ from model.model_minimind import MiniMindConfig
 from scripts import import_map
 from tests.helpers import ROOT
 from tests.running import BY_HEART, facts, run, texts, write_corpus
-from trainer.device import computes_in, default_dtype
+from trainer.device import default_dtype, supports_dtype
 from trainer.flags import parse_flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,8 +73,8 @@ def test_a_card_without_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyP
 
 
 def test_a_device_is_asked_whether_it_computes_in_a_type() -> None:
-    assert computes_in("cpu", torch.bfloat16) and computes_in("cpu", torch.float32)
-    assert not computes_in("cpu", torch.bool)
+    assert supports_dtype("cpu", torch.bfloat16) and supports_dtype("cpu", torch.float32)
+    assert not supports_dtype("cpu", torch.bool)
     assert default_dtype("mps") in ("bfloat16", "float32")
 
 

@@ -1,4 +1,4 @@
-"""What a run prints, on the main process only; a console that is lost stops no run."""
+"""Console output, on the main process only. A run survives the loss of its console."""
 
 import os
 import sys
@@ -10,13 +10,13 @@ from trainer.distributed import is_main_process
 
 
 def log(line: str) -> None:
-    """Print a line, on the main process only, above the progress bar if there is one."""
+    """Print a line on the main process, above the progress bar if there is one."""
     if is_main_process():
         write_line(tqdm.write, line)
 
 
 def write_line(write: Callable[[str], None], line: str) -> None:
-    """``write(line)``; a console that is gone (a closed pipe, a lost terminal) ends no run."""
+    """Call ``write(line)``; silence the console if it is gone (a closed pipe, a lost terminal)."""
     for descriptor in (1, 2):
         try:
             write(line)
@@ -26,7 +26,7 @@ def write_line(write: Callable[[str], None], line: str) -> None:
 
 
 def drop_output(descriptor: int) -> None:
-    """Send what is written there to nowhere: its reader is gone, and training continues without."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    """Redirect a file descriptor whose reader is gone to the null device."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)

@@ -1,4 +1,4 @@
-"""What a run tells before it begins: sizes, usual mistakes, time and cost."""
+"""What a run prints before training: sizes, likely mistakes, estimated time and cost."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ import torch
 
 from trainer import distributed
 from trainer.console import log
-from trainer.device import card_has_bfloat16
+from trainer.device import gpu_has_bfloat16
 from trainer.flags import TrainConfig
 from trainer.optimizer import moments_of
 from trainer.plan import GENERATION, SKIPPED, process_start
@@ -19,18 +19,18 @@ from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.weights import get_model_params
 
-DRY_RUN_UPDATES = 7  # updates of a dry run
+DRY_RUN_UPDATES = 7
 
-# Where to warn. Rates: at a width of 256, taken to go inversely with it; docs/RECIPES.md has what
-# was measured there. The others are rules of thumb; epochs: up to four passes teach nearly as much
-# as new data (Muennighoff et al. 2023).
-HIGHEST_RATE, WARM_UP_RATE, FEWEST_UPDATES, MOST_EPOCHS = 1e-2, 2e-3, 200, 4
+# Thresholds for warnings. The learning rates are for a width of 256 (measured in docs/RECIPES.md)
+# and taken to be inversely proportional to it. The others are rules of thumb; up to four epochs
+# teach nearly as much as new data (Muennighoff et al. 2023).
+MAX_RATE, WARMUP_RATE, MIN_UPDATES, MAX_EPOCHS = 1e-2, 2e-3, 200, 4
 
 
 def describe_run(run: Run, corpus: dict, num_held_out: int) -> None:
-    """Print the numbers that follow from the flags, so that they can be checked by eye.
+    """Print the sizes that follow from the flags, and warn of likely mistakes.
 
-    Args: corpus: the token cache's counts."""
+    Args: corpus: counts from the token cache; num_held_out: documents."""
     total, active = get_model_params(run.model, run.config)
     size = f"{total / 1e6:.2f}M" + (f"-A{active / 1e6:.2f}M" if active < total else "")
     vocab_size, length = run.config.vocab_size, run.args.max_seq_len
@@ -41,61 +41,62 @@ def describe_run(run: Run, corpus: dict, num_held_out: int) -> None:
     )
     log(
         f"data: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens, "
-        f"{corpus['num_bytes'] / corpus['num_tokens']:.2f} bytes a token; "
+        f"{corpus['num_bytes'] / corpus['num_tokens']:.2f} bytes per token; "
         f"{num_held_out:,} documents held out; dropped {corpus['num_empty']:,} empty ones, "
         f"found {corpus['num_control_tokens']:,} control tokens in the text"
     )
     if corpus.get("num_bad"):
         log(
-            f"warning: passed over {corpus['num_bad']:,} bad records; the first: "
+            f"warning: skipped {corpus['num_bad']:,} bad records; the first: "
             f"{corpus['bad_examples'][0]}"
         )
     updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
-    epochs, in_all = f"{run.args.epochs} x ", f"in {updates:,} updates"
+    epochs, length_of_run = f"{run.args.epochs} x ", f"in {updates:,} updates"
     if run.budget:
-        epochs, in_all = "", f"as often as fit into {run.args.max_minutes:g} minutes, in updates"
+        epochs = ""
+        length_of_run = f"as often as fits into {run.args.max_minutes:g} minutes, in updates"
     tokens = run.rows_per_epoch * length * run.args.epochs
     log(
-        f"run: {epochs}{run.rows_per_epoch:,} rows of {length} tokens {in_all} of "
+        f"run: {epochs}{run.rows_per_epoch:,} rows of {length} tokens {length_of_run} of "
         f"{run.global_batch:,} rows ({run.global_batch * length:,} tokens) "
         f"on {distributed.world_size()} x {run.device.type}, {run.args.dtype}"
-        + (f"; {tokens / total:.1f} tokens a parameter" if not run.budget else "")
+        + (f"; {tokens / total:.1f} tokens per parameter" if not run.budget else "")
     )
-    for warning in usual_mistakes(run.args, updates, run.global_batch):
+    for warning in likely_mistakes(run.args, updates, run.global_batch):
         log(f"warning: {warning}")
 
 
-def usual_mistakes(args: TrainConfig, updates: int, global_batch: int) -> list[str]:
-    """What people regret after a run, in words; empty if nothing is unusual."""
-    found = []
-    highest = HIGHEST_RATE * 256 / args.hidden_size
-    if args.learning_rate > highest:
-        found.append(
+def likely_mistakes(args: TrainConfig, updates: int, global_batch: int) -> list[str]:
+    """A warning for each unusual setting that often spoils a run; empty if there is none."""
+    warnings = []
+    max_rate = MAX_RATE * 256 / args.hidden_size
+    if args.learning_rate > max_rate:
+        warnings.append(
             f"--learning_rate {args.learning_rate:g} is high for a width of {args.hidden_size}: "
-            f"above {highest:.1g} such models often diverge"
+            f"above {max_rate:.1g} such models often diverge"
         )
-    needs_warm_up = args.optimizer == "adamw" and args.warmup_ratio == 0
-    if needs_warm_up and args.learning_rate >= WARM_UP_RATE * 256 / args.hidden_size:
-        found.append(
-            f"AdamW at --learning_rate {args.learning_rate:g} without a warm-up loses much of its "
+    no_warmup = args.optimizer == "adamw" and args.warmup_ratio == 0
+    if no_warmup and args.learning_rate >= WARMUP_RATE * 256 / args.hidden_size:
+        warnings.append(
+            f"AdamW at --learning_rate {args.learning_rate:g} without a warm-up wastes many of its "
             f"first updates: --warmup_ratio 0.05 helps"
         )
-    if args.max_minutes is None and updates < FEWEST_UPDATES and global_batch > 8:
-        found.append(
-            f"only {updates:,} updates: a model learns little in fewer than {FEWEST_UPDATES:,}. A "
-            f"lower --accumulation_steps or --batch_size makes more of the same rows"
+    if args.max_minutes is None and updates < MIN_UPDATES and global_batch > 8:
+        warnings.append(
+            f"only {updates:,} updates: a model learns little in fewer than {MIN_UPDATES:,}. A "
+            f"lower --accumulation_steps or --batch_size makes more updates of the same rows"
         )
-    if args.max_minutes is None and args.epochs > MOST_EPOCHS:
-        found.append(
-            f"{args.epochs} passes over the data: from the fifth on they teach little, and the "
+    if args.max_minutes is None and args.epochs > MAX_EPOCHS:
+        warnings.append(
+            f"{args.epochs} passes over the data: from the fifth on, they teach little, and the "
             f"held-out loss may rise"
         )
-    return found
+    return warnings
 
 
 def memory_of_weights(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the weights, their gradients and the optimizer's moments: one of Muon, two of AdamW;
-    float32 all. What a pass keeps comes on top."""
+    """Bytes of the float32 weights, gradients and moments (one per weight for Muon, two for AdamW),
+    without activations."""
     return sum(
         p.numel() * 4 * (2 + len(moments_of(group)))
         for group in optimizer.param_groups
@@ -104,63 +105,65 @@ def memory_of_weights(optimizer: torch.optim.Optimizer) -> int:
 
 
 def describe_pass(run: Run) -> None:
-    """Print how the device works: what a flag, or the device itself, decided."""
-    within, memory = "within documents" if run.model.attends_within else "by mask", ""
-    if run.device.type == "cuda":  # a pass was tried
-        peak = torch.cuda.max_memory_allocated(run.device) / 2**30
-        whole = torch.cuda.get_device_properties(run.device).total_memory / 2**30
-        memory = f", {peak:.1f} of {whole:.1f} GiB"
-        if run.args.dtype == "float16" and not card_has_bfloat16(run.device):
-            log("note: this card has no bfloat16: products in float16, gradients scaled")
+    """Print the micro-batch and how it is computed, as chosen by flags or for the device."""
+    attention, memory = "within documents" if run.model.attends_within else "by mask", ""
+    if run.device.type == "cuda":  # a trial pass has set the peak
+        peak_gib = torch.cuda.max_memory_allocated(run.device) / 2**30
+        total_gib = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+        memory = f", {peak_gib:.1f} of {total_gib:.1f} GiB"
+        if run.args.dtype == "float16" and not gpu_has_bfloat16(run.device):
+            log("note: this GPU lacks bfloat16: using float16 with gradient scaling")
     log(
-        f"pass: {run.micro_batch:,} rows at once, {run.rows_per_device // run.micro_batch} times "
-        f"an update, {'compiled' if run.args.use_compile else 'eager'}, attention {within}{memory}"
+        f"pass: {run.micro_batch:,} rows, {run.rows_per_device // run.micro_batch} passes per "
+        f"update, {'compiled' if run.args.use_compile else 'eager'}, attention {attention}{memory}"
     )
 
 
 def cost(args: TrainConfig, minutes: float) -> str:
-    """What the machine costs in these minutes; nothing if no price was given."""
+    """The machine's cost, as the end of a message; empty if no price was given."""
     if args.price_per_hour is None:
         return ""
-    return f", {minutes / 60 * args.price_per_hour:,.2f} at {args.price_per_hour:g} an hour"
+    return f", {minutes / 60 * args.price_per_hour:,.2f} at {args.price_per_hour:g} per hour"
 
 
 def report_dry_run(
     run: Run, windows: Iterable[list], step: Callable[[Run, list, int], Outcome]
 ) -> None:
-    """--dry_run 1: what a few updates tell of time, memory and cost of the whole run.
+    """--dry_run 1: estimate time, memory and cost of the whole run from a few updates.
 
-    Args: windows, step: the batches of each update, and what makes it of them."""
+    Args: windows: the batches of each update, made when asked for; step: makes an update of them."""
     seconds, since = [], time.monotonic()
     for window in itertools.islice(windows, DRY_RUN_UPDATES):
         num_labels = distributed.totals(sum(batch.num_labels for batch in window))[0]
         step(run, window, int(num_labels)).grad_norm.item()  # waits for the device
         seconds.append(time.monotonic() - since)
         since = time.monotonic()
-    update = statistics.median(seconds[SKIPPED:] or seconds)
-    startup = run_time() - len(seconds) * update  # what was compiled belongs to it
+    measured = seconds[SKIPPED:] or seconds
+    update_seconds = statistics.median(measured)
+    startup_seconds = run_time() - len(seconds) * update_seconds  # includes compilation
     tokens = run.global_batch * run.args.max_seq_len
-    evaluation = run.evaluation_updates * update + GENERATION
+    evaluation_seconds = run.evaluation_updates * update_seconds + GENERATION
     if run.budget:
-        each = update + evaluation / run.args.eval_interval
-        updates = max(1, int((run.budget.seconds - startup - evaluation) / each))
+        seconds_left = run.budget.seconds - startup_seconds - evaluation_seconds
+        per_update = update_seconds + evaluation_seconds / run.args.eval_interval
+        updates = max(1, int(seconds_left / per_update))
     else:
         updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
     evaluations = math.ceil(updates / run.args.eval_interval)
-    minutes = (startup + updates * update + evaluations * evaluation) / 60
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    minutes = (startup_seconds + updates * update_seconds + evaluations * evaluation_seconds) / 60
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # from KiB, on Linux
     if run.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(run.device)
+        peak_bytes = torch.cuda.max_memory_allocated(run.device)
     total, _ = get_model_params(run.model, run.config)
     log(
-        f"dry run: {update:.3f} s an update (median of {len(seconds[SKIPPED:] or seconds)}), "
-        f"{tokens / update:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak\n"
+        f"dry run: {update_seconds:.3f} s per update (median of {len(measured)}), "
+        f"{tokens / update_seconds:,.0f} tokens/s, peak memory {peak_bytes / 2**30:.2f} GiB\n"
         f"dry run: {updates:,} updates, {updates * tokens:,} tokens, "
-        f"{updates * tokens / total:.1f} a parameter, in {minutes:.1f} minutes"
-        f"{cost(run.args, minutes)}; {evaluations:,} evaluations are in it, saves come on top"
+        f"{updates * tokens / total:.1f} per parameter, in {minutes:.1f} minutes"
+        f"{cost(run.args, minutes)}; includes {evaluations:,} evaluations, but no saves"
     )
 
 
 def run_time() -> float:
-    """Seconds since this process began."""
+    """Seconds since this process started."""
     return time.monotonic() - process_start()

@@ -1,4 +1,4 @@
-"""What this machine trains with: device, precision, generators, memory, compiled code."""
+"""The machine: device, precision, random number generators, memory, compiled code."""
 
 import contextlib
 import ctypes
@@ -12,8 +12,10 @@ from trainer.distributed import init_distributed_mode, world_size
 
 
 def join_ranks(name: str, timeout_seconds: float) -> torch.device:
-    """Join the ranks that torchrun started, if it did. Returns: this rank's device, for the name
-    of one. Raises: RankError if not all of them come."""
+    """Join the ranks that torchrun started, if any.
+
+    Args: name: of the device, such as ``cuda``; each rank gets its own.
+    Raises: RankError if a rank is missing."""
     local_rank = init_distributed_mode(name, timeout_seconds)
     device = torch.device(name)
     if device.type == "cuda" and world_size() > 1:
@@ -22,14 +24,14 @@ def join_ranks(name: str, timeout_seconds: float) -> torch.device:
 
 
 def default_device() -> str:
-    """The best device of this machine."""
+    """The fastest kind of device that this machine has."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def device_problems(name: str) -> list[str]:
-    """What keeps this machine from training on ``--device``, in words; empty if nothing does."""
+    """Why this machine cannot train on ``--device``; empty if it can."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -44,26 +46,26 @@ def device_problems(name: str) -> list[str]:
 
 
 def default_dtype(device: str) -> str:
-    """bfloat16 where the device computes in it: else float16 on a card, and float32 on a CPU, which
-    would have to emulate either, up to 20 times slower, and on MPS."""
+    """bfloat16 if the device supports it natively; otherwise float16 on a GPU, and float32 on MPS
+    and on a CPU, where emulating a 16-bit type would be up to 20 times slower."""
     if device.startswith("cuda"):
-        return "bfloat16" if card_has_bfloat16(device) else "float16"
+        return "bfloat16" if gpu_has_bfloat16(device) else "float16"
     if device.startswith("mps"):
-        return "bfloat16" if computes_in(device, torch.bfloat16) else "float32"
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # where torch cannot say: none
+        return "bfloat16" if supports_dtype(device, torch.bfloat16) else "float32"
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # {} if torch cannot tell
     return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
 
 
-def card_has_bfloat16(device: str | torch.device) -> bool:
-    """Without emulation: NVIDIA's from 2020 on."""
+def gpu_has_bfloat16(device: str | torch.device) -> bool:
+    """Whether a GPU supports bfloat16 without emulation, as NVIDIA's do since 2020."""
     if not torch.cuda.is_available():
-        return True  # no CUDA at all: device_problems() reports that
+        return True  # device_problems() reports that CUDA is missing
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def computes_in(device: str, dtype: torch.dtype) -> bool:
-    """Whether a product of matrices comes out right; older systems of Apple's have no bfloat16."""
+def supports_dtype(device: str, dtype: torch.dtype) -> bool:
+    """Whether a matrix product in ``dtype`` is correct; older macOS versions lack bfloat16."""
     try:
         ones = torch.ones(8, 8, device=device, dtype=dtype)
         return bool((ones @ ones == 8).all())
@@ -78,22 +80,22 @@ def setup_seed(seed: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free, on the CPU.
+    """Make glibc keep the memory of freed CPU tensors.
 
-    By default it returns large blocks at once, and every step asks for the same pages again."""
+    By default it returns large blocks immediately, and each step requests the same pages again."""
     m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another system's C library
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_mmap_max, 0)
 
 
 def keep_compiled_code(folder: str | Path) -> None:
-    """Let the next run find what torch.compile makes, unless the environment names a place.
+    """Cache compiled code in ``folder`` for later runs, unless the user chose a place for it.
 
-    By default it lies in /tmp, which a rented machine loses when it is started again; torch writes
-    that default into the environment as soon as it is imported."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # torch's own business
+    The default is below /tmp, which a rented machine loses on a restart; torch sets the environment
+    variable to that default when it is imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # private API
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "compiled").resolve())

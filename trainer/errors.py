@@ -1,10 +1,10 @@
-"""What can end a run, and the exit status that tells a supervisor which it was.
+"""The errors that can end a run, and the exit status of each, for a supervisor.
 
 0  complete                          6  disk or other input and output
-1  a mistake in this program         7  out of memory
+1  a bug in this program             7  out of memory
 2  flags, or a folder in use         8  another rank is dead or stuck
 3  data                             75  stopped by a signal, saved; the same command resumes
-4  weights or states               130  a second Ctrl-C: stopped at once
+4  weights or states               130  stopped immediately, by a second Ctrl-C
 5  loss or gradient not finite
 """
 
@@ -12,49 +12,49 @@ import torch
 
 
 class SettingsError(ValueError):
-    """Flags that cannot be used; the message says what was found and what was expected."""
+    """Flags cannot be used; the message states what was found and what was expected."""
 
     exit_status = 2
 
 
 class CheckpointError(ValueError):
-    """Weights or a state cannot be used, or must not be overwritten; nothing was changed."""
+    """Weights or a state cannot be used or must not be overwritten; nothing was changed."""
 
     exit_status = 4
 
 
 class BadUpdateError(ValueError):
-    """Too many updates in a row had a loss or gradient that is not finite; none was applied."""
+    """Too many consecutive updates had a non-finite loss or gradient; none was applied."""
 
     exit_status = 5
 
 
 class RankError(ValueError):
-    """Another rank died or hangs; this one cannot continue without it.
+    """Another rank died or hangs, so this one cannot continue.
 
-    Args: speaks: whether this rank is the one to say so."""
+    Args: prints: whether this rank prints the message; one does."""
 
     exit_status = 8
 
-    def __init__(self, message: str, speaks: bool = True) -> None:
+    def __init__(self, message: str, prints: bool = True) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.prints = prints
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and it did so in order."""
+    """The run stopped in an orderly way, as a signal asked it to."""
 
     exit_status = 75
 
 
 def printable(found: object) -> str:
-    """Text from a file, for one line of a message: nothing in it breaks or colours the line."""
+    """Text from a file, safe to show in a one-line message: no line breaks or control codes."""
     text = str(found)
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether device or machine are out of memory; torch has a class for it on CUDA only."""
+    """Whether the device or the machine is out of memory; torch has a class for it only on CUDA."""
     words = ("DefaultCPUAllocator", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -62,7 +62,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def exit_status_of(error: BaseException) -> int:
-    """The status that this error ends the program with."""
+    """The exit status of a program that ends with this error."""
     if is_out_of_memory(error):
         return 7
     if isinstance(error, SystemExit):

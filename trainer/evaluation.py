@@ -1,4 +1,4 @@
-"""How good the model is: loss on documents it never saw, and how it continues fixed prompts."""
+"""How good the model is: loss on held-out documents, and continuations of fixed prompts."""
 
 import itertools
 import math
@@ -26,12 +26,12 @@ def evaluate(
     metrics: Metrics,
     stopping: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Report the loss on held-out batches, if any, and how fixed prompts are continued.
+    """Report the loss on held-out batches, if any, and how the model continues fixed prompts.
 
     Args:
-        held_out: batches and bytes of text, by language; each is scored, and all together.
-        stopping: asked before each batch and prompt; once true on any rank, nothing is reported.
-    Returns: whether it came to the end, on every rank alike."""
+        held_out: batches and bytes of text, by language; scored separately and all together.
+        stopping: called before each batch and prompt; if true on any rank, nothing is reported.
+    Returns: whether the evaluation was completed, the same on every rank."""
     scores, sums = {}, list[tuple[float, int, int]]()
     for language, (batches, num_bytes) in held_out.items():
         with run.autocast:
@@ -41,13 +41,12 @@ def evaluate(
     if sums:
         nats, num_labels = sum(part[0] for part in sums), sum(part[1] for part in sums)
         num_bytes = sum(part[2] for part in sums)
-        all_together = {
-            "heldout_loss": nats / max(num_labels, 1),  # none if it was stopped at once
+        overall = {
+            "heldout_loss": nats / max(num_labels, 1),  # no labels if stopped immediately
             "heldout_bits_per_byte": bits_per_byte(nats, num_bytes),
         }
-        scores = all_together | (scores if len(sums) > 1 else {})
-    prompts = unless(stopping, PROMPTS)
-    texts = {}
+        scores = overall | (scores if len(sums) > 1 else {})
+    texts, prompts = {}, unless(stopping, PROMPTS)
     if distributed.is_main_process() and run.can_generate:
         try:
             texts = continuations(run.model, tokenizer, prompts)
@@ -58,25 +57,25 @@ def evaluate(
         return False
     run.latest |= scores
     run.progress.evaluated_step = run.step
-    metrics.evaluation(scores, texts)
+    metrics.log_evaluation(scores, texts)
     return True
 
 
 def bits_per_byte(nats: float, num_text_bytes: int) -> float:
-    """Nats of all tokens, the end of each document included, over the UTF-8 bytes of the texts:
-    comparable between tokenizers and row lengths."""
+    """Summed nats, including those of the end-of-document tokens, as bits per UTF-8 byte of text;
+    comparable across tokenizers and row lengths."""
     return nats / math.log(2) / num_text_bytes
 
 
 def unless(stopping: Callable[[], bool], items: Iterable[T]) -> Iterator[T]:
-    """The items until ``stopping()``."""
+    """The items, until ``stopping()`` is true."""
     return itertools.takewhile(lambda _: not stopping(), items)
 
 
 def held_out_nats(model: MiniMindForCausalLM, batches: Iterable[Any]) -> tuple[float, int]:
-    """Summed nats, and labels, of batches from ``PretrainDataset.for_evaluation``.
+    """Summed nats and number of labels of batches from ``PretrainDataset.for_evaluation``.
 
-    Every rank brings its share of them; each gets the sums over all."""
+    Each rank passes its share of the batches; the sums are over all ranks, on every rank."""
     was_training, device = model.training, model.device
     nats, num_labels = torch.zeros((), device=device), 0
     model.eval()
@@ -97,7 +96,7 @@ def continuations(
     prompts: Iterable[str] = PROMPTS,
     max_new_tokens: int = 24,
 ) -> dict[str, str]:
-    """Each prompt and the likeliest continuation (greedy, so that evaluations compare).
+    """Each prompt with its greedy continuation, so that evaluations can be compared.
 
     Raises: GenerationError, see ``generating_model``."""
     texts, qwen = {}, generating_model(model)
@@ -111,6 +110,6 @@ def continuations(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """(1, T) int64: BOS and the prompt, as documents begin in training."""
+    """(1, T) int64: BOS and the prompt, the way documents begin in training."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return torch.tensor([[bos, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])

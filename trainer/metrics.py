@@ -1,4 +1,4 @@
-"""What a run says of itself: a console line, the same numbers as JSONL, and to the tracker."""
+"""Metrics of a run: printed on the console, appended to a JSONL file, and sent to the tracker."""
 
 import contextlib
 import json
@@ -23,8 +23,8 @@ from trainer.run import Run
 from trainer.step_times import bottleneck, shares
 from trainer.weights import get_model_params
 
-# Dense bfloat16 with float32 accumulation, operations a second, by a part of the device's name; the
-# first that fits counts. NVIDIA's data sheets; where they name the sparse figure, half of it.
+# Peak dense bfloat16 FLOP/s with float32 accumulation, by a part of the device's name; the first
+# match counts. From NVIDIA's data sheets; where they give only the sparse figure, half of it.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -44,15 +44,14 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
-
-OVERFITTING = 0.05  # nats above the best held-out loss, from where on it is told
+OVERFITTING_NATS = 0.05  # per token: held-out loss this far above its minimum causes a warning
 
 
 def flops_per_token(config: MiniMindConfig, active_parameters: int, row_length: int) -> float:
-    """Operations of one token's forward and backward pass, in rows of ``row_length``.
+    """FLOPs of the forward and backward pass for one token, in rows of ``row_length`` tokens.
 
-    Six per weight that the token meets (the tied matrix once, as the head); for attention twelve
-    per layer, head width and token seen; causal, so half a row is seen on average.
+    Six per weight that the token uses (the tied matrix counts once, as the output head), and twelve
+    per layer, attention dimension and visible token: on average half a row, as attention is causal.
 
     Source: PaLM (Chowdhery et al. 2022), appendix B."""
     width = config.num_attention_heads * config.head_dim
@@ -60,7 +59,7 @@ def flops_per_token(config: MiniMindConfig, active_parameters: int, row_length: 
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What the device could do at best, or None for one we have no data sheet of."""
+    """The device's peak FLOP/s; None if PEAK_FLOPS does not list it."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -73,13 +72,13 @@ def metrics_path(args: TrainConfig, config: MiniMindConfig) -> Path:
 
 
 def complete_files(run: Run) -> None:
-    """What a kill after the last state may have kept from being written: metrics and weights."""
+    """Write the metrics and weights that a kill after the last state may have prevented."""
     restore_file(metrics_path(run.args, run.config), run.records)
     run.export()
 
 
 def restore_file(path: Path, records: list[dict]) -> None:
-    """Make the metrics file hold these records and no others; untouched if it does already."""
+    """Make the metrics file hold exactly these records; leave it alone if it already does."""
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
     if not path.exists() or path.read_bytes() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +86,7 @@ def restore_file(path: Path, records: list[dict]) -> None:
 
 
 def open_metrics(run: Run) -> "Metrics":
-    """The log of a run, with its tracker if there is to be one."""
+    """The metrics of a run, with a tracker if ``--use_wandb`` asks for one."""
     config = run.args
     metrics = Metrics(metrics_path(config, run.config), run)
     if config.use_wandb and is_main_process():
@@ -103,16 +102,17 @@ def open_metrics(run: Run) -> "Metrics":
 
 
 class Metrics:
-    """Writes on the main process only. After a resume the file continues where the state was saved.
+    """Logs a run. Only the main process writes.
 
     Args:
-        path: the JSONL file, one record an interval and one an evaluation. The run's state holds
-            the same records, so that neither a kill nor a lost disk leaves a gap or a double.
-        run: what is measured."""
+        path: the JSONL file, one record per log interval and one per evaluation. The run's state
+            holds the same records, so neither a kill nor a lost disk leaves gaps or duplicates.
+        run: the run to log."""
 
     def __init__(self, path: Path, run: Run) -> None:
         self.path, self.run = path, run
-        self.tracker: NoTracker | SwanLabTracker = NoTracker(run.tracker_id)  # its id is kept
+        # The id of the run's tracker is kept even if this start does not use it.
+        self.tracker: NoTracker | SwanLabTracker = NoTracker(run.tracker_id)
         _, active = get_model_params(run.model, run.config)
         self.flops_per_token = flops_per_token(run.config, active, run.args.max_seq_len)
         peak = peak_flops(run.device)
@@ -125,27 +125,28 @@ class Metrics:
             unit="row",
             desc="training",
             dynamic_ncols=True,
-            disable=None if is_main_process() else True,  # None: shown on a terminal only
+            disable=None if is_main_process() else True,  # None: enabled only on a terminal
         )
-        self.last_save, self.told_rows = time.monotonic(), 0
+        self.last_save_time = time.monotonic()
+        self.logged_total_rows = 0  # of the last plan that was logged
         run.times.restart()
-        self.advised: set[str] = set()  # parts of a step that were named as too slow
+        self.reported_parts: set[str] = set()  # parts of a step already reported as too slow
         self._start_interval()
 
     def _start_interval(self) -> None:
-        self.since = time.monotonic()
+        self.interval_start = time.monotonic()
         self.seconds_paused = 0.0
         self.num_rows, self.num_tokens = 0, 0
 
-    def count(self, num_rows: int, num_tokens: int) -> None:
-        """One update is done: so many rows, so many tokens learnt from."""
+    def add_update(self, num_rows: int, num_tokens: int) -> None:
+        """Count an update that consumed ``num_rows`` and learned from ``num_tokens``."""
         self.num_rows += num_rows
         self.num_tokens += num_tokens
         self.bar.update(num_rows)
 
     @contextlib.contextmanager
     def outside_training(self, part: str) -> Generator[None]:
-        """What happens inside does not count as training time, but as this part of a step's."""
+        """Time spent inside counts as this part of a step, and not toward the training speed."""
         since = time.monotonic()
         yield
         seconds = time.monotonic() - since
@@ -154,86 +155,90 @@ class Metrics:
             self.run.budget.pause(part, seconds)
         self.run.times.mark(part)
 
-    def saved(self, seconds: float) -> None:
-        """A save stopped training for so long."""
+    def log_save(self, seconds: float) -> None:
+        """Log a save that took ``seconds``, and its share of the time since the last one."""
         now = time.monotonic()
-        share = seconds / max(now - self.last_save, 1e-9)
+        share = seconds / max(now - self.last_save_time, 1e-9)
         costly = share > 0.02 and self.run.step % self.run.args.save_interval == 0
         advice = "; a larger --save_interval costs less" if costly else ""
-        self.last_save, self.seconds_to_save = now, seconds
+        self.last_save_time, self.seconds_to_save = now, seconds
         log(
             f"saved update {self.run.step:,} in {seconds:.2f} s: {share:.1%} of the time "
             f"since the last save{advice}"
         )
 
-    def plan_changed(self) -> None:
-        """Log the plan when it first appears or moves by more than 10 %."""
+    def log_plan(self) -> None:
+        """Log the plan of a run with a time budget, if it is new or has changed by over 10 %."""
         run, minutes = self.run, self.run.args.max_minutes
         self.bar.total = run.total_rows
-        if minutes is not None and abs(run.total_rows - self.told_rows) > 0.1 * run.total_rows:
-            self.told_rows = run.total_rows
+        changed_rows = abs(run.total_rows - self.logged_total_rows)
+        if minutes is not None and changed_rows > 0.1 * run.total_rows:
+            self.logged_total_rows = run.total_rows
             updates = run.step + math.ceil((run.total_rows - run.rows_seen) / run.global_batch)
             tokens = run.total_rows * run.args.max_seq_len
             log(
                 f"plan: {updates:,} updates, {tokens:,} tokens, {run.num_epochs} passes over the "
-                f"data end within {minutes:g} minutes{cost(run.args, minutes)}"
+                f"data, to end within {minutes:g} minutes{cost(run.args, minutes)}"
             )
 
-    def stopped(self, received: str | None) -> str:
-        """The last line of a run that a signal stopped."""
+    def stop_message(self, received: str | None) -> str:
+        """The last line of a run that the signal ``received``, or one to another rank, stopped."""
         who = f"{received} received" if received else "another rank received a signal"
         return f"stopping: {who}, saved update {self.run.step:,} in {self.seconds_to_save:.1f} s"
 
-    def interval(self, lr: float) -> None:
-        """Report the interval that ends now; waits for the device."""
-        grad_norm, load = self.run.read_outcomes()
-        losses = self.run.close_interval()
-        run, seconds = self.run, time.monotonic() - self.since
+    def log_interval(self, lr: float) -> None:
+        """Log the interval that ends now. Waits for the device."""
+        run, budget = self.run, self.run.budget
+        grad_norm, load = run.read_outcomes()
+        losses = run.close_interval()
+        seconds = time.monotonic() - self.interval_start
         speed = self.num_tokens / max(seconds - self.seconds_paused, 1e-9)
         minutes_left = (run.total_rows - run.rows_seen) * seconds / max(self.num_rows, 1) / 60
-        if run.budget:
-            minutes_left = max(0.0, run.budget.seconds - run.budget.spent()) / 60
+        if budget:
+            minutes_left = max(0.0, budget.seconds - budget.spent()) / 60
         epoch = -(-run.rows_seen // run.rows_per_epoch)
         epochs = "?" if run.total_rows == NOT_KNOWN else run.num_epochs
-        record = {
-            "step": run.step,
-            "epoch": epoch,
-            "rows": run.rows_seen,
-            "tokens": run.progress.tokens_seen,
-        }
-        record |= {**losses, "lr": lr}
-        if grad_norm is not None and math.isfinite(grad_norm):
-            record["grad_norm"] = grad_norm
-        record |= {f"load_expert_{i}": round(share, 4) for i, share in enumerate(load)}
-        if run.progress.bad_updates:
-            record["bad_updates"] = run.progress.bad_updates
-        record |= {"tokens_per_second": round(speed), "eta_minutes": round(minutes_left, 2)}
-        if run.budget:
-            record["minutes_spent"] = round(run.budget.spent() / 60, 3)
-        parts = shares(run.times.read())
-        record |= {f"share_{part}": round(share, 4) for part, share in parts.items()}
-        shown = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
-        if load:
-            shown += f"  experts {' '.join(f'{share:.0%}' for share in load)}"
-        mfu = ""
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            grad_norm = None
+        norm_text = f"grad_norm {math.nan if grad_norm is None else grad_norm:.3f}"
+        mfu, mfu_text = None, ""
         if self.peak_flops:
-            record["mfu"] = round(speed * self.flops_per_token / self.peak_flops, 4)
-            mfu = f"  mfu {record['mfu']:.1%}"
-        self.write(record)
-        log(
-            f"epoch {epoch}/{epochs}  step {run.step:>5}{shown}  lr {lr:.2e}  "
-            f"grad_norm {record.get('grad_norm', math.nan):.3f}  {speed:,.0f} tokens/s{mfu}  "
-            f"{minutes_left:.1f} min left"
-            + "".join(f"  {part} {share:.0%}" for part, share in parts.items() if share >= 0.01)
-        )
-        if (advice := bottleneck(parts)) and advice[0] not in self.advised:
-            self.advised.add(advice[0])
+            mfu = round(speed * self.flops_per_token / self.peak_flops, 4)
+            mfu_text = f"mfu {mfu:.1%}"
+        experts = f"experts {' '.join(f'{share:.0%}' for share in load)}" if load else ""
+        parts = shares(run.times.read())
+        # Each number's name, its value in the file (None: not written) and its text on the console.
+        numbers: list[tuple[str, float | None, str]] = [
+            ("step", run.step, f"epoch {epoch}/{epochs}  step {run.step:>5}"),
+            ("epoch", epoch, ""),
+            ("rows", run.rows_seen, ""),
+            ("tokens", run.progress.tokens_seen, ""),
+            *((name, loss, f"{name} {loss:.4f}") for name, loss in losses.items()),
+            ("experts", None, experts),
+            ("lr", lr, f"lr {lr:.2e}"),
+            ("grad_norm", grad_norm, norm_text),
+            *((f"load_expert_{i}", round(share, 4), "") for i, share in enumerate(load)),
+            ("bad_updates", run.progress.bad_updates or None, ""),
+            ("tokens_per_second", round(speed), f"{speed:,.0f} tokens/s"),
+            ("", None, mfu_text),
+            ("eta_minutes", round(minutes_left, 2), f"{minutes_left:.1f} min left"),
+            ("minutes_spent", round(budget.spent() / 60, 3) if budget else None, ""),
+            *(
+                (f"share_{part}", round(share, 4), f"{part} {share:.0%}" if share >= 0.01 else "")
+                for part, share in parts.items()
+            ),
+            ("mfu", mfu, ""),
+        ]
+        self.write({name: value for name, value, _ in numbers if value is not None})
+        log("  ".join(text for *_, text in numbers if text))
+        if (advice := bottleneck(parts)) and advice[0] not in self.reported_parts:
+            self.reported_parts.add(advice[0])
             log(f"note: {advice[1]}")
         self._start_interval()
 
-    def evaluation(self, scores: dict[str, float], texts: dict[str, str]) -> None:
-        """Report held-out loss and continuations of fixed prompts."""
-        before = [r["heldout_loss"] for r in self.run.records if "heldout_loss" in r]
+    def log_evaluation(self, scores: dict[str, float], texts: dict[str, str]) -> None:
+        """Log held-out scores, if any, and continuations by prompt."""
+        past = [r["heldout_loss"] for r in self.run.records if "heldout_loss" in r]
         self.write({"step": self.run.step, **scores, "continuations": texts})
         if scores:
             log(
@@ -245,16 +250,16 @@ class Metrics:
                     if name.startswith("heldout_bits_per_byte_")
                 )
             )
-            if scores["heldout_loss"] > min(before, default=math.inf) + OVERFITTING:
+            if scores["heldout_loss"] > min(past, default=math.inf) + OVERFITTING_NATS:
                 log(
-                    f"warning: the held-out loss was {min(before):.4f} and rises: the model learns "
-                    f"the training text by heart. More data helps, or fewer --epochs"
+                    f"warning: the held-out loss has risen from {min(past):.4f}: the model is "
+                    f"memorizing the training text. Use more data, or fewer --epochs"
                 )
         for prompt, text in texts.items():
             log(f"  {prompt} → {text}".replace("\n", "⏎"))
 
     def write(self, record: dict) -> None:
-        """Append one record to the file and send its numbers to the tracker."""
+        """Append a record to the file, and send its numbers to the tracker."""
         if is_main_process():
             self.run.records.append(record)
             with self.path.open("a", encoding="utf-8") as file:
@@ -262,7 +267,7 @@ class Metrics:
             self.tracker.log(record, step=record["step"])
 
     def close(self) -> None:
-        """The run is complete."""
+        """Close the progress bar and the tracker, and log the time and money spent."""
         self.bar.close()
         self.tracker.finish()
         minutes = (self.run.budget.spent() if self.run.budget else run_time()) / 60

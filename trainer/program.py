@@ -1,5 +1,5 @@
-"""How every program here runs: versions that nobody tried are named, errors that people cause are
-one line and an exit status."""
+"""The frame of every command-line program here: a warning about untested package versions, and
+user errors as one line on stderr with an exit status."""
 
 import os
 import sys
@@ -13,12 +13,12 @@ from packaging.requirements import InvalidRequirement, Requirement
 from trainer.console import write_line
 from trainer.errors import Interrupted, exit_status_of
 
-# Its ranges are those that the tests ran with.
+# Declares the version ranges that the tests were run with.
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 
 
-def untried_versions(requirements: Path = REQUIREMENTS) -> list[str]:
-    """A line for each installed package whose version lies outside the range that was tried."""
+def untested_versions(requirements: Path = REQUIREMENTS) -> list[str]:
+    """A warning for each installed package whose version is outside the tested range."""
     lines = []
     if not requirements.is_file():
         return []
@@ -27,21 +27,21 @@ def untried_versions(requirements: Path = REQUIREMENTS) -> list[str]:
             required = Requirement(line.partition(" #")[0])
             found = metadata.version(required.name)
         except InvalidRequirement:
-            continue  # a comment or an option of pip that somebody added
+            continue  # a comment or a pip option that a user added
         except metadata.PackageNotFoundError:
-            continue  # whoever needs it says so
+            continue  # the code that needs it reports that
         if not required.specifier.contains(found, prereleases=True):
             lines.append(
-                f"warning: {required.name} {found} is installed, but tried are {line}. If "
-                f"something fails: pip install -r requirements.txt"
+                f"warning: {required.name} {found} is installed, but {line} was tested. If "
+                f"something fails, run: pip install -r requirements.txt"
             )
     return lines
 
 
 def run_program(program: Callable[[], None]) -> int:
-    """Run it; an error that people cause becomes one line on stderr and an exit status."""
+    """Run ``program`` and return its exit status; a user error is printed as one line on stderr."""
     if os.environ.get("RANK", "0") == "0":
-        for line in untried_versions():
+        for line in untested_versions():
             write_line(partial(print, file=sys.stderr), line)
     try:
         program()
@@ -57,14 +57,14 @@ def run_program(program: Callable[[], None]) -> int:
         if status == 1:
             raise
         if status == 6:
-            message = f"{error}. What was saved before is intact."
+            message = f"{error}. Everything saved before is intact."
         if status == 7:
             less = " ".join(getattr(error, "__notes__", ["a lower --micro_batch_size"]))
             message = (
-                f"out of memory: {message.splitlines()[0] if message else 'main memory'} The same "
+                f"out of memory: {message.splitlines()[0] if message else 'main memory.'} The same "
                 f"updates need less with {less}."
             )
-        if getattr(error, "speaks", os.environ.get("LOCAL_RANK", "0") == "0"):  # not each rank
+        if getattr(error, "prints", os.environ.get("LOCAL_RANK", "0") == "0"):  # once
             write_line(partial(print, file=sys.stderr), f"error: {message}")
         return status
     return 0

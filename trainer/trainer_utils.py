@@ -1,4 +1,5 @@
-"""The trainer's parts by the names MiniMind's readers know; nothing inside imports this file."""
+"""The trainer under MiniMind's function names, for code outside this repository; nothing in it
+imports this file."""
 
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from dataset.lm_dataset import SkipBatchSampler
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import KEPT_STATES, checkpoint_name, newest_for_all, save_for_all
-from trainer.console import log as Logger  # noqa: N812: MiniMind's name
+from trainer.console import log as Logger  # MiniMind's name
 from trainer.device import setup_seed
 from trainer.distributed import init_distributed_mode, is_main_process
 from trainer.schedule import get_lr
@@ -41,19 +42,19 @@ def lm_checkpoint(
     keep: int = KEPT_STATES,
     **state: object,
 ) -> dict | Path | None:
-    """With a model: save all that the next update needs. Without: the newest good state or None.
+    """With a model, save all that the next update needs; without, read the newest good state.
 
-    Every rank calls it, between updates; rank 0 reads and writes, so that one disk decides.
+    Call it on every rank, between updates. Rank 0 reads and writes, so that all ranks agree.
 
     Args:
-        epoch, step: the epoch being trained, and the updates done in all.
-        wandb: the tracker; its ``id`` is kept, so that the same run continues.
-        update: load the state saved after this update instead of the newest.
-        keep: how many states stay.
-        state: more to keep; an object with a ``state_dict`` gives that.
-    Returns: the state that was read, or the path of the one that was written.
-    Raises: OSError if saving fails, with the earlier states intact; CheckpointError if there are
-    states and none is good."""
+        epoch, step: the current epoch, and the number of updates so far.
+        wandb: the tracker; its ``id`` is saved, so that a resumed run continues it.
+        update: read the state saved after this update instead of the newest.
+        keep: how many states to keep.
+        state: additional values to save; for an object with a ``state_dict``, the latter.
+    Returns: the state read (None if there is none), or the path of the state written.
+    Raises: OSError if saving fails, with earlier states intact; CheckpointError if there are states
+    but none is good."""
     name = checkpoint_name(weight, lm_config)
     if model is None:
         return newest_for_all(save_dir, name, update)

@@ -112,11 +112,11 @@ class Guard:
             on_main_process(self.folder.check_no_other_run)
             path, seconds = run.save(metrics.tracker.id)
             on_main_process(partial(self.folder.saved, path))
-            metrics.saved(seconds)
+            metrics.log_save(seconds)
 
     def interrupted(self, run: Run, metrics: Metrics, saved: bool) -> Interrupted:
         """What ends a run that a signal stopped, on this rank or another."""
         if saved:
-            return Interrupted(metrics.stopped(self.stop.received))
+            return Interrupted(metrics.stop_message(self.stop.received))
         who = self.stop.received or "another rank's signal"
         return Interrupted(f"stopping: {who} received, nothing new to save")
