@@ -160,7 +160,7 @@ def test_nothing_inside_imports_the_door_with_minimind_s_names() -> None:
 
 def test_only_declared_packages_are_imported() -> None:
     declared = {"torch", "transformers", "tqdm", "swanlab", "fsspec"}
-    brought = {"tokenizers", "packaging"}  # by transformers, which is built on them
+    brought = {"tokenizers", "safetensors", "packaging"}  # by transformers, built on them
     ours = {*ALLOWED, *PROGRAMS, "train_pretrain", "eval_llm"}
     optional = {"matplotlib", "gguf", "pyarrow", "backports", "gradio"}  # where they are used
     future = {"compression"}  # of Python 3.14

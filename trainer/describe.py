@@ -131,7 +131,7 @@ def report_dry_run(
 ) -> None:
     """--dry_run 1: estimate time, memory and cost of the whole run from a few updates.
 
-    Args: windows: the batches of each update, made when asked for; step: makes an update of them."""
+    Args: windows: each update's batches, made when asked for; step: makes the update."""
     seconds, since = [], time.monotonic()
     for window in itertools.islice(windows, DRY_RUN_UPDATES):
         num_labels = distributed.totals(sum(batch.num_labels for batch in window))[0]
