@@ -77,7 +77,7 @@ def muon_in_a_loop() -> None:
         self.loop.step()
 
     muon.Muon._step_matrices = step
-    optimizer.leaves_out_bad_updates = lambda build: True  # it does not; only its speed is asked
+    optimizer.skips_bad_updates = lambda build: True  # it does not; only its speed is asked
 
 
 def rows_from_the_host() -> None:
