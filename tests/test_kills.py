@@ -218,7 +218,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_update_names_those_that_do(
     words = flags(tmp_path / "cut", **settings(1, batch_size=3, accumulation_steps=12))
     log = tmp_path / "log"
     assert set(launched.wait(launched.start(words, log, num_ranks=3))) == {2}
-    assert "update of 12 rows does not divide into batches of 3 on 3 ranks: 1, 2, 4" in (
+    assert "update of 12 rows does not divide into batches of 3 on 3 ranks; use 1, 2, 4" in (
         log.read_text()
     )
 
