@@ -252,7 +252,7 @@ def train_variant(
     train_pretrain.fit_micro_batch = timed_fit
     train_pretrain.train_step, train_pretrain.windows = counted_step, timed_windows
     train_pretrain.Run.save = lambda run, tracker: (Path(), 0.0)
-    run_folder.RunFolder.saved = lambda folder, path: None
+    run_folder.RunFolder.add_state = lambda folder, path: None
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         status = train_pretrain.main(argv)
         pipe.send({"ended": status})

@@ -204,7 +204,7 @@ def test_from_one_rank_to_two_four_three_and_one_the_updates_stay_the_same(
     for dead in (1, 3, 2):  # and not a living one that waits for its dead neighbour
         assert f"error: rank {dead} on {socket.gethostname()} is dead or stuck" in log
     assert not re.search("saved with.* accumulation_steps", log)
-    assert "the same run but for rounding" in log
+    assert "the same run except for rounding" in log
     losses = [r["loss"] for r in records(folder) if "loss" in r]
     for found, reference in zip(losses, (r["loss"] for r in records(alone) if "loss" in r),
                                 strict=True):

@@ -85,7 +85,7 @@ def test_settings_that_may_change_change_nothing_that_is_learnt(
     assert again(half, tmp_path / "reference")[0] == 0
     status, log = again(half, tmp_path, **changes)
     assert status == 0, log
-    assert "but for rounding" not in log
+    assert "except for rounding" not in log
     found = final_state(tmp_path / "copy")
     expected = final_state(tmp_path / "reference" / "copy")
     for part in ("model", "optimizer", "rng"):
@@ -98,7 +98,7 @@ def test_another_split_of_the_update_keeps_its_rows_and_says_that_rounding_chang
     status, log = again(half, tmp_path, batch_size=4)
     assert status == 0, log
     changed = "batch_size 2 (now 4), micro_batch_size 2 (now 4)"
-    assert f"note: saved with {changed}: the same run but for rounding" in log
+    assert f"note: saved with {changed}: the same run except for rounding" in log
     assert "updates of 8 rows" in log
 
 
