@@ -236,7 +236,7 @@ def stuck_loader(row: int) -> None:
 
 def impatient() -> None:
     """A mirror that fails is given up soon."""
-    mirror.FAILING_PATIENCE, mirror.PAUSES = 1, (0.1, 0.1)
+    mirror.FAILING_SECONDS, mirror.PAUSES = 1, (0.1, 0.1)
 
 
 FAULTS = {

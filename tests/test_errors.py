@@ -53,7 +53,7 @@ def files(folder: Path) -> dict[str, bytes]:
         ({"max_seq_len": 1}, "--max_seq_len is 1, expected 2 to 32768"),
         ({"preset": "7b"}, "--preset: invalid choice: '7b'"),
         ({"learning_rte": 1}, "unrecognized arguments: --learning_rte.*mean --learning_rate\\?"),
-        ({"tokenizer_path": "/nowhere"}, "--tokenizer_path /nowhere: no tokenizer there"),
+        ({"tokenizer_path": "/nowhere"}, "--tokenizer_path /nowhere holds no tokenizer"),
     ],
 )
 def test_flags_that_cannot_be_used(

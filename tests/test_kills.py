@@ -204,7 +204,7 @@ def test_from_one_rank_to_two_four_three_and_one_the_updates_stay_the_same(
     for dead in (1, 3, 2):  # and not a living one that waits for its dead neighbour
         assert f"error: rank {dead} on {socket.gethostname()} is dead or stuck" in log
     assert not re.search("saved with.* accumulation_steps", log)
-    assert "the same run but for rounding" in log
+    assert "the same run except for rounding" in log
     losses = [r["loss"] for r in records(folder) if "loss" in r]
     for found, reference in zip(losses, (r["loss"] for r in records(alone) if "loss" in r),
                                 strict=True):
@@ -218,7 +218,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_update_names_those_that_do(
     words = flags(tmp_path / "cut", **settings(1, batch_size=3, accumulation_steps=12))
     log = tmp_path / "log"
     assert set(launched.wait(launched.start(words, log, num_ranks=3))) == {2}
-    assert "update of 12 rows does not divide into batches of 3 on 3 ranks: 1, 2, 4" in (
+    assert "update of 12 rows does not divide into batches of 3 on 3 ranks; use 1, 2, 4" in (
         log.read_text()
     )
 

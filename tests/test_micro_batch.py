@@ -25,7 +25,7 @@ def fitted(folder: Path, *numbers: int, ranks: int = 1) -> list[dict]:
     done = run([*words, "-m", "tests.fitting", str(folder), *map(str, numbers)])
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"rank{i}.json").read_text()) for i in range(ranks)]
-    notes = done.stdout.count("rows at once do not fit the memory; trying")
+    notes = done.stdout.count("rows does not fit in memory; trying")
     estimated = len(numbers) == 2 and numbers[1] > 0  # by two passes
     assert notes == len(found[0]["tried"]) - 1 - 2 * estimated
     return found

@@ -88,7 +88,7 @@ def test_the_newest_two_states_are_kept_there_whole(
 ) -> None:
     one = mirrored(place.format(tmp_path / "some" / "where"))
     assert one.states() == []
-    updates, size = (10, 99_999_999, 100_000_000), 2 * module.PIECE + 7
+    updates, size = (10, 99_999_999, 100_000_000), 2 * module.CHUNK_BYTES + 7
     saved = [save(tmp_path, update, size) for update in updates]
     copied(one, *saved)
     assert one.states() == [saved[2].name, saved[1].name]
@@ -119,7 +119,7 @@ def test_states_of_an_abandoned_branch_are_removed(tmp_path: Path, mirrored: Cal
     old = [save(tmp_path, update) for update in (100, 200)]
     copied(first, *old)
     new = save(tmp_path, 150)  # the run went back to 100 and on from there
-    second.owns(path.name for path in old)
+    second.add_own(path.name for path in old)
     copied(second, new)
     assert second.states() == [new.name, old[0].name]
 
@@ -146,7 +146,7 @@ def test_partial_files_of_a_killed_process_are_removed(tmp_path: Path, mirrored:
     left.parent.mkdir()
     left.write_bytes(b"half")
     one = mirrored()
-    one.owns([resumed.name])
+    one.add_own([resumed.name])
     copied(one, new := save(tmp_path, 200))
     assert names(left.parent) == {new.name}
 
@@ -171,7 +171,7 @@ def test_of_the_states_that_wait_for_a_slow_mirror_the_newest_wins(
     tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, one = Gate(monkeypatch), mirrored()
-    saved = [save(tmp_path, update, 2 * module.PIECE) for update in (1, 2, 3, 4, 5)]
+    saved = [save(tmp_path, update, 2 * module.CHUNK_BYTES) for update in (1, 2, 3, 4, 5)]
     one.offer(saved[0])
     assert gate.reached.wait(10)
     saved[0].unlink()  # as the next saves do; what is being copied must not suffer
@@ -184,7 +184,7 @@ def test_of_the_states_that_wait_for_a_slow_mirror_the_newest_wins(
     wait_until(lambda: one._copied == saved[-1])
     assert one.states() == [saved[4].name, saved[0].name]
     assert all(is_whole(path) for path in (tmp_path / "there").iterdir())
-    assert len(lines) == 1 and "busy" in lines[0] and "update 2 is left out" in lines[0]
+    assert len(lines) == 1 and "busy" in lines[0] and "update 2 is skipped" in lines[0]
 
 
 def test_what_arrives_with_a_flipped_bit_is_not_taken_for_the_state(
@@ -349,8 +349,8 @@ def test_a_password_in_the_address_is_refused_and_not_repeated(url: str) -> None
 def test_addresses_that_cannot_be_used_are_refused() -> None:
     for url in ("/mnt/x", "relative/x", "file:///mnt/x", "memory://x", "file:///odd:name@x/y"):
         assert mirror_problems(url) == []
-    assert "gopher://host/x is no address" in mirror_problems("gopher://host/x")[0]
-    assert "no address" in mirror_problems("simplecache::/mnt/x")[0]
+    assert "gopher://host/x is not a usable address" in mirror_problems("gopher://host/x")[0]
+    assert "not a usable address" in mirror_problems("simplecache::/mnt/x")[0]
     fsspec.register_implementation("lacking", "no_such_package.core.FileSystem", clobber=True)
     assert mirror_problems("lacking://x")[0].endswith("pip install no_such_package")
 
@@ -471,7 +471,7 @@ def test_states_travel_over_ssh_with_the_key_in_the_usual_place(
     tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
     at_home: int
 ) -> None:
-    monkeypatch.setattr(module, "PIECE", 300_000)  # several, the last one short
+    monkeypatch.setattr(module, "CHUNK_BYTES", 300_000)  # several, the last one short
     one = mirrored(address(at_home, tmp_path / "new" / "there"))
     assert one.states() == []
     saved = [save(tmp_path, update, 2 * MEGABYTE + update) for update in (1, 2, 3)]
@@ -516,7 +516,7 @@ def test_a_server_that_stops_answering_counts_as_gone_after_a_while(
     tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
     at_home: int
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 1)
+    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 1)
     monkeypatch.setattr(module, "PAUSES", (0.01,))
     with contextlib.closing(Proxy(at_home, MEGABYTE, hang=True)) as proxy:
         one = mirrored(address(proxy.port, tmp_path / "there"))

@@ -123,9 +123,9 @@ def test_a_new_run_does_not_take_another_runs_mirror(whole: Path, tmp_path: Path
 
 def test_the_mirror_s_flag_is_checked(tmp_path: Path) -> None:
     for url, expected in (
-        ("sftp://me:secret@host/x", "holds a password"),
+        ("sftp://me:secret@host/x", "contains a password"),
         (tmp_path / "checkpoints", "--checkpoint_mirror is --checkpoint_dir"),
-        ("gopher://x/y", "no address that can be used"),
+        ("gopher://x/y", "not a usable address"),
     ):
         status, log = trained(tmp_path, checkpoint_mirror=url)
         assert status == 2 and expected in log and "secret" not in log, log

@@ -225,7 +225,7 @@ def test_a_run_that_ignores_the_lock_is_noticed_at_the_next_save(tmp_path: Path)
     name = f"pretrain_32_resume_00000003_{'0' * 32}.safetensors"
     (tmp_path / "checkpoints" / name).write_bytes(b"of another machine")
     assert launched.wait(first) == [4]
-    assert f"{name} is of another run that writes here, too" in (tmp_path / "log").read_text()
+    assert f"{name} was saved by another run in the same folder" in (tmp_path / "log").read_text()
     assert (tmp_path / "checkpoints" / name).exists()
 
 

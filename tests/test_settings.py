@@ -12,7 +12,7 @@ from tests import launched
 from tests.helpers import ROOT
 from tests.running import assert_same, final_state, flags, write_corpus
 from trainer.checkpoint import list_states, read_state, save_state
-from trainer.flags import DECIDES, SPLITS, names_of, parse_flags
+from trainer.flags import DECIDES, SPLITS, flag_names, parse_flags
 
 # Another value of each flag that must match, none of which the others' values depend on.
 OTHER = {
@@ -26,15 +26,15 @@ NAMED = {"hidden_size", "use_moe"}  # they are part of the files' names: another
 
 
 def test_there_is_another_value_of_each_flag_that_must_match() -> None:
-    assert OTHER.keys() == set(names_of(DECIDES))
+    assert OTHER.keys() == set(flag_names(DECIDES))
 
 
 def test_the_docs_name_each_flag_that_must_match_and_each_that_splits() -> None:
     page = (ROOT / "docs/RELIABILITY.md").read_text(encoding="utf-8")
     section = page.partition("## What must match")[2].partition("\n## ")[0]
     must, may = section.split("\n\n")[1:3]
-    assert set(re.findall(r"`--(\w+)`", must)) == set(names_of(DECIDES))
-    assert set(re.findall(r"`--(\w+)`", may)) == set(names_of(SPLITS))
+    assert set(re.findall(r"`--(\w+)`", must)) == set(flag_names(DECIDES))
+    assert set(re.findall(r"`--(\w+)`", may)) == set(flag_names(SPLITS))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_settings_that_may_change_change_nothing_that_is_learnt(
     assert again(half, tmp_path / "reference")[0] == 0
     status, log = again(half, tmp_path, **changes)
     assert status == 0, log
-    assert "but for rounding" not in log
+    assert "except for rounding" not in log
     found = final_state(tmp_path / "copy")
     expected = final_state(tmp_path / "reference" / "copy")
     for part in ("model", "optimizer", "rng"):
@@ -98,7 +98,7 @@ def test_another_split_of_the_update_keeps_its_rows_and_says_that_rounding_chang
     status, log = again(half, tmp_path, batch_size=4)
     assert status == 0, log
     changed = "batch_size 2 (now 4), micro_batch_size 2 (now 4)"
-    assert f"note: saved with {changed}: the same run but for rounding" in log
+    assert f"note: saved with {changed}: the same run except for rounding" in log
     assert "updates of 8 rows" in log
 
 

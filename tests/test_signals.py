@@ -281,7 +281,7 @@ def test_the_state_file_says_what_a_run_does_and_how_it_ended(tmp_path: Path) ->
     launched.end(processes)
     assert read_run_state(tmp_path / "checkpoints")["status"] == "running"  # nobody could tell
     output = train(tmp_path, **SETTINGS, from_resume=1)
-    assert "the last run here ended without a word" in output
+    assert "the last run here was killed" in output
     content = json.loads((tmp_path / "checkpoints" / "run_state.json").read_text())
     assert (content["status"], content["code"], content["reason"]) == ("complete", 0, "")
     assert train_refused(tmp_path) == 4

@@ -1,7 +1,7 @@
-"""The flags of train_pretrain.py, each declared once: default, help, bounds, meaning on resume.
+"""The flags of train_pretrain.py, each declared once with default, help, bounds, meaning on resume.
 
 The command line, the checks and the comparison with a saved run follow from the dataclasses below.
-Names are MiniMind's where it has one; intervals count optimizer updates.
+Flags have MiniMind's names where it has them; intervals count optimizer updates.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from trainer.guard.mirror import mirror_problems
 from trainer.optimizer import OPTIMIZERS
 from trainer.schedule import SCHEDULES
 
-DECIDES = "decides"  # what is learnt: a resumed run must have the same
-SPLITS = "splits"  # an update's rows, or computes them: the same run but for rounding
-FREE = "free"  # may change on resume
+# What a flag means on resume. DECIDES: it determines what is learned, so it must stay the same.
+# SPLITS: it determines how the work is divided, so a change affects only rounding. FREE: neither.
+DECIDES, SPLITS, FREE = "decides", "splits", "free"
 
 
 def flag(
@@ -41,14 +41,15 @@ def flag(
     most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field of a dataclass that becomes a flag.
+    """A dataclass field that becomes a flag.
 
     Args:
-        default: the value, or a function that gives it.
+        default: the value, or a function that returns it.
         resume: DECIDES, SPLITS or FREE.
-        older: what a state holds that was saved before there was the flag.
-        alias: another name for it.
-        least, above, most, below: bounds; ``above`` and ``below`` are not allowed values."""
+        older: the value in effect in states that were saved before the flag existed.
+        alias: a second name.
+        least, most: inclusive bounds.
+        above, below: exclusive bounds."""
     metadata = {
         "help": help,
         "resume": resume,
@@ -66,11 +67,11 @@ def flag(
 
 
 def default_corpus() -> list[str]:
-    """MiniMind's."""
+    """MiniMind's small pretraining corpus."""
     return ["dataset/pretrain_t2t_mini.jsonl"]
 
 
-# Defaults that any flag overrides.
+# Defaults that explicit flags override.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "hidden_size": 256,
@@ -101,19 +102,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 class ModelFlags:
     """model"""
 
-    preset: str = flag("64m", "sizes and data; see README", choices=PRESETS)
+    preset: str = flag("64m", "set of defaults for sizes and data; see README", choices=PRESETS)
     hidden_size: int = flag(768, "width of the model", resume=DECIDES, least=1)
-    num_hidden_layers: int = flag(8, "depth of the model", resume=DECIDES, least=1)
-    num_attention_heads: int = flag(8, "query heads", resume=DECIDES, least=1)
-    num_key_value_heads: int = flag(4, "heads that queries share", resume=DECIDES, least=1)
+    num_hidden_layers: int = flag(8, "number of layers", resume=DECIDES, least=1)
+    num_attention_heads: int = flag(8, "number of query heads", resume=DECIDES, least=1)
+    num_key_value_heads: int = flag(4, "number of key/value heads", resume=DECIDES, least=1)
     intermediate_size: int | None = flag(
         None, "feed-forward width; None: hidden_size * pi", resume=DECIDES, least=1
     )
     dropout: float = flag(
-        0.0, "share of activations dropped in training", resume=DECIDES, least=0, below=1
+        0.0, "probability of dropping an activation in training", resume=DECIDES, least=0, below=1
     )
     use_moe: int = flag(0, "1: mixture of experts", resume=DECIDES, choices=[0, 1])
-    tokenizer_path: str = flag("model", "folder of any transformers tokenizer")
+    tokenizer_path: str = flag("model", "folder of a transformers tokenizer")
     from_weight: str = flag(
         "none", "start from the weights of this name in --save_dir", resume=DECIDES
     )
@@ -124,21 +125,22 @@ class DataFlags:
     """data"""
 
     data_path: list[str] = flag(  # noqa: RUF009
-        default_corpus, "files, folders, patterns: .jsonl, .txt, also with .gz or .zst, .parquet"
+        default_corpus,
+        "files, folders or glob patterns: .jsonl and .txt, also as .gz or .zst, and .parquet",
     )
-    text_column: str = flag("text", "of JSONL and parquet: where the text is")
+    text_column: str = flag("text", "JSONL key or parquet column of the text")
     max_seq_len: int = flag(
         512, "tokens in a row", alias="max_length", resume=DECIDES, least=2, most=32768
     )
-    packing: int = flag(1, "0: one padded document a row", resume=DECIDES, choices=[0, 1])
+    packing: int = flag(1, "0: one padded document per row", resume=DECIDES, choices=[0, 1])
     heldout_fraction: float = flag(
-        0.005, "share of documents never trained on", resume=DECIDES, least=0, below=1
+        0.005, "fraction of documents held out from training", resume=DECIDES, least=0, below=1
     )
-    num_workers: int = flag(0, "loader processes; 0 is enough except on slow disks", least=0)
+    num_workers: int = flag(0, "data loading processes; 0 suffices except on slow disks", least=0)
     bad_records: str = flag(
-        "stop", "what to do with a record that cannot be read", choices=["stop", "skip"]
+        "stop", "on a record that cannot be read: stop, or skip it", choices=["stop", "skip"]
     )
-    cache_dir: str = flag("dataset/cache", "where tokenized data is kept")
+    cache_dir: str = flag("dataset/cache", "folder for tokenized data")
 
 
 @dataclass
@@ -154,41 +156,41 @@ class TrainingFlags:
         least=1,
     )
     accumulation_steps: int = flag(
-        8, "micro-steps whose gradients make one update", resume=SPLITS, least=1
+        8, "micro-steps per update, whose gradients are added up", resume=SPLITS, least=1
     )
     optimizer: str = flag(
         "adamw",
-        "muon moves the layers' matrices, AdamW the rest, at the same rates",
+        "muon: Muon for the layers' matrices, AdamW for the rest, with the same learning rate",
         resume=DECIDES,
         older="adamw",
         choices=list(OPTIMIZERS),
     )
-    learning_rate: float = flag(5e-4, "at the peak", alias="lr", resume=DECIDES, above=0)
+    learning_rate: float = flag(5e-4, "peak learning rate", alias="lr", resume=DECIDES, above=0)
     lr_schedule: str = flag(
         "cosine",
-        "cosine falls to a tenth; wsd stays, then falls to zero",
+        "cosine: decay to a tenth; wsd: constant, then decay to zero",
         resume=DECIDES,
         older="cosine",
         choices=SCHEDULES,
     )
     warmup_ratio: float = flag(
-        0.0, "share of the run in which the rate rises", resume=DECIDES, older=0.0, least=0, below=1
+        0.0, "fraction of the run for the warm-up", resume=DECIDES, older=0.0, least=0, below=1
     )
     decay_ratio: float = flag(
-        0.4, "share of the run in which wsd falls", resume=DECIDES, older=0.4, above=0, most=1
+        0.4, "fraction of the run for the decay of wsd", resume=DECIDES, older=0.4, above=0, most=1
     )
     max_minutes: float | None = flag(
         None,
-        "plan the run to end after this time, all its starts together; the data is repeated "
-        "as often as fits, whatever --epochs says",
+        "plan the run to end after this time, summed over all starts; the data is repeated as "
+        "often as fits, and --epochs is ignored",
         above=0,
         below=1e6,
     )
-    grad_clip: float = flag(1.0, "largest norm of a gradient; inf: none", resume=DECIDES, above=0)
+    grad_clip: float = flag(1.0, "largest gradient norm; inf: no clipping", resume=DECIDES, above=0)
     max_bad_updates: int = flag(
-        20, "in a row whose loss or gradient is not finite; they are not applied", least=0
+        20, "tolerated consecutive updates with a non-finite loss or gradient", least=0
     )
-    seed: int = flag(42, "decides initial weights and the order of data", resume=DECIDES)
+    seed: int = flag(42, "seed of initial weights and data order", resume=DECIDES)
 
 
 @dataclass
@@ -198,24 +200,22 @@ class MachineFlags:
     device: str = flag(default_device, "cuda, mps or cpu", resume=SPLITS)
     dtype: str | None = flag(
         None,
-        "of matrix products; None: bfloat16, or float32 on a CPU without it",
+        "of matrix products; None: bfloat16 if native, else float16 on a GPU, float32 on a CPU",
         resume=DECIDES,
         choices=["bfloat16", "float16", "float32"],
     )
     use_compile: int | None = flag(
-        None, "compile the model; None: only on cuda", resume=SPLITS, choices=[0, 1]
+        None, "1: compile the model; None: only on cuda", resume=SPLITS, choices=[0, 1]
     )
     micro_batch_size: int | None = flag(
         None,
-        "rows a device works on at once, the updates staying the same; None: batch_size, on "
-        "cuda as many as are useful and fit",
+        "rows per forward and backward pass; does not change the updates; None: batch_size, or "
+        "on cuda as many as are useful and fit",
         resume=SPLITS,
         least=1,
     )
     timeout: int = flag(
-        600,
-        "seconds after which a rank or loader process without a sign of life is given up",
-        least=1,
+        600, "seconds after which an unresponsive rank or loader process counts as lost", least=1
     )
 
 
@@ -223,23 +223,23 @@ class MachineFlags:
 class FileFlags:
     """files"""
 
-    save_dir: str = flag("out", "weights and metrics")
-    save_weight: str = flag("pretrain", "first part of the files' names")
-    checkpoint_dir: str = flag("checkpoints", "states to resume from")
+    save_dir: str = flag("out", "folder for weights and metrics")
+    save_weight: str = flag("pretrain", "prefix of all file names")
+    checkpoint_dir: str = flag("checkpoints", "folder for states to resume from")
     checkpoint_mirror: str | None = flag(
-        None, "folder or address that gets a copy of each state; see README"
+        None, "folder or URL that receives a copy of each state; see README"
     )
     save_interval: int = flag(1000, "updates between saves", least=1)
-    keep_states: int = flag(2, "newest states that stay", least=1)
+    keep_states: int = flag(2, "number of newest states to keep", least=1)
     from_resume: int = flag(0, "1: resume if there is a state", choices=[0, 1])
-    resume_step: int | None = flag(None, "go back to the state of this update")
+    resume_step: int | None = flag(None, "return to the state of this update")
     skip_steps: str | None = flag(
-        None, "FIRST:END, updates to skip, END not among them; past a spike"
+        None, "FIRST:END, updates to skip, excluding END; to get past a loss spike"
     )
     anneal_from: str | None = flag(
-        None, "a state of the stable phase of a wsd run: from there the rate falls"
+        None, "path of a state from the stable phase of a wsd run; start its decay there"
     )
-    overwrite: int = flag(0, "1: delete the last run's files", choices=[0, 1])
+    overwrite: int = flag(0, "1: delete the files of an earlier run", choices=[0, 1])
 
 
 @dataclass
@@ -248,17 +248,17 @@ class WatchingFlags:
 
     log_interval: int = flag(10, "updates between log lines", least=1)
     eval_interval: int = flag(250, "updates between held-out evaluations", least=1)
-    eval_tokens: int = flag(2**18, "held-out tokens read at most", least=1)
+    eval_tokens: int = flag(2**18, "held-out tokens per evaluation, at most", least=1)
     price_per_hour: float | None = flag(
-        None, "of the machine; the run then shows what it costs", least=0, below=1e9
+        None, "of the machine; makes the run report its cost", least=0, below=1e9
     )
     dry_run: int = flag(
         0,
-        "1: report size, memory, time and cost from a few updates; nothing is saved",
+        "1: estimate memory, time and cost from a few updates, without saving anything",
         choices=[0, 1],
     )
-    use_wandb: bool = flag(False, "log to SwanLab: the cloud if logged in")
-    wandb_project: str = flag("MiniMind-Pretrain", "SwanLab's project")
+    use_wandb: bool = flag(False, "log to SwanLab: to the cloud if logged in, else locally")
+    wandb_project: str = flag("MiniMind-Pretrain", "SwanLab project")
 
 
 GROUPS = (ModelFlags, DataFlags, TrainingFlags, MachineFlags, FileFlags, WatchingFlags)
@@ -266,37 +266,37 @@ GROUPS = (ModelFlags, DataFlags, TrainingFlags, MachineFlags, FileFlags, Watchin
 
 @dataclass
 class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFlags, ModelFlags):
-    """All flags, checked."""
+    """All flags."""
 
 
 # ------------------------------------------------------------------------------- command line
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and the description as it is written."""
+    """Shows all defaults, and keeps the line breaks of the description."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, like all others here."""
+    """An argument parser whose errors are one line, like all others here."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         words = message.split() if message.startswith("unrecognized") else []
-        meant = [f for w in words for f in get_close_matches(w, self._option_string_actions)]
-        close = f"Did you mean {meant[0]}? " if meant else ""
-        self.exit(2, f"error: {message}. {close}See --help.\n")
+        matches = [f for w in words for f in get_close_matches(w, self._option_string_actions)]
+        hint = f"Did you mean {matches[0]}? " if matches else ""
+        self.exit(2, f"error: {message}. {hint}See --help.\n")
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: tuple[type, ...] = GROUPS) -> None:
-    """Give a parser one flag for each field of these dataclasses, in a group for each class."""
+    """Add one flag per dataclass field to the parser, in one argument group per class."""
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
         kinds = typing.get_type_hints(group)
         for declared in fields(group):
-            said = declared.metadata
-            names = [f"--{name}" for name in (declared.name, said.get("alias")) if name]
+            metadata = declared.metadata
+            names = [f"--{name}" for name in (declared.name, metadata.get("alias")) if name]
             default = declared.default
             if declared.default_factory is not dataclasses.MISSING:
                 default = declared.default_factory()
@@ -304,16 +304,16 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[type, ...] = GROUPS
             if isinstance(kind, types.UnionType):  # int | None
                 kind = typing.get_args(kind)[0]
             if kind is bool:
-                section.add_argument(*names, action="store_true", help=said["help"])
+                section.add_argument(*names, action="store_true", help=metadata["help"])
             elif kind == list[str]:
-                section.add_argument(*names, nargs="+", default=default, help=said["help"])
+                section.add_argument(*names, nargs="+", default=default, help=metadata["help"])
             else:
                 section.add_argument(
                     *names,
                     type=kind,
                     default=default,
-                    choices=said.get("choices"),
-                    help=said["help"],
+                    choices=metadata.get("choices"),
+                    help=metadata["help"],
                 )
 
 
@@ -325,7 +325,7 @@ def build_parser(description: str | None = None) -> Parser:
 
 
 def parse_flags(argv: list[str] | None, description: str | None = None) -> TrainConfig:
-    """The flags, over the preset's defaults. Raises: SettingsError; exits 2 on unknown flags."""
+    """Parse flags over the preset's defaults. Raises: SettingsError, or exits with 2 (argparse)."""
     parser = build_parser(description)
     preset, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[preset.preset])
@@ -342,10 +342,10 @@ def parse_flags(argv: list[str] | None, description: str | None = None) -> Train
 
 
 def range_problems(flags: Any) -> Iterator[str]:
-    """What is out of the bounds that its field declares, in words."""
+    """A message for each value outside the bounds that its field declares."""
     for declared in fields(flags):
-        said, value = declared.metadata, getattr(flags, declared.name)
-        least, above, most, below = (said.get(b) for b in ("least", "above", "most", "below"))
+        metadata, value = declared.metadata, getattr(flags, declared.name)
+        least, above, most, below = (metadata.get(b) for b in ("least", "above", "most", "below"))
         if value is None or (least, above, most, below) == (None,) * 4:
             continue
         inside = (least is None or value >= least) and (above is None or value > above)
@@ -365,7 +365,7 @@ def range_problems(flags: Any) -> Iterator[str]:
 
 
 def check_flags(config: TrainConfig) -> None:
-    """Raises: SettingsError listing every flag that cannot be used."""
+    """Raises: SettingsError that lists all invalid flags."""
     problems = [*range_problems(config)]
 
     def expect(holds: object, problem: str) -> None:
@@ -373,39 +373,43 @@ def check_flags(config: TrainConfig) -> None:
             problems.append(problem)
 
     rows, micro = config.batch_size * config.accumulation_steps, config.micro_batch_size
-    divides = micro is None or micro < 1 or rows % micro == 0
     expect(
-        divides,
+        micro is None or micro < 1 or rows % micro == 0,
         f"--micro_batch_size is {micro}, expected a divisor of batch_size x "
         f"accumulation_steps = {rows}",
     )
-    warm, decay = config.warmup_ratio, config.decay_ratio
+    warmup, decay = config.warmup_ratio, config.decay_ratio
     expect(
-        decay + max(warm, 0) <= 1 or decay > 1,
-        f"--decay_ratio is {decay}, expected at most 1 together with warmup_ratio ({warm})",
+        decay + max(warmup, 0) <= 1 or decay > 1,
+        f"--decay_ratio is {decay}, expected at most 1 together with warmup_ratio ({warmup})",
     )
     expect(decay < 1 or not config.anneal_from, "--anneal_from needs a --decay_ratio below 1")
     name = config.save_weight
-    named = re.fullmatch(r"\w[\w.+-]*", name)  # in a pattern for files, each stands for itself
-    expect(named, f"--save_weight is {name!r}, expected a name of letters, digits and ._+-")
+    # These characters have no special meaning in a glob pattern.
+    expect(
+        re.fullmatch(r"\w[\w.+-]*", name),
+        f"--save_weight is {name!r}, expected a name of letters, digits and ._+-",
+    )
     rewinds = config.resume_step is None or config.from_resume
     expect(rewinds, "--resume_step is given, but --from_resume is 0; expected 1")
     try:
         skipped_updates(config.skip_steps)
     except ValueError:
-        problems.append(f"--skip_steps is {config.skip_steps!r}, expected FIRST:END, as 1207:1210")
+        problems.append(
+            f"--skip_steps is {config.skip_steps!r}, expected FIRST:END, e.g. 1207:1210"
+        )
     if config.checkpoint_mirror:
         problems += mirror_problems(config.checkpoint_mirror)
-        there = Path(config.checkpoint_mirror.removeprefix("file://")).resolve()
-        elsewhere = there != Path(config.checkpoint_dir).resolve()
-        expect(elsewhere, "--checkpoint_mirror is --checkpoint_dir, expected another disk")
+        mirror = Path(config.checkpoint_mirror.removeprefix("file://")).resolve()
+        separate = mirror != Path(config.checkpoint_dir).resolve()
+        expect(separate, "--checkpoint_mirror is --checkpoint_dir, expected another disk")
     problems += device_problems(config.device)
     if problems:
         raise SettingsError("; ".join(problems) + ".")
 
 
 def skipped_updates(given: str | None) -> range:
-    """``1207:1210`` -> updates 1207, 1208 and 1209. Raises: ValueError if it is no such pair."""
+    """``1207:1210`` -> updates 1207, 1208 and 1209. Raises: ValueError if it is not such a pair."""
     first, end = map(int, (given or "0:0").split(":"))
     if not 0 <= first <= end:
         raise ValueError(given)
@@ -421,14 +425,14 @@ def architecture(config: TrainConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- resume
 
 
-def names_of(resume: str) -> list[str]:
-    """The flags that mean this on resume."""
+def flag_names(resume: str) -> list[str]:
+    """The flags that are declared with this ``resume``."""
     return [f.name for f in fields(TrainConfig) if f.metadata["resume"] == resume]
 
 
 def deciding_settings(config: TrainConfig, num_ranks: int, digests: dict[str, str]) -> dict:
-    """Whatever changes the result of a run if it changes; saved, and compared on resume."""
-    return {name: getattr(config, name) for name in names_of(DECIDES)} | {
+    """Everything that determines the result of a run; saved, and compared on resume."""
+    return {name: getattr(config, name) for name in flag_names(DECIDES)} | {
         "rows per update": config.batch_size * config.accumulation_steps * num_ranks,
         "content of data_path": digests["data"][:16],
         "content of tokenizer_path": digests["tokenizer"][:16],
@@ -436,7 +440,7 @@ def deciding_settings(config: TrainConfig, num_ranks: int, digests: dict[str, st
 
 
 def check_same_settings(saved: dict, given: dict) -> None:
-    """Raises: SettingsError with a table of the settings that the saved run had otherwise."""
+    """Raises: SettingsError with a table of the settings that differ from the saved run's."""
     older = {
         f.name: f.metadata["older"]
         for f in fields(TrainConfig)
@@ -453,14 +457,14 @@ def check_same_settings(saved: dict, given: dict) -> None:
         widths = [max(len(row[column]) for row in table) for column in range(3)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
         raise SettingsError(
-            "--from_resume 1: these settings differ from the saved run's. Give the saved ones, or "
+            "--from_resume 1: these settings differ from the saved run's. Use the saved ones, or "
             "start another run with --save_weight NAME.\n  " + "\n  ".join(lines)
         )
 
 
 def rounding_settings(config: TrainConfig, num_ranks: int) -> dict[str, str]:
-    """What a result depends on in its last bits only; saved, and named if it differs on resume."""
-    return {name: str(getattr(config, name)) for name in names_of(SPLITS)} | {
+    """Everything that affects only the rounding of results; saved, and reported if it changes."""
+    return {name: str(getattr(config, name)) for name in flag_names(SPLITS)} | {
         "ranks": str(num_ranks),
         "torch": str(torch.__version__),
         "threads": str(torch.get_num_threads()),
@@ -468,24 +472,23 @@ def rounding_settings(config: TrainConfig, num_ranks: int) -> dict[str, str]:
 
 
 def keep_split(config: TrainConfig, state: dict, num_ranks: int) -> TrainConfig:
-    """The flags with the accumulation that follows from the number of ranks and the batch size,
-    whose product with it was saved: the updates stay those of the run. With the same flags,
-    micro-batches stay, too.
+    """The flags, with accumulation steps that keep the saved run's rows per update on this number
+    of ranks. With unchanged flags, the micro-batch stays the same as well.
 
-    Raises: SettingsError naming the numbers of ranks that would do."""
+    Raises: SettingsError naming the numbers of ranks that are possible."""
     saved = state["rounding"]
     rows, batch = state["settings"].get("rows per update"), config.batch_size
     micro = re.fullmatch(r"[1-9]\d{0,8}", saved.get("micro_batch_size", ""))
     if micro and config.micro_batch_size is None and saved.get("batch_size") == str(batch):
         config = dataclasses.replace(config, micro_batch_size=int(micro[0]))
-    asked = str(config.accumulation_steps) != saved.get("accumulation_steps")
-    if asked or not isinstance(rows, int) or rows < 1:
-        return config  # whether it fits shows in the settings
+    changed = str(config.accumulation_steps) != saved.get("accumulation_steps")
+    if changed or not isinstance(rows, int) or rows < 1:
+        return config  # check_same_settings() compares the product
     if rows % (batch * num_ranks):
         fitting = [n for n in range(1, min(rows // batch, 9999) + 1) if rows % (batch * n) == 0]
-        others = f"{', '.join(map(str, fitting))} ranks would do, or" if fitting else "give"
+        others = f"use {', '.join(map(str, fitting))} ranks, or" if fitting else "use"
         raise SettingsError(
             f"--from_resume 1: an update of {rows} rows does not divide into batches of {batch} on "
-            f"{num_ranks} ranks: {others} another --batch_size."
+            f"{num_ranks} ranks; {others} another --batch_size."
         )
     return dataclasses.replace(config, accumulation_steps=rows // (batch * num_ranks))

@@ -127,7 +127,7 @@ class Metrics:
             dynamic_ncols=True,
             disable=None if is_main_process() else True,  # None: enabled only on a terminal
         )
-        self.last_save_time = time.monotonic()
+        self.last_save_time, self.seconds_to_save = time.monotonic(), 0.0
         self.logged_total_rows = 0  # of the last plan that was logged
         run.times.restart()
         self.reported_parts: set[str] = set()  # parts of a step already reported as too slow
@@ -180,11 +180,6 @@ class Metrics:
                 f"plan: {updates:,} updates, {tokens:,} tokens, {run.num_epochs} passes over the "
                 f"data, to end within {minutes:g} minutes{cost(run.args, minutes)}"
             )
-
-    def stop_message(self, received: str | None) -> str:
-        """The last line of a run that the signal ``received``, or one to another rank, stopped."""
-        who = f"{received} received" if received else "another rank received a signal"
-        return f"stopping: {who}, saved update {self.run.step:,} in {self.seconds_to_save:.1f} s"
 
     def log_interval(self, lr: float) -> None:
         """Log the interval that ends now. Waits for the device."""

@@ -1,5 +1,5 @@
-"""Weights as others read them: MiniMind's ``.pth``, half precision, with a ``.json`` beside it; and
-the model and tokenizer that they belong to."""
+"""Weights in MiniMind's format, a half-precision ``.pth`` with a ``.json`` beside it; and the model
+and tokenizer that they belong to."""
 
 import contextlib
 import json
@@ -15,7 +15,8 @@ from trainer.checkpoint import checkpoint_name, write_atomically
 from trainer.errors import CheckpointError, SettingsError, printable
 from trainer.guard.untrusted import load_tensors
 
-SHOWN_BY_SHAPES = (
+# Fields of the configuration that also follow from the shapes of the weights.
+SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "use_moe", "head_dim"),
     *("num_attention_heads", "num_key_value_heads"),
 )
@@ -27,31 +28,31 @@ def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> P
 
 
 def save_weights(path: Path, model: MiniMindForCausalLM, summary: dict) -> None:
-    """Write weights, configuration and a ``summary`` of the run. Raises: OSError."""
+    """Write the weights, and their configuration with a ``summary`` of the run. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     state.pop("lm_head.weight")
     half = {key: value.half().cpu() for key, value in state.items()}
-    # MiniMind's files name the tied matrix twice; one storage, so the file holds it once.
+    # MiniMind's files name the tied matrix twice. Sharing storage, it is stored only once.
     half["lm_head.weight"] = half["model.embed_tokens.weight"]
     write_atomically(path, partial(torch.save, half))
-    described = {"config": model.config.to_diff_dict(), "run": summary}
-    text = json.dumps(described, indent=1, ensure_ascii=False)
-    write_atomically(path.with_suffix(".json"), text.encode())  # last: it vouches for the weights
+    description = {"config": model.config.to_diff_dict(), "run": summary}
+    text = json.dumps(description, indent=1, ensure_ascii=False)
+    write_atomically(path.with_suffix(".json"), text.encode())  # last, so that it implies weights
 
 
 def describes(path: Path, summary: dict) -> bool:
-    """Whether the weights at ``path`` were written with this summary."""
+    """Whether the weights at ``path`` were saved with this summary."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        described = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return path.exists() and described["run"] == summary
+        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return path.exists() and description["run"] == summary
     return False
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.pth``; running no code from it. Raises: CheckpointError if it is none."""
+    """The tensors of a ``.pth`` file, without running code from it. Raises: CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Train it first, or name another weight.")
+        raise CheckpointError(f"{path}: no such file. Train it first, or choose other weights.")
     state = load_tensors(path)
     if "model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
@@ -59,9 +60,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: MiniMindForCausalLM, path: Path, flag: str) -> None:
-    """Put a file's weights into the model, all of them or none.
+    """Load a file's weights into the model. If any does not fit, none is loaded.
 
-    Raises: CheckpointError naming ``flag`` and what differs first."""
+    Raises: CheckpointError naming ``flag`` and the first differences."""
     given, own = read_weights(path), model.state_dict()
     missing = [key for key in own if key not in given]
     unexpected = [key for key in given if key not in own]
@@ -74,14 +75,14 @@ def load_weights(model: MiniMindForCausalLM, path: Path, flag: str) -> None:
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise CheckpointError(
-            f"{flag}: {path} is of another model: {'; '.join(differences[:5])}{more}. "
-            f"{described_sizes(path, given)}"
+            f"{flag}: {path} does not fit this model: {'; '.join(differences[:5])}{more}. "
+            f"{fitting_flags(path, given)}"
         )
     model.load_state_dict(given)
 
 
-def described_sizes(path: Path, state: dict[str, Tensor]) -> str:
-    """One sentence on the sizes that fit a file, for an error message."""
+def fitting_flags(path: Path, state: dict[str, Tensor]) -> str:
+    """A sentence with the flags that fit a weights file, for an error message."""
     try:
         config = read_config(path, state)
     except CheckpointError:
@@ -97,18 +98,20 @@ def described_sizes(path: Path, state: dict[str, Tensor]) -> str:
 
 
 def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
-    """The architecture of a weights file: from the ``.json`` beside it, else from the shapes."""
-    described = path.with_suffix(".json")
-    if described.is_file():
+    """The architecture of a weights file: from the ``.json`` beside it, else from the shapes.
+
+    Raises: CheckpointError if the two disagree, or do not describe a model."""
+    description = path.with_suffix(".json")
+    if description.is_file():
         try:
-            config = MiniMindConfig(**json.loads(described.read_text(encoding="utf-8"))["config"])
+            config = MiniMindConfig(**json.loads(description.read_text(encoding="utf-8"))["config"])
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-            raise CheckpointError(f"{described} does not describe a model: {error}") from None
+            raise CheckpointError(f"{description} does not describe a model: {error}") from None
         sizes = config_from_shapes(state, path) if state else config
-        for name in SHOWN_BY_SHAPES:  # before a model of that size is built
+        for name in SIZES:  # before a model of that size is built
             if getattr(config, name) != getattr(sizes, name):
                 raise CheckpointError(
-                    f"{described} says {name} {printable(getattr(config, name)):.40}, but the "
+                    f"{description} says {name} {printable(getattr(config, name)):.40}, but the "
                     f"weights beside it have {getattr(sizes, name)}."
                 )
         return config
@@ -116,7 +119,8 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
 
 
 def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
-    """MiniMind's own files have no ``.json``; all sizes but experts per token show in shapes.
+    """The architecture of a file without a ``.json``, such as MiniMind's own. The shapes determine
+    all sizes except the number of experts per token.
 
     Raises: CheckpointError if the names are not MiniMind's."""
     layer = "model.layers.0."
@@ -137,8 +141,8 @@ def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
             num_experts=len(state[layer + "mlp.gate.weight"]) if use_moe else 4,
         )
     except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}: these are no MiniMind weights.") from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:  # shapes that make no model
+        raise CheckpointError(f"{path} lacks {error}: these are not MiniMind weights.") from None
+    except (ValueError, TypeError, ZeroDivisionError) as error:  # shapes that do not fit together
         raise CheckpointError(f"{path} holds no MiniMind weights: {error}.") from None
 
 
@@ -149,9 +153,9 @@ def init_model(
     save_dir: str = "out",
     device: str | torch.device = "cpu",
 ) -> tuple[MiniMindForCausalLM, PreTrainedTokenizerBase]:
-    """A new model, or with ``from_weight`` one that starts from ``<save_dir>/<from_weight>_*.pth``.
+    """A model, new or with the weights ``<save_dir>/<from_weight>_*.pth``, and its tokenizer.
 
-    Raises: CheckpointError if those weights are missing or of another shape."""
+    Raises: CheckpointError if the weights are missing or do not fit; SettingsError."""
     tokenizer = load_tokenizer(tokenizer_path)
     model = MiniMindForCausalLM(lm_config)
     if from_weight != "none":
@@ -161,21 +165,21 @@ def init_model(
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Any transformers tokenizer; the shipped one, ``model``, wherever the program was started.
+    """Any transformers tokenizer. ``model`` is the bundled one, whatever the working directory.
 
-    Raises: SettingsError if ``path`` holds none."""
+    Raises: SettingsError if ``path`` does not hold a tokenizer."""
     if path == "model" and not Path(path).is_dir():
         path = str(Path(__file__).resolve().parents[1] / path)
     try:
-        # pyrefly: ignore[bad-return]  # its annotation allows None, which it never returns
+        # pyrefly: ignore[bad-return]  # the inferred type includes None, which is never returned
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise SettingsError(f"--tokenizer_path {path}: no tokenizer there: {reason:.200}") from None
+        raise SettingsError(f"--tokenizer_path {path} holds no tokenizer: {reason:.200}") from None
 
 
 def get_model_params(model: MiniMindForCausalLM, config: MiniMindConfig) -> tuple[int, int]:
-    """Parameters in all, and those that one token passes through (less with experts)."""
+    """The number of all parameters, and of those that one token uses (fewer with experts)."""
     total = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     unused = experts * (1 - config.num_experts_per_tok / config.num_experts)

@@ -1,4 +1,4 @@
-"""Whether this run can have saved a state: asked before any part of it is restored."""
+"""Checks that a state can be from this run, made before any part of it is restored."""
 
 import math
 
@@ -12,7 +12,7 @@ from trainer.progress import Progress
 from trainer.run import Run
 from trainer.state import check_fits, refuse_unless
 
-LAYOUT = {  # of every state, of whatever model; see check_fits
+LAYOUT = {  # of every state, whatever the model; see check_fits for the notation
     "format": int,
     "epoch": int,
     "step": int,
@@ -47,13 +47,13 @@ def check_layout(state: dict) -> None:
             skipped_updates(skipped)
         except (ValueError, AttributeError):
             raise CheckpointError(
-                f"the state does not fit: rollbacks[{number}] is no pair of --resume_step and "
+                f"the state does not fit: rollbacks[{number}] is not a pair of --resume_step and "
                 f"--skip_steps."
             ) from None
 
 
 def check_state(state: dict, run: Run) -> None:
-    """Check that each part of a state fits the run that is to continue it.
+    """Check that each part of a state fits the run that will continue it.
 
     Raises: SettingsError if settings differ, CheckpointError naming the first part that does not
     fit."""
@@ -71,7 +71,7 @@ def check_state(state: dict, run: Run) -> None:
 
 
 def changed_rounding(state: dict, run: Run) -> str:
-    """What differs from the run that saved the state, of that which decides only its last bits."""
+    """The rounding settings that have changed since the state was saved, for a message."""
     now = run.rounding_now
     return ", ".join(
         f"{name} {printable(old)} (now {now.get(name)})"
@@ -81,18 +81,18 @@ def changed_rounding(state: dict, run: Run) -> str:
 
 
 def check_scaler(found: dict, own: dict) -> None:
-    """Raises: CheckpointError unless the run's own scaler could have come so far."""
+    """Raises: CheckpointError unless this run's gradient scaler could have reached this state."""
     check_fits(found, own, "scaler")
     if own:
         start = own | {name: found[name] for name in ("scale", "_growth_tracker")}
         possible = 0 < found["scale"] < math.inf and (
             0 <= found["_growth_tracker"] <= own["growth_interval"]
         )
-        refuse_unless(possible and found == start, f"scaler is {found}, expected as {own}")
+        refuse_unless(possible and found == start, f"scaler is {found}, expected one like {own}")
 
 
 def check_plan(plan: Plan, seconds_spent: float, run: Run) -> None:
-    """Raises: CheckpointError unless the run could have planned so."""
+    """Raises: CheckpointError unless this run could have made this plan."""
     by_epochs = plan.total_rows == run.rows_per_epoch * run.args.epochs
     changed = run.budget or seconds_spent > 0 or plan.from_row > 0
     refuse_unless(
@@ -100,5 +100,5 @@ def check_plan(plan: Plan, seconds_spent: float, run: Run) -> None:
         and 0 <= plan.from_share <= 1
         and 0 <= seconds_spent < math.inf
         and (by_epochs or changed),
-        f"its plan is {printable(tuple(plan))}, and {seconds_spent:.3f} s spent",
+        f"its plan is {printable(tuple(plan))} after {seconds_spent:.3f} s",
     )

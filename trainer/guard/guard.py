@@ -1,8 +1,8 @@
-"""What keeps a rented machine from hurting a run, behind a few verbs.
+"""Protects a run from its machine, behind a few methods.
 
-One run a folder, states that outlive kills and disks, signals, the time that was paid for. What an
-update reads or changes knows nothing of it. Each verb is called on every rank, and does itself what
-only the first one may do.
+It covers locked folders, states that survive kills and lost disks, signals, and the time budget.
+The code of an update knows nothing of it. Call every method on every rank; what only rank 0 may do
+is handled inside.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from trainer.run import Run
 
 
 class Guard:
-    """A context: signals are heard inside, and how the run ends is written down.
+    """A context manager that handles signals, and records how the run ends.
 
-    Its verbs, in the order of a run: ``state``, ``begin``, ``training``, ``stopping``, ``save``."""
+    Its methods, in order of use: ``state``, ``begin``, ``training``, ``stopping``, ``save``."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.stop = StopSignals()
-        self.scope = ExitStack()  # closes what must learn how the run ends
+        self.scope = ExitStack()  # its callbacks receive the error that ends the run
         self.resumed = False
 
     def __enter__(self) -> "Guard":
-        self.scope.enter_context(self.stop.heard())
+        self.scope.enter_context(self.stop.installed())
         return self
 
     def __exit__(
@@ -48,19 +48,18 @@ class Guard:
         self.scope.__exit__(kind, error, trace)
 
     def state(self, model_config: MiniMindConfig) -> dict | None:
-        """Hold the run's folders, and find the state to resume or to anneal from, if there is one.
+        """Lock the run's folders, and find the state to resume or to anneal from, if any.
 
-        Raises: SettingsError if another run holds a folder; CheckpointError if files of another run
-        would be overwritten, or if there are states and none is good; OSError."""
+        Raises: SettingsError if another run has locked a folder; CheckpointError if another run's
+        files would be overwritten, or if there are states but none is good; OSError."""
         config = self.config
         self.scope.push(partial(record_lost_rank, config.checkpoint_dir))
         self.folder = RunFolder(config, model_config)
         state = None
         if not config.dry_run:
-            on_main_process(
-                lambda: self.scope.enter_context(self.folder) and None
-            )  # stays on this rank
-            if config.from_resume or restarted():  # --max-restarts gives no flag
+            # "and None": the result is sent to all ranks, which a RunFolder must not be.
+            on_main_process(lambda: self.scope.enter_context(self.folder) and None)
+            if config.from_resume or restarted():  # torchrun restarts with the same flags
                 state = find_state(config, model_config, self.folder)
             if state is None:
                 on_main_process(self.folder.refuse_to_overwrite)
@@ -70,7 +69,7 @@ class Guard:
         return state
 
     def begin(self, run: Run, state: dict | None, num_bad_records: int) -> bool:
-        """Become the run that saved ``state``, or a new one. Returns: whether anything is left.
+        """Resume from ``state``, or begin a new run. Returns: whether there is anything left to do.
 
         Raises: SettingsError if settings differ, CheckpointError if a part does not fit."""
         config = self.config
@@ -79,9 +78,9 @@ class Guard:
             check_state(state, run)
             run.restore(state)
             if changed := changed_rounding(state, run):
-                log(f"note: saved with {changed}: the same run but for rounding")
+                log(f"note: saved with {changed}: the same run except for rounding")
         if run.budget and not config.dry_run:
-            self.folder.seconds_spent(run.budget, self.resumed)
+            self.folder.track_time(run.budget, self.resumed)
         if config.anneal_from and not self.resumed:
             run.anneal()
         if run.is_done and not run.evaluation_due:
@@ -96,7 +95,8 @@ class Guard:
 
     @contextlib.contextmanager
     def training(self) -> Generator[None]:
-        """Inside, a signal is only noted; elsewhere nothing is to be saved, and it ends the run."""
+        """A context in which signals are only noted. Outside it, nothing needs to be saved, and a
+        signal ends the run immediately."""
         self.stop.training = True
         yield
         self.stop.training = False
@@ -106,17 +106,18 @@ class Guard:
         return self.stop.received is not None
 
     def save(self, run: Run, metrics: Metrics) -> None:
-        """Save the state, then the weights. Raises: OSError; CheckpointError if another run writes
-        to the same folder."""
+        """Save the state, then the weights.
+
+        Raises: OSError; CheckpointError if another run writes to the same folder."""
         with metrics.outside_training("saving"):
             on_main_process(self.folder.check_no_other_run)
             path, seconds = run.save(metrics.tracker.id)
-            on_main_process(partial(self.folder.saved, path))
+            on_main_process(partial(self.folder.add_state, path))
             metrics.log_save(seconds)
 
     def interrupted(self, run: Run, metrics: Metrics, saved: bool) -> Interrupted:
-        """What ends a run that a signal stopped, on this rank or another."""
-        if saved:
-            return Interrupted(metrics.stop_message(self.stop.received))
-        who = self.stop.received or "another rank's signal"
-        return Interrupted(f"stopping: {who} received, nothing new to save")
+        """The error to raise in a run that was stopped by a signal, to this rank or another."""
+        received = self.stop.received
+        cause = f"{received} received" if received else "another rank received a signal"
+        outcome = f"saved update {run.step:,} in {metrics.seconds_to_save:.1f} s"
+        return Interrupted(f"stopping: {cause}, {outcome if saved else 'nothing new to save'}")

@@ -1,6 +1,6 @@
-"""How many rows a device works on at once: enough to keep it busy, no more than its memory holds.
+"""Chooses the number of rows per pass: enough to keep the device busy, and no more than fit.
 
-The updates stay the same: a window's rows are only cut into other micro-batches.
+This does not change the updates, only how the rows of a window are split into micro-batches.
 """
 
 import gc
@@ -14,13 +14,13 @@ from trainer.console import log
 from trainer.errors import is_out_of_memory
 from trainer.run import Run, largest_divisor
 
-MOST_TOKENS = 2**17  # at once; an estimate: from there on products of matrices are large enough
-SHARE_OF_MEMORY = 0.8  # the rest is for what a pass needs for a moment, and for gaps
-OPTIMIZER_BYTES = 12  # a parameter: gradient and two moments in float32
+MAX_TOKENS = 2**17  # per pass; an estimate of where larger matrix products stop being faster
+MEMORY_FRACTION = 0.8  # the rest is for temporary tensors and fragmentation
+OPTIMIZER_BYTES = 12  # per parameter: gradient and two moments in float32
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a device has left; None where that is unknown: MPS shares its memory with all else."""
+    """Free memory of a device, or None if unknown: MPS shares its memory with everything else."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
@@ -35,32 +35,32 @@ def choose_micro_batch(run: Run, one_pass: Callable[[int], Tensor]) -> None:
 
 
 def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int | None) -> None:
-    """Set the run's micro-batch to as many rows as are useful and fit, or to the flag's; if they
-    turn out not to fit, halve it until they do. All ranks take the same.
+    """Set the run's micro-batch to ``--micro_batch_size``, or else to as many rows as are useful
+    and fit. If they turn out not to fit, halve them until they do. All ranks choose the same.
 
     Args:
-        one_pass: forward and backward of so many rows.
-        free_bytes: the device's, with the model there, but neither gradients nor moments; None:
-            begin with the run's own micro-batch.
+        one_pass: runs forward and backward on the given number of rows.
+        free_bytes: of the device, which holds the model, but no gradients or moments yet; None if
+            unknown: start from the run's current micro-batch.
     Raises: torch.OutOfMemoryError, or RuntimeError on a CPU, if not even one row fits."""
     rows = run.args.micro_batch_size
     if free_bytes is None:
         rows = run.micro_batch
     elif rows is None:
         fitting = min(distributed.gather(rows_that_fit(run, one_pass, free_bytes)))
-        rows = min(MOST_TOKENS // run.args.max_seq_len, fitting)
+        rows = min(MAX_TOKENS // run.args.max_seq_len, fitting)
     rows = largest_divisor(run.rows_per_device, rows)
     while error := out_of_memory(run, one_pass, rows):
         if rows == 1:
             raise error
         fewer = largest_divisor(run.rows_per_device, rows // 2)
-        log(f"note: {rows:,} rows at once do not fit the memory; trying {fewer:,}")
+        log(f"note: a pass of {rows:,} rows does not fit in memory; trying {fewer:,}")
         rows = fewer
     run.micro_batch = rows
 
 
 def suggest_micro_batch(run: Run, kind: object, error: BaseException | None, trace: object) -> None:
-    """When a run ends without memory: which flag makes its updates need less. For an ExitStack."""
+    """Add a note to an out-of-memory error with a flag that needs less. An ExitStack callback."""
     if error is not None and is_out_of_memory(error) and run.micro_batch > 1:
         fewer = largest_divisor(run.rows_per_device, run.micro_batch // 2)
         error.add_note(
@@ -70,38 +70,38 @@ def suggest_micro_batch(run: Run, kind: object, error: BaseException | None, tra
 
 
 def rows_that_fit(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int) -> int:
-    """An estimate from what passes of one row and of two take.
+    """An estimate, based on the memory of passes of one and of two rows.
 
-    They run eagerly: compiled code takes less, and need not be made for these sizes."""
+    These run eagerly: compiled code needs less memory, and compiling for these sizes is a waste."""
     with torch.compiler.set_stance("force_eager"):
         one, two = (bytes_taken(run, lambda n=n: one_pass(n)) for n in (1, 2))
     optimizer = OPTIMIZER_BYTES * sum(p.numel() for p in run.model.parameters())
-    left = SHARE_OF_MEMORY * free_bytes - optimizer - (2 * one - two)  # this part rows share
-    return max(1, int(left / (two - one)))
+    fixed = 2 * one - two  # what a pass takes for any number of rows
+    return max(1, int((MEMORY_FRACTION * free_bytes - optimizer - fixed) / (two - one)))
 
 
 def bytes_taken(run: Run, one_pass: Callable[[], Tensor]) -> int:
-    """Memory that a pass takes where its backward half begins, parameters not counted.
+    """Memory of a pass at the start of its backward half, without parameters.
 
-    That is all that it kept; and for the largest tensor, the loss's, a gradient and that of what
-    it came from."""
+    It consists of all saved tensors, and, for the largest one (of the loss), its gradient and the
+    gradient of its input."""
     own = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
-    kept = {}
+    saved_bytes = {}  # by storage
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         one_pass()
     run.optimizer.zero_grad(set_to_none=True)
-    return sum(kept.values()) + 2 * max(kept.values())
+    return sum(saved_bytes.values()) + 2 * max(saved_bytes.values())
 
 
 def out_of_memory(run: Run, one_pass: Callable[[int], Tensor], rows: int) -> Exception | None:
-    """Try it, with room taken for the optimizer's moments. Returns: how it failed, on any rank."""
+    """Try a pass, with memory reserved for the moments. Returns: its error on any rank, or None."""
     error = None
     try:
         moments = [torch.empty_like(p) for p in run.model.parameters() for _ in range(2)]
@@ -110,7 +110,7 @@ def out_of_memory(run: Run, one_pass: Callable[[int], Tensor], rows: int) -> Exc
     except RuntimeError as raised:
         if not is_out_of_memory(raised):
             raise
-        error = raised.with_traceback(None)  # its frames hold what is to be freed
+        error = raised.with_traceback(None)  # its frames hold tensors that must be freed
     run.optimizer.zero_grad(set_to_none=True)
     if error is not None:
         gc.collect()

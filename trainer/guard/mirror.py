@@ -1,7 +1,7 @@
-"""Copies of the states somewhere else, since a rented disk often goes with its machine.
+"""Copies of the states in a second place, since a rented disk is often lost with its machine.
 
-A copy gets its name only after it was read back, so a cut connection leaves nothing that looks
-whole. Whatever happens there, training continues and the local states stay as they are.
+A copy gets its final name only after it has been read back and compared, so a broken connection
+leaves nothing that looks complete. Failures never affect training or the local states.
 """
 
 import contextlib
@@ -23,70 +23,70 @@ from fsspec.config import conf
 from trainer.checkpoint import digest, is_state, update_of, write_atomically
 from trainer.errors import CheckpointError, Interrupted
 
-PIECE = 2**22  # bytes in memory while a state is copied
-PAUSES = (1, 5, 30, 60)  # seconds between attempts; the last one again and again
-FAILING_PATIENCE = 20  # seconds for the last copy, on a machine that costs money meanwhile
-PATIENCE = 60  # seconds without an answer, after which an sftp server counts as gone
+CHUNK_BYTES = 2**22  # held in memory while a state is copied
+PAUSES = (1, 5, 30, 60)  # seconds between attempts; the last one repeats
+FAILING_SECONDS = 20  # for the last copy to a failing mirror, since waiting costs money
+TIMEOUT_SECONDS = 60  # without an answer, after which an sftp server counts as lost
 PART = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
-SECRET = re.compile("KEY|SECRET|TOKEN|PASS", re.I)  # in names of variables and options
+SECRET = re.compile("KEY|SECRET|TOKEN|PASS", re.I)  # in the names of variables and options
 SECRET_IN_URL = re.compile(rf"://[^/]*:(?!\d*(/|$))|[?&][^=]*(sig|{SECRET.pattern})[^=]*=", re.I)
 
-logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it prints tracebacks
+logging.getLogger("paramiko").addHandler(logging.NullHandler())  # otherwise it prints tracebacks
 
 
 class MirrorError(OSError):
-    """The mirror cannot be read although a state may have to come from it."""
+    """The mirror cannot be read, although it may hold the state to resume from."""
 
     exit_status = 6
 
 
 def mirror_problems(url: str) -> list[str]:
-    """What is wrong with ``--checkpoint_mirror``, in words; empty if nothing is."""
-    if SECRET_IN_URL.search(url):  # and so it must not be repeated here
+    """What is wrong with ``--checkpoint_mirror``; empty if it can be used."""
+    if SECRET_IN_URL.search(url):  # which the message must not repeat
         return [
-            "--checkpoint_mirror holds a password, or a port that is no number. Flags end up "
-            "in logs: give an ssh key, ~/.aws or an environment variable instead."
+            "--checkpoint_mirror contains a password, or a port that is not a number. Flags end up "
+            "in logs: use an ssh key, ~/.aws or an environment variable instead."
         ]
     try:
-        if "::" in url:  # a cache in between would answer when a copy is read back
+        if "::" in url:  # a cache in the chain could answer when a copy is read back
             raise ValueError
         fsspec.get_filesystem_class(url.partition("://")[0] if "://" in url else "file")
     except ImportError as error:
         module = (getattr(error.__cause__, "name", None) or str(error)).partition(".")[0]
-        package = {"smbclient": "smbprotocol"}.get(module, module)  # else they have one name
-        return [f"--checkpoint_mirror {url} needs a package: pip install {package}"]
+        package = {"smbclient": "smbprotocol"}.get(module, module)  # else the names agree
+        return [f"--checkpoint_mirror {url} requires a package: pip install {package}"]
     except ValueError:
         return [
-            f"--checkpoint_mirror {url} is no address that can be used. Pass a folder, or one "
-            f"like sftp://user@host/folder or s3://bucket/folder."
+            f"--checkpoint_mirror {url} is not a usable address. Pass a folder, or a URL such as "
+            f"sftp://user@host/folder or s3://bucket/folder."
         ]
     return []
 
 
 def scrub(text: str) -> str:
-    """``text`` without passwords in addresses and without what the environment keeps secret."""
+    """``text`` without passwords in URLs, and without secrets from the environment or fsspec."""
     named = [*os.environ.items(), *(pair for options in conf.values() for pair in options.items())]
     known = {str(value) for name, value in named if SECRET.search(name) and len(str(value)) >= 6}
-    for secret in sorted(known, key=len, reverse=True):  # one may be a part of another
+    for secret in sorted(known, key=len, reverse=True):  # one may contain another
         text = text.replace(secret, "***")
     return re.sub(r"//[^/\s@]*:[^/\s]*@", "//***@", text)
 
 
 def reason_of(error: Exception) -> str:
-    """Its kind and the first line of its text, without secrets."""
+    """The type and the first line of an error, without secrets."""
     lines = scrub(str(error)).splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[0]:.200}"
 
 
 @contextlib.contextmanager
 def connected(url: str) -> Generator[tuple[AbstractFileSystem, str]]:
-    """A file system and the folder in it. Never a cached one: it may be the one that broke."""
+    """The file system and folder of a URL, over a new connection: a cached one may be broken."""
     is_ssh = url.startswith(("sftp://", "ssh://"))
-    limits = {"timeout": PATIENCE, "channel_timeout": PATIENCE} if is_ssh else {}
+    limits = {"timeout": TIMEOUT_SECONDS, "channel_timeout": TIMEOUT_SECONDS} if is_ssh else {}
     fs, folder = fsspec.url_to_fs(url, skip_instance_cache=True, **limits)
     try:
         if is_ssh:
-            fs.ftp.get_channel().settimeout(PATIENCE)
+            fs.ftp.get_channel().settimeout(TIMEOUT_SECONDS)
         yield fs, folder.rstrip("/")
     finally:
         for part in ("ftp", "client"):
@@ -95,7 +95,7 @@ def connected(url: str) -> Generator[tuple[AbstractFileSystem, str]]:
 
 
 def names_in(fs: AbstractFileSystem, folder: str) -> list[str]:
-    """The names in a folder; none if it is not there yet."""
+    """The names in a folder; empty if it does not exist yet."""
     try:
         return [path.rsplit("/", 1)[-1] for path in fs.ls(folder, detail=False)]
     except FileNotFoundError:
@@ -103,74 +103,75 @@ def names_in(fs: AbstractFileSystem, folder: str) -> list[str]:
 
 
 def open_binary(fs: AbstractFileSystem, path: str, mode: Literal["rb", "wb"]) -> Any:
-    """A file of bytes; fsspec annotates it as text or bytes, whatever the mode."""
+    """Open a binary file. fsspec annotates the result as text or bytes, whatever the mode."""
     return fs.open(path, mode)
 
 
-def pieces(fs: AbstractFileSystem, path: str) -> Iterator[bytes]:
-    """A file's bytes, in order."""
+def chunks(fs: AbstractFileSystem, path: str) -> Iterator[bytes]:
+    """The content of a file."""
     size = fs.size(path)
     with open_binary(fs, path, "rb") as file:
-        for start in range(0, size, PIECE):
-            if hasattr(file, "prefetch"):  # paramiko: else it waits for every 32 KiB
-                file.prefetch(min(start + PIECE, size))
-            yield file.read(PIECE)
+        for start in range(0, size, CHUNK_BYTES):
+            if hasattr(file, "prefetch"):  # paramiko; without it, each 32 KiB is a round trip
+                file.prefetch(min(start + CHUNK_BYTES, size))
+            yield file.read(CHUNK_BYTES)
 
 
 def copy(source: BinaryIO, fs: AbstractFileSystem, folder: str, state: str) -> None:
-    """Write ``source`` under another name, read it back, then give it its name."""
+    """Write ``source`` under a temporary name, read it back, then rename it to ``state``."""
     fs.makedirs(folder, exist_ok=True)
     part = f"{folder}/.{state}.{secrets.token_hex(8)}.part"
     try:
         with open_binary(fs, part, "wb") as target:
-            if hasattr(target, "set_pipelined"):  # paramiko again
+            if hasattr(target, "set_pipelined"):  # paramiko; does not wait for each write
                 target.set_pipelined()
-            while piece := source.read(PIECE):
-                target.write(piece)
-            if getattr(fs, "local_file", False):  # or only the memory may be read back
+            while chunk := source.read(CHUNK_BYTES):
+                target.write(chunk)
+            if getattr(fs, "local_file", False):  # else reading back may not reach the disk
                 target.flush()
                 os.fsync(target.fileno())
-        arrived = hashlib.sha256()
-        for piece in pieces(fs, part):
-            arrived.update(piece)
-        if arrived.hexdigest()[:32] not in state:
-            raise OSError(f"the {fs.size(part):,} bytes that arrived are not those saved")
+        written = hashlib.sha256()
+        for chunk in chunks(fs, part):
+            written.update(chunk)
+        if written.hexdigest()[:32] not in state:
+            raise OSError(f"the {fs.size(part):,} bytes read back are not those saved")
         fs.mv(part, f"{folder}/{state}")
     except Exception:
-        with contextlib.suppress(Exception):  # if the connection is cut, the next attempt does it
+        with contextlib.suppress(Exception):  # if the connection is broken, the next attempt does
             fs.rm_file(part)
         raise
 
 
 class Mirror:
-    """Where the states called ``name`` are copied to, by one thread in the background.
+    """The place to which a background thread copies the states called ``name``.
 
     Args:
-        url: a folder, or any address that fsspec understands.
-        warn: is given a line when something fails or works again, by whichever thread.
-        keep: so many states of this run stay there."""
+        url: a folder, or any URL that fsspec supports.
+        warn: called with a message when copying fails or works again, from any thread.
+        keep: how many states of this run to keep there."""
 
     def __init__(self, url: str, name: str, warn: Callable[[str], None], keep: int = 2) -> None:
         self.url, self.name, self.warn, self.keep = url, name, warn, keep
         self.safe_url = scrub(url)
-        self._own: set[str] = set()  # states that may be deleted there
-        self._clearing = False  # all may be
-        self._told: set[object] = set()  # kinds of failures since a copy last succeeded
-        self._changed = threading.Condition()  # guards the rest
-        self._offered: Path | None = None  # the newest
-        self._taken: Path | None = None  # by the thread
+        self._own: set[str] = set()  # names of states that may be deleted there
+        self._clearing = False  # whether all states may be deleted
+        self._warned: set[object] = set()  # kinds of failures since the last successful copy
+        self._changed = threading.Condition()  # guards the following attributes
+        self._offered: Path | None = None  # the newest state
+        self._taken: Path | None = None  # the state that the thread last tried to copy
         self._copied: Path | None = None
         self._ended = False
-        os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # botocore's retries draw from `random`
+        # botocore's retries would draw from Python's random number generator.
+        os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
 
     def states(self) -> list[str]:
-        """Names of the states there, most updates first. Raises: MirrorError."""
+        """The names of the states there, newest first. Raises: MirrorError."""
         return sorted(self._read(self._states_in), key=update_of, reverse=True)
 
     def fetch(self, state: str, folder: Path) -> Path:
-        """Bring a state into a local folder. Raises: CheckpointError if damaged; MirrorError."""
-        data = self._read(lambda fs, there: b"".join(pieces(fs, f"{there}/{state}")))
+        """Copy a state to a local folder. Raises: MirrorError; CheckpointError if it is damaged."""
+        data = self._read(lambda fs, there: b"".join(chunks(fs, f"{there}/{state}")))
         if digest(data) not in state:
             raise CheckpointError(
                 f"{self.safe_url}/{state} is damaged: its {len(data):,} bytes are not those "
@@ -180,41 +181,41 @@ class Mirror:
         write_atomically(folder / state, data)
         return folder / state
 
-    def owns(self, names: Iterable[str]) -> None:
-        """States that this run came from. Only these and those offered are ever deleted there."""
+    def add_own(self, names: Iterable[str]) -> None:
+        """Mark states as this run's. Only these and the offered ones are ever deleted there."""
         self._own.update(names)
 
     def clear(self) -> None:
-        """Once the next state is there, delete all others: the run of this name starts afresh."""
+        """Delete all other states once the next one is copied, for a new run of the same name."""
         self._clearing = True
 
     def offer(self, path: Path) -> None:
-        """Copy a state in the background; of several that wait, only the newest."""
+        """Copy a state in the background. Of several waiting states, only the newest is copied."""
         with self._changed:
             skipped = self._offered if self._offered != self._taken else None
             self._own.add(path.name)
             self._offered = path
             self._changed.notify_all()
         if skipped:
-            self._tell_once(
+            self._warn_once(
                 "slow",
-                f"{self.safe_url} is still busy with an older state; that of "
-                f"update {update_of(skipped.name):,} is left out",
+                f"{self.safe_url} is still busy with an older state; the state of "
+                f"update {update_of(skipped.name):,} is skipped",
             )
 
     def finish(self, seconds: float) -> None:
-        """Wait, at most so long, until the newest state is there; less for a mirror that fails.
-        After that nothing is copied."""
+        """Wait until the newest state is copied, for at most ``seconds``, or less if the mirror is
+        failing; then stop copying."""
         since = time.monotonic()
         with self._changed:
             while self._copied != self._offered:
-                most = min(seconds, FAILING_PATIENCE) if self._told - {"slow"} else seconds
+                most = min(seconds, FAILING_SECONDS) if self._warned - {"slow"} else seconds
                 if (left := since + most - time.monotonic()) <= 0:
                     break
-                self._changed.notify_all()  # no long pauses now
-                self._changed.wait(min(left, 1))  # in slices, for the sake of signals
+                self._changed.notify_all()  # ends the pause between attempts
+                self._changed.wait(min(left, 1))  # in slices, so that signals are handled
             if (path := self._offered) is not None and path != self._copied:
-                self._tell_once(
+                self._warn_once(
                     path,
                     f"the state of update {update_of(path.name):,} is not at "
                     f"{self.safe_url}; it is only at {path}",
@@ -222,15 +223,15 @@ class Mirror:
             self._ended = True
             self._changed.notify_all()
 
-    def _tell_once(self, kind: object, text: str) -> None:
-        """Warn, unless it was said before or is too late. A closed console stops nothing."""
-        if kind not in self._told and not self._ended:
-            self._told.add(kind)
-            with contextlib.suppress(Exception):
+    def _warn_once(self, kind: object, text: str) -> None:
+        """Warn, once per kind until a copy succeeds, and not after ``finish``."""
+        if kind not in self._warned and not self._ended:
+            self._warned.add(kind)
+            with contextlib.suppress(Exception):  # a closed console
                 self.warn(f"warning: mirror: {text}")
 
     def _read(self, task: Callable[[AbstractFileSystem, str], Any]) -> Any:
-        """What ``task`` finds there, at a second or third attempt if need be."""
+        """The result of ``task``, which gets up to three attempts. Raises: MirrorError."""
         for pause in (*PAUSES[:2], 0):
             try:
                 with connected(self.url) as (fs, folder):
@@ -243,13 +244,13 @@ class Mirror:
         raise MirrorError(f"--checkpoint_mirror {self.safe_url} cannot be read: {reason}")
 
     def _work(self) -> None:
-        """The thread: try the newest offer until it is there, then wait for the next."""
+        """The thread: copy the newest state, repeatedly if necessary, then wait for the next."""
         failures = 0
         while (path := self._next(failures)) is not None:
             failures = 0 if self._attempt(path) else failures + 1
 
     def _next(self, failures: int) -> Path | None:
-        """Wait for a state to copy, after a pause if the last attempts failed. None: no more."""
+        """Wait for a state to copy, after a pause if attempts failed. Returns: None at the end."""
         with self._changed:
             if failures and self._offered == self._taken and not self._ended:
                 self._changed.wait(PAUSES[min(failures, len(PAUSES)) - 1])
@@ -260,11 +261,11 @@ class Mirror:
             return self._taken
 
     def _attempt(self, path: Path) -> bool:
-        """Copy a state over a connection of its own. Whether it is there now."""
+        """Copy a state over a new connection. Returns: whether it succeeded."""
         copied = False
         try:
             with path.open("rb") as source, connected(self.url) as (fs, folder):
-                for name in names_in(fs, folder):  # left by a cut connection or a killed process
+                for name in names_in(fs, folder):  # left by a broken connection or a kill
                     if (part := PART.fullmatch(name)) and part[1] in self._own:
                         fs.rm_file(f"{folder}/{name}")
                 copy(source, fs, folder, path.name)
@@ -277,23 +278,23 @@ class Mirror:
                 else f"state of update {update_of(path.name):,} was not copied to "
                 f"{self.safe_url}: {reason_of(error)}; trying again"
             )
-            self._tell_once((type(error), getattr(error, "errno", None)), failed)
+            self._warn_once((type(error), getattr(error, "errno", None)), failed)
         else:
-            if self._told - {"slow"}:
-                self._tell_once("works", f"{self.safe_url} works again")
-            self._told &= {"slow"}
+            if self._warned - {"slow"}:
+                self._warn_once("works", f"{self.safe_url} works again")
+            self._warned &= {"slow"}
         with self._changed:
             self._copied = path if copied else self._copied
             self._changed.notify_all()
         return copied
 
     def _states_in(self, fs: AbstractFileSystem, folder: str) -> set[str]:
-        """The states of this name."""
+        """The names of the states of this name in ``folder``."""
         return {file for file in names_in(fs, folder) if is_state(file, self.name)}
 
     def _prune(self, fs: AbstractFileSystem, folder: str, newest: str) -> None:
-        """Of this run's states, leave ``newest`` and those before it, but no abandoned one:
-        a state of more updates is from before the run was taken back to an earlier one."""
+        """Delete this run's states except ``newest`` and the ``keep - 1`` before it. Those of later
+        updates go as well: the run abandoned them when it returned to an earlier state."""
         others = self._states_in(fs, folder) - {newest}
         own = others & self._own
         before = [state for state in own if update_of(state) < update_of(newest)]
@@ -304,10 +305,10 @@ class Mirror:
 
 
 def fetch_newest(mirror: Mirror, folder: Path, newer_than: int) -> tuple[Path | None, list[str]]:
-    """Bring the newest good state of more than ``newer_than`` updates (-1: any) into ``folder``.
+    """Fetch the newest good state of an update after ``newer_than`` (-1: any) into ``folder``.
 
-    Returns: its path, or None, and a line on each damaged one passed over.
-    Raises: MirrorError; CheckpointError if any would do and all are damaged."""
+    Returns: its path or None, and a message for each damaged state that was skipped.
+    Raises: MirrorError; CheckpointError if ``newer_than`` is -1 and all states are damaged."""
     complaints = []
     for state in mirror.states():
         if update_of(state) > newer_than:

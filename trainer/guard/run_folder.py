@@ -1,11 +1,11 @@
-"""One run a folder, and ``run_state.json``: what the run does, or how it ended.
+"""Ensures one run per folder, and maintains ``run_state.json``, the status of the run.
 
-torchrun's exit status is 1 whatever a rank returned; a supervisor reads the file instead:
+A supervisor reads that file, since torchrun exits with 1 whatever the ranks returned:
 
     {"status": "running" | "interrupted" | "complete" | "failed", "code": the exit status or null,
-     "run": "pretrain_768", "step": updates saved, "reason": "...", "pid": ..., "host": ...,
-     "since": "2026-11-22 10:02:11", "bad_records": lines of the data passed over,
-     "seconds_spent": of --max_minutes, by all starts}
+     "run": "pretrain_768", "step": last saved update, "reason": "...", "pid": ..., "host": ...,
+     "since": "2026-11-22 10:02:11", "bad_records": number of records skipped,
+     "seconds_spent": of --max_minutes, summed over all starts}
 """
 
 import contextlib
@@ -40,26 +40,26 @@ from trainer.guard.mirror import Mirror, MirrorError, fetch_newest
 from trainer.plan import Budget
 from trainer.weights import weights_path
 
-FILE = "run_state.json"
-LOCK_PATIENCE = 1.0  # seconds in which a lock may come free: that of a process being killed
-MIRROR_PATIENCE = 600.0  # seconds for the last copy to arrive
+RUN_STATE = "run_state.json"
+LOCK_SECONDS = 1.0  # to wait for a lock, which a process that is being killed may still hold
+MIRROR_SECONDS = 600.0  # to wait for the last copy
 
 
 class RunFolder:
-    """A context: the run holds its folders inside, and how it ends is written down.
+    """A context manager that locks the run's folders, and records how the run ends.
 
-    Only the main process enters it. The locks are the kernel's, by process: no kill leaves one
-    behind, and none passes to a child.
+    Only the main process enters it. The locks are POSIX locks, which belong to the process: they
+    do not outlive a kill, and child processes do not inherit them.
 
-    Raises: SettingsError if another run holds a folder, OSError if one cannot be written to."""
+    Raises: SettingsError if another run has locked a folder, OSError if one is not writable."""
 
     def __init__(self, args: TrainConfig, config: MiniMindConfig) -> None:
         self.args, self.name = args, checkpoint_name(args.save_weight, config)
         self.folder, self.save_dir = Path(args.checkpoint_dir), Path(args.save_dir)
         self.weights = weights_path(args.save_dir, args.save_weight, config)
-        self.path = self.folder / FILE
+        self.path = self.folder / RUN_STATE
         self.locks: list[int] = []
-        self.known: set[Path] = set()  # states of this run
+        self.own_states: set[Path] = set()
         self.mirror: Mirror | None = None
         if args.checkpoint_mirror and is_main_process():
             warn = partial(write_line, print)
@@ -95,8 +95,8 @@ class RunFolder:
             self.content["seconds_spent"] = spent
         if last.get("status") == "running":
             log(
-                f"note: the last run here ended without a word (killed, or out of memory) some "
-                f"time after update {last.get('step', 0):,}"
+                f"note: the last run here was killed, or ran out of memory, some time after "
+                f"update {last.get('step', 0):,}"
             )
         parts = [
             *remove_partial_files(self.folder, self.name),
@@ -104,8 +104,8 @@ class RunFolder:
             *remove_partial_files(self.save_dir, self.name),
         ]
         for part in parts:
-            log(f"note: removed {part.name}, which a killed run left half-written")
-        if last.get("status") != "complete":  # a complete run that is started again stays as it is
+            log(f"note: removed {part.name}, a partial file of a killed run")
+        if last.get("status") != "complete":  # restarting a complete run changes nothing
             self.write()
         return self
 
@@ -117,14 +117,14 @@ class RunFolder:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return self.locks.append(descriptor)
             except (BlockingIOError, PermissionError):
-                if time.monotonic() - since > LOCK_PATIENCE:
+                if time.monotonic() - since > LOCK_SECONDS:
                     os.close(descriptor)
                     break
             time.sleep(0.05)
         last, owner = read_run_state(self.folder), "another run"
         if last.get("status") == "running":
             owner = f"{last['run']}, pid {last['pid']} on {last['host']} since {last['since']}"
-        raise SettingsError(f"{flag} {path.parent} is in use by {owner}. Give another {flag}.")
+        raise SettingsError(f"{flag} {path.parent} is in use by {owner}. Choose another {flag}.")
 
     def write(self, **changes: object) -> None:
         """Replace ``run_state.json``."""
@@ -133,96 +133,97 @@ class RunFolder:
         write_atomically(self.path, text.encode())
 
     def files(self) -> list[Path]:
-        """What an earlier run of this name left: states, newest first, and weights."""
+        """The files of an earlier run of this name: states, newest first, and weights."""
         weights = (self.weights, self.weights.with_suffix(".json"))
         states = list_states(self.folder, self.name)
         return [*states, *(path for path in weights if path.exists())]
 
     def refuse_to_overwrite(self) -> None:
-        """Raises: CheckpointError if a new run's saves would replace another run's files."""
+        """Raises: CheckpointError if saving would replace the files of an earlier run."""
         taken: list = self.files()
         if self.mirror is not None:
-            with contextlib.suppress(MirrorError):  # gone: saving there will warn
+            with contextlib.suppress(MirrorError):  # unreachable: copying will warn
                 taken += [f"{self.mirror.safe_url}/{name}" for name in self.mirror.states()]
         if taken and not self.args.overwrite:
             raise CheckpointError(
                 f"{taken[0]} belongs to an earlier run. --from_resume 1 resumes it, "
-                f"--save_weight NAME starts one beside it, --overwrite 1 deletes it."
+                f"--save_weight NAME starts another run beside it, --overwrite 1 deletes it."
             )
 
     def delete_run(self) -> None:
-        """--overwrite 1: forget the earlier run of this name."""
+        """--overwrite 1: delete the earlier run of this name."""
         for path in self.files():
             path.unlink()
         if self.mirror is not None and self.args.overwrite:
             self.mirror.clear()
 
     def fetch(self, update: int | None) -> None:
-        """Bring a state from the mirror if it has a newer one than there is here, or the one of
-        ``update`` if that is not here. Raises: MirrorError, CheckpointError if none is here."""
+        """Fetch the mirror's newest state if it is newer than the good local ones, or the state of
+        ``update`` unless there is a good local one.
+
+        Raises: MirrorError, CheckpointError if that fails and there is no good local state."""
         if self.mirror is None:
             return
-        whole = [
+        good = [
             update_of(path)
             for path in list_states(self.folder, self.name)
             if digest_of_file(path) in path.name
         ]
         try:
-            self.mirror.owns(self.mirror.states())
+            self.mirror.add_own(self.mirror.states())
             if update is None:
-                found, complaints = fetch_newest(self.mirror, self.folder, max(whole, default=-1))
+                found, complaints = fetch_newest(self.mirror, self.folder, max(good, default=-1))
                 for complaint in complaints:
                     log(f"warning: {complaint}")
                 if found:
                     log(f"fetched {found.name} from the mirror")
-            elif update not in whole:
+            elif update not in good:
                 for name in self.mirror.states():
                     if update_of(name) == update:
                         self.mirror.fetch(name, self.folder)
         except MirrorError as error:
-            if not whole:
+            if not good:
                 raise
             log(f"warning: {error}")
 
     def set_aside(self, update: int) -> None:
-        """The run goes back to the state of ``update``: those after it are no longer its own.
+        """Abandon the states after ``update``, because the run returns to that one.
 
-        They are deleted once the first state of the new branch is safe."""
+        They are deleted once the first state of the new branch has been saved."""
         for path in list_states(self.folder, self.name):
             if update_of(path) > update:
                 path.rename(path.with_suffix(".abandoned"))
 
-    def seconds_spent(self, budget: Budget, resumed: bool) -> None:
-        """Let the budget know what earlier starts spent, to their last look at the clock, and keep
-        what this one spends."""
+    def track_time(self, budget: Budget, resumed: bool) -> None:
+        """Make the budget count the time of earlier starts, and record the time of this one."""
         if resumed:
             budget.spent_before = max(budget.spent_before, self.content["seconds_spent"])
 
         def keep(seconds: float) -> None:
-            with contextlib.suppress(OSError):  # a full disk: only the count would suffer
+            with contextlib.suppress(OSError):  # on a full disk, only this number is lost
                 self.write(seconds_spent=round(seconds, 3))
 
         budget.keep = keep
 
     def begin(self, step: int, num_bad_records: int) -> None:
-        """Training begins, after so many updates."""
-        self.known = set(list_states(self.folder, self.name))
+        """Record that training begins after ``step`` updates."""
+        self.own_states = set(list_states(self.folder, self.name))
         if self.mirror is not None:
-            self.mirror.owns(path.name for path in self.known)
+            self.mirror.add_own(path.name for path in self.own_states)
         self.write(step=step, bad_records=num_bad_records)
 
     def check_no_other_run(self) -> None:
-        """Raises: CheckpointError if another run saved here: on some network disks locks fail."""
+        """Raises: CheckpointError if another run saved here. Locks fail on some network disks."""
         for path in list_states(self.folder, self.name):
-            if path not in self.known:
+            if path not in self.own_states:
                 raise CheckpointError(
-                    f"{path} is of another run that writes here, too: stopped. "
-                    f"Give one of them another --checkpoint_dir."
+                    f"{path} was saved by another run in the same folder: stopped. "
+                    f"Choose another --checkpoint_dir for one of them."
                 )
 
-    def saved(self, path: Path) -> None:
-        """A state of this run was written."""
-        self.known.add(path)
+    def add_state(self, path: Path) -> None:
+        """Record a state that this run has saved, and offer it to the mirror."""
+        self.own_states.add(path)
         for abandoned in self.folder.glob(f"{self.name}_resume_*.abandoned"):
             abandoned.unlink()
         self.write(step=update_of(path))
@@ -232,36 +233,36 @@ class RunFolder:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         code = 0 if error is None else exit_status_of(error)
         if self.mirror is not None and code in (0, 75):
-            with contextlib.suppress(Interrupted):  # by a signal while it waits
-                self.mirror.finish(MIRROR_PATIENCE if code == 0 else 10)
+            with contextlib.suppress(Interrupted):  # a signal while waiting
+                self.mirror.finish(MIRROR_SECONDS if code == 0 else 10)
         last = read_run_state(self.folder)
         if last.get("pid") == os.getpid() and last.get("status") == "running":
             status = {0: "complete", 75: "interrupted"}.get(code, "failed")
-            with contextlib.suppress(OSError):  # a full disk, perhaps: the exit status remains
+            with contextlib.suppress(OSError):  # perhaps a full disk; the exit status remains
                 self.write(status=status, code=code, reason=str(error or ""))
         for descriptor in self.locks:
             os.close(descriptor)
 
 
 def read_run_state(folder: str | Path) -> dict:
-    """What ``run_state.json`` says, empty if there is none."""
+    """The content of ``run_state.json``; empty if it is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
+        content = json.loads((Path(folder) / RUN_STATE).read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     return {}
 
 
 def record_lost_rank(folder: str, kind: object, error: BaseException | None, trace: object) -> None:
-    """Write down, from any rank, that another one is lost: the first may be the lost one."""
+    """Record the loss of a rank. Called on every rank, since rank 0 may be the lost one."""
     content = read_run_state(folder)
     if isinstance(error, RankError) and content.get("status") == "running":
         content |= {"status": "failed", "code": error.exit_status, "reason": str(error)}
         with contextlib.suppress(OSError):
-            write_atomically(Path(folder) / FILE, json.dumps(content, indent=1).encode())
+            write_atomically(Path(folder) / RUN_STATE, json.dumps(content, indent=1).encode())
 
 
 def state_to_anneal(args: TrainConfig, anneal_from: str) -> dict:
-    """The state that --anneal_from names, on every rank; how long its run was to be is forgotten.
+    """The state that --anneal_from names, on every rank, with the --epochs and --decay_ratio given.
 
     Raises: CheckpointError if it cannot be used."""
     path, flag = Path(anneal_from), f"--anneal_from {anneal_from}"
@@ -269,7 +270,7 @@ def state_to_anneal(args: TrainConfig, anneal_from: str) -> dict:
     def read() -> dict:
         if not is_state(path.name) or not path.exists():
             raise CheckpointError(
-                f"{flag}: no state, such as checkpoints/NAME_resume_….safetensors, there"
+                f"{flag} is not a state. Expected checkpoints/NAME_resume_….safetensors"
             )
         return read_state(path)
 
@@ -280,9 +281,9 @@ def state_to_anneal(args: TrainConfig, anneal_from: str) -> dict:
 
 
 def find_state(args: TrainConfig, config: MiniMindConfig, folder: RunFolder) -> dict | None:
-    """The state to resume from, on every rank; None if there is none and the run is a new one.
+    """The state to resume from, on every rank, or None if there is none and the run is new.
 
-    Raises: CheckpointError, MirrorError if there may be one that cannot be used."""
+    Raises: CheckpointError, MirrorError if there is or may be a state that cannot be used."""
 
     def load(update: int | None = None) -> dict | None:
         found = newest_for_all(folder.folder, folder.name, update)
@@ -298,9 +299,9 @@ def find_state(args: TrainConfig, config: MiniMindConfig, folder: RunFolder) -> 
         state = load(update=args.resume_step)
         on_main_process(partial(folder.set_aside, args.resume_step))
     if state is None:
-        log("no state yet: a new run")
+        log("no state found: starting a new run")
         return None
     if rollback != [None, None] and rollback not in state["rollbacks"]:
-        state["rollbacks"].append(rollback)  # so that the same command does not go back twice
+        state["rollbacks"].append(rollback)  # so that the same command returns there only once
     log(f"resuming after update {state['step']:,}")
     return state

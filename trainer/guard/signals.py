@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: finish the update, save, stop."""
+"""Handling of SIGTERM, SIGINT and SIGHUP: finish the update, save, stop."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ STOPPING = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 class StopSignals:
-    """Whether a signal asked this process to stop. During training the handler only takes note.
+    """Records whether a signal asked this process to stop.
 
-    Before the first update and after the last save there is nothing to finish; there it raises
-    Interrupted at once."""
+    Outside training (before the first update, after the last save) there is nothing to finish, so
+    the handler raises Interrupted."""
 
     def __init__(self) -> None:
         self.received: str | None = None  # the signal's name
@@ -27,18 +27,18 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one stops at once
-            with contextlib.suppress(OSError):  # not print: it may have been interrupted itself
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one stops immediately
+            with contextlib.suppress(OSError):  # not print(), which may be what was interrupted
                 os.write(2, b"\nstopping after this update; Ctrl-C again stops without saving\n")
         if number == signal.SIGHUP:
-            for terminal in self._terminals:  # gone; each write to it would fail
+            for terminal in self._terminals:  # it is gone, so each write would fail
                 drop_output(terminal)
         if not self.training:
             raise Interrupted(f"stopping: {self.received} received, there was nothing to save")
 
     @contextlib.contextmanager
-    def heard(self) -> Generator["StopSignals"]:
-        """Listen, except to what is ignored already, as nohup has SIGHUP ignored."""
+    def installed(self) -> Generator["StopSignals"]:
+        """Install the handler, except for ignored signals, such as SIGHUP under nohup."""
         before = {}
         if threading.current_thread() is threading.main_thread():
             for name in STOPPING:

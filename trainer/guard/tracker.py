@@ -1,4 +1,4 @@
-"""SwanLab behind three calls. Whatever it does, training continues as if it were not there."""
+"""SwanLab behind two methods. Its failures never affect training."""
 
 import contextlib
 import importlib.util
@@ -11,23 +11,22 @@ from typing import Literal
 
 
 class NoTracker:
-    """What training talks to without ``--use_wandb``."""
+    """Stands in for SwanLabTracker without ``--use_wandb``; keeps the id of the run's tracker."""
 
     def __init__(self, run_id: str | None = None) -> None:
         self.id = run_id
 
     def log(self, metrics: dict, step: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def finish(self, error: str | None = None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 @contextlib.contextmanager
 def contained() -> Generator[None]:
-    """Turn any failure into one line, keep SwanLab's prints off the console, undo its hooks.
-
-    It installs its own SIGINT handler and exception hook, which are ours to decide."""
+    """Turn any failure into one line, silence SwanLab's output, and undo the SIGINT handler and the
+    exception hook that it installs."""
     handler, hook = signal.getsignal(signal.SIGINT), sys.excepthook
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -41,15 +40,15 @@ def contained() -> Generator[None]:
 
 
 class SwanLabTracker:
-    """A SwanLab run: in the cloud for whoever is logged in, else in the local dashboard.
+    """A SwanLab run: in the cloud if the user is logged in, otherwise in the local dashboard.
 
     Args:
-        project, name: as SwanLab shows them.
+        project, name: shown by SwanLab.
         config: all flags.
-        log_dir: where the local dashboard's files go; ``swanlab watch <log_dir>`` shows them.
+        log_dir: for the files of the local dashboard; ``swanlab watch <log_dir>`` shows them.
         run_id: the run to continue, or None for a new one.
-        history: the metrics of the steps before this start. The cloud continues a run by its id;
-            the local dashboard cannot, so there the run's newest entry is told its past."""
+        history: the metrics of earlier steps. The cloud continues a run by its id. The local
+            dashboard makes a new entry, to which these metrics are logged again."""
 
     def __init__(
         self,
@@ -63,9 +62,9 @@ class SwanLabTracker:
         self.run = None
         self.id = run_id or f"{name}-{uuid.uuid4().hex[:8]}"
         with contained():
-            import swanlab  # not before it is asked for
+            import swanlab  # only if it is used
 
-            # Not interactive: it never asks for a key, whatever it finds.
+            # Not interactive, so that it never asks for a key.
             settings = swanlab.Settings(
                 interactive=False,
                 terminal=swanlab.Settings.Terminal(proxy_type="none"),
@@ -86,7 +85,7 @@ class SwanLabTracker:
                         id=self.id,
                         resume="allow",
                         mode=mode,
-                        color="#4C72B0",  # without one SwanLab draws it from Python's generator
+                        color="#4C72B0",  # otherwise drawn from Python's generator
                         settings=settings,
                     )
                     break
@@ -95,14 +94,14 @@ class SwanLabTracker:
                 self.log(metrics, metrics["step"])
 
     def log(self, metrics: dict, step: int) -> None:
-        """Send one step's numbers; other values stay in the metrics file."""
+        """Send the numbers of one step; other values are only in the metrics file."""
         if self.run is not None and self.run.alive:
             with contained():
                 numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
                 self.run.log(numbers, step=step)
 
     def finish(self, error: str | None = None) -> None:
-        """Close the run as successful, or as crashed with ``error``."""
+        """Mark the run as successful, or as crashed with ``error``."""
         if self.run is not None and self.run.alive:
             with contained():
                 self.run.finish(state="crashed" if error else "success", error=error)
