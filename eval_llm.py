@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from dataset.lm_dataset import PretrainDataset, as_is
+from dataset.lm_dataset import PretrainDataset, SkipBatchSampler
 from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
@@ -164,17 +163,16 @@ def measure(
         args.data_path, tokenizer, args.max_seq_len, cache_dir=args.cache_dir,
         bad_records=args.bad_records, text_column=args.text_column
     )
-    sums = {}
+    nats, num_labels, num_bytes, by_language = 0.0, 0.0, 0, []
     for language, part in data.by_language(tokenizer).items():
-        rows = range(len(part))
-        batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-        loader = DataLoader(part, batch_sampler=batches, collate_fn=as_is)
-        sums[language] = (*held_out_nats(model, loader), part.num_text_bytes)
-    nats, num_labels, num_bytes = map(sum, zip(*sums.values(), strict=True))
+        batches = map(part.__getitems__, SkipBatchSampler(range(len(part)), args.batch_size))
+        part_nats, part_labels = held_out_nats(model, batches)
+        nats, num_labels = nats + part_nats, num_labels + part_labels
+        num_bytes += part.num_text_bytes
+        by_language.append(f"{language} {bits_per_byte(part_nats, part.num_text_bytes):.4f}")
     print(
         f"{len(data.documents):,} documents, {num_bytes:,} bytes: loss {nats / num_labels:.4f} "
-        f"nats/token, {bits_per_byte(nats, num_bytes):.4f} bits/byte ("
-        + ", ".join(f"{name} {bits_per_byte(n, b):.4f}" for name, (n, _, b) in sums.items()) + ")"
+        f"nats/token, {bits_per_byte(nats, num_bytes):.4f} bits/byte ({', '.join(by_language)})"
     )
 
 

@@ -14,7 +14,7 @@ class MiniMindConfig(PretrainedConfig):
     model_type = "minimind"
 
     def __init__(
-        self, hidden_size: int = 768, num_hidden_layers: int = 8, use_moe: bool = False, *,
+        self, hidden_size: int = 768, num_hidden_layers: int = 8, use_moe: bool | int = False, *,
         vocab_size: int = 6400, num_attention_heads: int = 8, num_key_value_heads: int = 4,
         head_dim: int | None = None, intermediate_size: int | None = None, hidden_act: str = "silu",
         dropout: float = 0.0, max_position_embeddings: int = 32768, rms_norm_eps: float = 1e-6,

@@ -77,7 +77,9 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int)
     Returns: (N, H, Dh)."""
     shared_by = q.shape[1] // k.shape[1]  # torch 2.11 has no enable_gqa here
     k, v = k.repeat_interleave(shared_by, 1), v.repeat_interleave(shared_by, 1)
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
+    assert isinstance(out, Tensor)  # a tuple only with return_aux
+    return out
 
 
 @functools.cache
@@ -90,21 +92,21 @@ def can_attend_within(device: torch.device, dtype: torch.dtype, head_dim: int) -
     starts = torch.tensor([[0] * 5 + [5] * 11, [0] * 9 + [-1] * 7], device=device)
     generator = torch.Generator(device).manual_seed(0)  # not the run's own
     shape = (3, 2, 16, 2, head_dim)  # q, k, v; B, T, H, Dh
-    x = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    qkv = torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
+    real = (starts >= 0)[..., None, None]  # (B, T, 1, 1)
     results = []
     try:
         for masked in (True, False):
-            parts = [part.clone().requires_grad_() for part in x]
             if masked:
-                q, k, v = (part.float().transpose(1, 2) for part in parts)
+                q, k, v = qkv.float().transpose(2, 3)
                 mask = document_mask(starts) | torch.eye(16, dtype=torch.bool, device=device)
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
             else:
-                flat = [part.flatten(0, 1) for part in parts]
-                y = attend_within(*flat, document_bounds(starts, 8), 16).view(shape[1:])
-            real = (starts >= 0)[..., None, None]
-            (y.float() * real).square().sum().backward()
-            results.append([y.float() * real, *(part.grad.float() for part in parts)])
+                q, k, v = qkv.flatten(1, 2)
+                y = attend_within(q, k, v, document_bounds(starts, 8), 16).view(shape[1:])
+            y = y.float() * real
+            (gradient,) = torch.autograd.grad(y.square().sum(), qkv)
+            results.append((y, gradient.float()))
     except RuntimeError:  # no such kernel; a wrong call would be a TypeError, and be seen
         return False
     return all(torch.allclose(a, b, atol=0.1, rtol=0.1) for a, b in zip(*results, strict=True))

@@ -29,6 +29,8 @@ STRETCHED = {  # 16 times 2,048 positions, as in MiniMind
 CLOSE = 1e-3  # share of the scores by which two ways of adding up may differ; rounding: some 1e-6
 NUM_PROMPT, NUM_STEPS = 24, 8  # tokens that the comparison reads and generates
 
+QwenModel = Qwen3ForCausalLM | Qwen3MoeForCausalLM
+
 
 class GenerationError(ValueError):
     """The installed transformers does not compute what was trained, or nothing can be computed with
@@ -65,22 +67,21 @@ def qwen_config(config: MiniMindConfig, stretched: bool = False) -> Qwen3Config 
     return Qwen3Config(**sizes)
 
 
-def build_qwen(
-    model: TrainedModel, stretched: bool = False
-) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+def build_qwen(model: TrainedModel, stretched: bool = False) -> QwenModel:
     """transformers' class, holding the model's own tensors, on its device."""
     config = qwen_config(model.config, stretched)
     with torch.device("meta"):  # no memory, and no time for weights that are replaced
-        qwen = (Qwen3MoeForCausalLM if model.config.use_moe else Qwen3ForCausalLM)(config)
+        if isinstance(config, Qwen3MoeConfig):
+            qwen = Qwen3MoeForCausalLM(config)
+        else:
+            qwen = Qwen3ForCausalLM(config)
     qwen.load_state_dict(model.tensors_for_qwen(), assign=True)
     rotary = type(qwen.model.rotary_emb)  # no file holds its tables, so they are built again
     qwen.model.rotary_emb = rotary(config).to(model.device)
     return qwen.eval()
 
 
-def generating_model(
-    model: TrainedModel
-) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+def generating_model(model: TrainedModel) -> QwenModel:
     """What continues texts with these weights; compared with the model when first asked for.
 
     It shares the tensors, so later updates show in it; of a mixture of experts only in part, see
@@ -103,7 +104,7 @@ def generating_model(
 
 
 @torch.no_grad()
-def compare(model: TrainedModel, qwen: Qwen3ForCausalLM | Qwen3MoeForCausalLM) -> None:
+def compare(model: TrainedModel, qwen: QwenModel) -> None:
     """Compare the scores of a whole row, and of tokens generated one by one from the cache.
 
     Raises: GenerationError."""

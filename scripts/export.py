@@ -22,8 +22,8 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PretrainedConfig,
-    PreTrainedTokenizerBase
+    AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel,
+    PretrainedConfig, PreTrainedTokenizerBase
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -114,13 +114,15 @@ def check_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedToke
 
 
 @torch.inference_mode()
-def difference(ours: PreTrainedModel, theirs: PreTrainedModel, ids: Tensor) -> float:
+def difference(ours: MiniMindForCausalLM, theirs: PreTrainedModel, ids: Tensor) -> float:
     """The largest between two models' logits."""
     return (ours(ids).logits - theirs(ids).logits).abs().max().item()
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, ids: Tensor, num_tokens: int = 16) -> list[int]:
+def greedy(
+    model: GenerationMixin | MiniMindForCausalLM, ids: Tensor, num_tokens: int = 16
+) -> list[int]:
     """Always the likeliest token."""
     mask = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
@@ -237,7 +239,7 @@ def export(args: argparse.Namespace) -> None:
             from scripts.export_gguf import check_gguf, write_gguf
 
             made = Path(folder) / "model.gguf"
-            write_gguf(made, model, hf, args.gguf_type)
+            write_gguf(made, model, tokenizer, hf, args.gguf_type)
             found = check_gguf(made, model, tokenizer, prompt_ids(tokenizer))
         shutil.move(made, args.output)
     print(f"{args.output}: {found}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindForCausalLM
 from trainer.errors import CheckpointError, SettingsError
@@ -60,6 +60,7 @@ def tensors(model: MiniMindForCausalLM) -> Iterator[tuple[str, Tensor, list[str]
             name = f"{stem}.experts.{projection}.weight"
         weights = [state.pop(key) for key in ours]
         theirs = names.get_name(name, try_suffixes=(".weight",))
+        assert theirs is not None, name
         yield theirs, torch.stack(weights) if experts else weights[0], ours
 
 
@@ -72,7 +73,10 @@ def kind_of(name: str, weight: Tensor, gguf_type: str) -> gguf.GGMLQuantizationT
     return gguf.GGMLQuantizationType.F16
 
 
-def write_gguf(path: Path, model: MiniMindForCausalLM, hf: Path, gguf_type: str) -> None:
+def write_gguf(
+    path: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, hf: Path,
+    gguf_type: str
+) -> None:
     """Args: hf: the folder of --to hf, whose tokenizer it takes. Raises: SettingsError."""
     config = model.config
     if config.use_moe and not config.norm_topk_prob:
@@ -95,7 +99,7 @@ def write_gguf(path: Path, model: MiniMindForCausalLM, hf: Path, gguf_type: str)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     q8_0 = gguf_type == "q8_0"
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if q8_0 else gguf.LlamaFileType.MOSTLY_F16)
-    add_tokenizer(writer, hf, config.vocab_size)
+    add_tokenizer(writer, tokenizer, hf, config.vocab_size)
     for name, weight, _ in tensors(model):
         kind = kind_of(name, weight, gguf_type)
         writer.add_tensor(name, gguf.quantize(weight.float().numpy(), kind), raw_dtype=kind)
@@ -105,10 +109,11 @@ def write_gguf(path: Path, model: MiniMindForCausalLM, hf: Path, gguf_type: str)
     writer.close()
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, hf: Path, vocab_size: int) -> None:
+def add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, hf: Path, vocab_size: int
+) -> None:
     """Entries, merges, special tokens; BOS comes first by itself."""
     described = json.loads((hf / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(hf)
     added = {token["id"]: token["special"] for token in described["added_tokens"]}
     entries, kinds = [], []
     for i in range(vocab_size):

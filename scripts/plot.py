@@ -35,9 +35,10 @@ class PlotError(Exception):
 def read(path: Path) -> list[dict]:
     """A run's records. Raises: PlotError if there are none."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records: list[Any] = [json.loads(line) for line in lines]
     except ValueError:
-        records = [None]
+        records = [None]  # which the check of each record finds
     if not all(isinstance(r, dict) and isinstance(r.get("step"), int) for r in records):
         raise PlotError(f"{path}: expected the metrics of a run, one JSON object a line with a "
                         f"step; they are in its --save_dir, <name>_metrics.jsonl")
@@ -123,7 +124,8 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
             at = dict(zip(by_update(first, key), curve(first, key)[0], strict=False))
             points = [(at[step], low, high) for step, low, high in band[key] if step in at]
             if points:
-                panel.fill_between(*zip(*points, strict=True), alpha=0.25, label="band")
+                seen, low, high = zip(*points, strict=True)
+                panel.fill_between(seen, low, high, alpha=0.25, label="band")
         if key == "loss" and (len(runs) > 1 or band):
             panel.legend(fontsize=8)
     return figure

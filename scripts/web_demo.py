@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 import eval_llm
-from model.generation import generating_model
+from model.generation import QwenModel, generating_model
 from trainer.device import setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import encode_prompt
@@ -32,7 +32,7 @@ WAIT_S = 300  # for the next token: a model that gives none for so long has fail
 class Continuer:
     """One model, as ``generating_model`` gives it, which several pages ask in turn."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: QwenModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def text(
@@ -98,7 +98,9 @@ def build_page(continuer: Continuer) -> Any:
             stop = gradio.Button("Stop")
         text = gradio.Textbox(label="Text", lines=10, interactive=False)
         asked = [prompt, *settings]
-        begun = [event(continuer.text, asked, text) for event in (begin.click, prompt.submit)]
+        begun: list[dict] = [
+            event(continuer.text, asked, text) for event in (begin.click, prompt.submit)
+        ]
         stop.click(None, cancels=begun)
     return page
 
