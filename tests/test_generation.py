@@ -234,7 +234,7 @@ def test_weights_that_are_not_finite_are_not_blamed_on_transformers(
     assert eval_llm.main([*weight, "--device", "cpu"]) == 4
     printed, line = capfd.readouterr()
     assert printed == "" and line.count("\n") == 1
-    assert "scores are not finite" in line and "transformers" not in line
+    assert "logits are not finite" in line and "transformers" not in line
 
 
 def test_a_model_that_scores_nothing_is_no_reason_to_refuse() -> None:
