@@ -76,10 +76,10 @@ def test_it_is_told_whether_a_loss_is_right() -> None:
     ]
     assert compare(records(0.25), band)[0] == (
         f"{PANELS['loss']}: 0 of 3 points lie in the band; "
-        f"the first outside: update 10, 6.2500, band 5.9 to 6.2"
+        f"the first outside: 6.2500 at update 10, band 5.9 to 6.2"
     )
     other = [r | {"step": r["step"] + 1} for r in records()]
-    assert "no update of the band" in compare(other, band)[0]
+    assert "reported no update of the band" in compare(other, band)[0]
 
 
 def test_the_band_of_the_demo_has_all_its_evaluations() -> None:
@@ -108,7 +108,7 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> Non
             "from scripts.plot import main; sys.exit(main())")
     done = plot(path, code=code)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "drawing needs matplotlib: pip install matplotlib\n"
+    assert done.stderr == "plots need matplotlib: pip install matplotlib\n"
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
