@@ -6,7 +6,7 @@ PYTHON ?= python
 # The model, generation, optimizers, flags and declared versions: tests that train nothing.
 QUICK = model generation device_waits optimizer versions repository demo
 # Except for those that start real training runs.
-TRAINS = killed_run or readme_s_first_command or training_goes_on
+TRAINS = killed_run or readme_s_first_command or training_continues
 
 .PHONY: check test
 

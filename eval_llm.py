@@ -1,8 +1,8 @@
 """Continue prompts with a pretrained model, or measure its loss on a file.
 
 python eval_llm.py                                      # built-in prompts
-python eval_llm.py --prompt "The capital of France is"  # your own, as often as you like
-python eval_llm.py --interactive 1                      # type them
+python eval_llm.py --prompt "The capital of France is"  # your own; repeat --prompt for more
+python eval_llm.py --interactive 1                      # read prompts from the terminal
 python eval_llm.py --data_path held_out.jsonl           # nats per token, bits per byte
 """
 
@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from dataset.lm_dataset import PretrainDataset
-from dataset.loader import load_batches
+from dataset.lm_dataset import PretrainDataset, SkipBatchSampler
 from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
@@ -28,7 +27,7 @@ from trainer.flags import Parser
 from trainer.program import run_program
 from trainer.weights import load_tokenizer, load_weights, read_config, read_weights
 
-# Facts that the bundled sample states, though never in these words; and what answers them.
+# Prompts and their answers: facts that the bundled sample states, though never in these words.
 PROMPTS = {
     "The capital of France is": "Paris",
     "Paris is the capital of": "France",
@@ -41,48 +40,48 @@ PROMPTS = {
     "《西游记》的作者是": "吴承恩",
     "香蕉是什么颜色的？": "黄色",
 }
-TEMPERATURE = 0.5  # docs/LOG.md, 2026-11-24, has how many prompts are answered at others
+TEMPERATURE = 0.5  # docs/LOG.md, 2026-11-24, compares the answers at other temperatures
 
 
 def add_weight_flags(parser: Parser) -> argparse._ArgumentGroup:
-    """Which model is meant; other scripts ask for it in the same words. Returns: the group."""
+    """Add the flags that select a model, also to the parsers of scripts. Returns: their group."""
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--weight", default="pretrain", help="name of the weights in --save_dir, or a .pth file")
     add("--save_dir", default="out", help="folder of the weights")
-    add("--hidden_size", type=int, help="which, if --save_dir holds several of that name")
-    add("--use_moe", type=int, choices=[0, 1], help="likewise")
-    add("--tokenizer_path", default="model", help="the tokenizer it was trained with")
+    add("--hidden_size", type=int, help="needed if --save_dir holds several sizes of that name")
+    add("--use_moe", type=int, choices=[0, 1], help="0: dense, 1: with experts; likewise")
+    add("--tokenizer_path", default="model", help="the tokenizer that the model was trained with")
     parser.set_defaults(inference_rope_scaling=False, device="cpu")
     return group
 
 
 def build_parser() -> Parser:
+    """The parser of all flags; ``check_flags`` checks their values."""
     parser = Parser(__doc__)
     add = add_weight_flags(parser).add_argument
-    add("--inference_rope_scaling", action="store_true", help="stretch positions 16 times (YaRN)")
+    add("--inference_rope_scaling", action="store_true", help="extend the context 16 times (YaRN)")
     add("--device", default=default_device(), help="cuda, mps or cpu")
 
     add = parser.add_argument_group("what to do").add_argument
-    add("--prompt", action="append", help="text to continue; repeatable")
-    add("--interactive", type=int, default=0, choices=[0, 1], help="1: read prompts, one a line")
-    add("--data_path", nargs="+", help="texts to measure the loss on instead")
-    add("--text_column", default="text", help="with --data_path: where the text is in a record")
-    add("--max_seq_len", type=int, default=512, help="with --data_path: tokens in a row")
-    add("--batch_size", type=int, default=16, help="with --data_path: rows at once")
+    add("--prompt", action="append", help="text to continue; may be given several times")
+    add("--interactive", type=int, default=0, choices=[0, 1], help="1: read prompts, one per line")
+    add("--data_path", nargs="+", help="files to measure the loss on instead")
+    add("--text_column", default="text", help="with --data_path: the field that holds the text")
+    add("--max_seq_len", type=int, default=512, help="with --data_path: tokens per row")
+    add("--batch_size", type=int, default=16, help="with --data_path: rows per forward pass")
     add("--bad_records", choices=["stop", "skip"], default="stop",
         help="with --data_path: what to do with a record that cannot be read")
-    add("--cache_dir", default=DEFAULT_CACHE_DIR, help="with --data_path: for tokenized data")
+    add("--cache_dir", default=DEFAULT_CACHE_DIR, help="with --data_path: folder of token caches")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--max_new_tokens", type=int, default=100, help="length of a continuation at most")
-    add("--temperature", type=float, default=TEMPERATURE, help="0: always the likeliest token")
-    add(
-        "--top_p", type=float, default=0.9, help="likeliest tokens that share this much probability"
-    )
-    add("--top_k", type=int, default=50, help="likeliest tokens to draw from; 0: all")
+    add("--max_new_tokens", type=int, default=100, help="maximum length of a continuation")
+    add("--temperature", type=float, default=TEMPERATURE, help="0: always the most probable token")
+    add("--top_p", type=float, default=0.9,
+        help="sample from the most probable tokens with this much probability together")
+    add("--top_k", type=int, default=50, help="sample from this many tokens at most; 0: all")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions")
-    add("--seed", type=int, default=42, help="the same seed draws the same text")
+    add("--seed", type=int, default=42, help="the same seed gives the same text")
     return parser
 
 
@@ -105,15 +104,15 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.repetition_penalty <= 0:
         problems.append(f"--repetition_penalty is {args.repetition_penalty}, expected above 0")
     if args.inference_rope_scaling and args.data_path:
-        problems.append("--inference_rope_scaling is for continuations; --data_path measures the "
-                        "model at the positions it was trained on")
+        problems.append("--inference_rope_scaling applies to prompts only; --data_path measures "
+                        "the model at the positions it was trained on")
     problems += device_problems(args.device)
     if problems:
         raise SettingsError("; ".join(problems) + ".")
 
 
 def find_weights(args: argparse.Namespace) -> Path:
-    """The file that --weight means. Raises: CheckpointError if there is none, or more than one."""
+    """The file that --weight selects. Raises: CheckpointError unless there is exactly one."""
     if args.weight.endswith(".pth"):
         return Path(args.weight)
     pattern = re.compile(re.escape(args.weight) + r"_(\d+)(_moe)?\.pth")
@@ -133,25 +132,27 @@ def find_weights(args: argparse.Namespace) -> Path:
     expected = "several; choose with --hidden_size and --use_moe" if fitting else "no weights"
     raise CheckpointError(
         f"--weight {args.weight}: {expected} of that name and size in {args.save_dir} "
-        f"(found: {names}). Train some with train_pretrain.py, or give a .pth file."
+        f"(found: {names}). Train them with train_pretrain.py, or give a .pth file."
     )
 
 
 def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
-    """The model of --weight, ours or MiniMind's. Raises: CheckpointError, SettingsError."""
+    """The model that --weight selects, in evaluation mode, on --device.
+
+    Raises: CheckpointError, SettingsError if the tokenizer does not fit it."""
     path = find_weights(args)
     config = read_config(path, read_weights(path))
     if len(tokenizer) > config.vocab_size:
         raise SettingsError(
             f"--tokenizer_path {args.tokenizer_path} has {len(tokenizer):,} entries, but the "
-            f"vocabulary of {path} has {config.vocab_size:,}. Give the tokenizer of its training."
+            f"vocabulary of {path} has {config.vocab_size:,}. Give the one it was trained with."
         )
     config.inference_rope_scaling = args.inference_rope_scaling
     try:
         model = MiniMindForCausalLM(config)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = printable(str(error).split("\n")[0])
-        raise CheckpointError(f"{path} describes no possible model: {reason:.160}") from None
+        raise CheckpointError(f"{path} describes an impossible model: {reason:.160}") from None
     load_weights(model, path, flag=f"--weight {args.weight}")
     return model.eval().to(args.device)
 
@@ -159,22 +160,21 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 def measure(
     args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Print the model's loss on all documents of --data_path, and by language."""
+    """Print the model's loss on all documents of --data_path, and bits per byte by language."""
     data = PretrainDataset(
         args.data_path, tokenizer, args.max_seq_len, cache_dir=args.cache_dir,
         bad_records=args.bad_records, text_column=args.text_column
     )
-    sums = {}
+    nats, num_labels, num_bytes, by_language = 0.0, 0.0, 0, []
     for language, part in data.by_language(tokenizer).items():
-        rows = range(len(part))
-        batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-        loader = load_batches(part, batches)
-        sums[language] = (*held_out_nats(model, loader), part.num_text_bytes)
-    nats, num_labels, num_bytes = map(sum, zip(*sums.values(), strict=True))
+        batches = map(part.__getitems__, SkipBatchSampler(range(len(part)), args.batch_size))
+        part_nats, part_labels = held_out_nats(model, batches)
+        nats, num_labels = nats + part_nats, num_labels + part_labels
+        num_bytes += part.num_text_bytes
+        by_language.append(f"{language} {bits_per_byte(part_nats, part.num_text_bytes):.4f}")
     print(
         f"{len(data.documents):,} documents, {num_bytes:,} bytes: loss {nats / num_labels:.4f} "
-        f"nats/token, {bits_per_byte(nats, num_bytes):.4f} bits/byte ("
-        + ", ".join(f"{name} {bits_per_byte(n, b):.4f}" for name, (n, _, b) in sums.items()) + ")"
+        f"nats/token, {bits_per_byte(nats, num_bytes):.4f} bits/byte ({', '.join(by_language)})"
     )
 
 
@@ -191,7 +191,7 @@ def typed_prompts() -> Iterator[str]:
 
 
 def sampling(temperature: float, top_p: float, top_k: int = 50) -> dict:
-    """How ``generate`` draws the next token; at a temperature of 0 it takes the likeliest."""
+    """Arguments of ``generate`` for sampling; a temperature of 0 means greedy decoding."""
     if temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -201,11 +201,11 @@ def continue_prompts(
     args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str]
 ) -> None:
-    """Print each prompt and its continuation as it is made. Raises: GenerationError."""
+    """Print each prompt and its continuation while it is generated. Raises: GenerationError."""
     qwen = generating_model(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for prompt in prompts:
-        setup_seed(args.seed)  # before each, so that a text does not depend on those before it
+        setup_seed(args.seed)  # each time, so that texts do not depend on earlier prompts
         ids = encode_prompt(tokenizer, prompt).to(args.device)
         print(prompt, end="", flush=True)
         start = time.monotonic()
@@ -219,6 +219,7 @@ def continue_prompts(
 
 
 def evaluate(argv: list[str] | None) -> None:
+    """The program: measure files, or continue prompts."""
     args = build_parser().parse_args(argv)
     check_flags(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
@@ -231,7 +232,7 @@ def evaluate(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 flags, 3 data, 4 weights."""
+    """Returns: the exit status, 0 on success, else see trainer/errors.py."""
     return run_program(lambda: evaluate(argv))
 
 

@@ -327,7 +327,7 @@ class Child:
     def __init__(self, variant: Variant, flags: list[str], result: dict) -> None:
         context = multiprocessing.get_context("spawn" if variant.cold else "forkserver")
         if not variant.cold:
-            context.set_forkserver_preload(["bench.benchmark"])  # its imports are paid once
+            context.set_forkserver_preload(["bench.measuring"])  # its imports are paid once
         self.result = result
         self.pipe, theirs = context.Pipe()
         given = (theirs, variant, flags, time.time())

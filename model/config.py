@@ -1,4 +1,4 @@
-"""Sizes of the network, as transformers' configurations are kept."""
+"""The configuration of the network: its sizes, as a transformers configuration."""
 
 import math
 from typing import Any
@@ -7,14 +7,14 @@ from transformers import PretrainedConfig
 
 
 class MiniMindConfig(PretrainedConfig):
-    """Sizes of the network; names as in MiniMind.
+    """Sizes of the network, under MiniMind's names.
 
-    Raises: ValueError for sizes that do not fit together."""
+    Raises: ValueError for sizes that are incompatible."""
 
     model_type = "minimind"
 
     def __init__(
-        self, hidden_size: int = 768, num_hidden_layers: int = 8, use_moe: bool = False, *,
+        self, hidden_size: int = 768, num_hidden_layers: int = 8, use_moe: bool | int = False, *,
         vocab_size: int = 6400, num_attention_heads: int = 8, num_key_value_heads: int = 4,
         head_dim: int | None = None, intermediate_size: int | None = None, hidden_act: str = "silu",
         dropout: float = 0.0, max_position_embeddings: int = 32768, rms_norm_eps: float = 1e-6,
@@ -55,21 +55,21 @@ class MiniMindConfig(PretrainedConfig):
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if head_dim is None and self.hidden_size % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into {heads} attention heads. "
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {heads}. "
                 f"Choose a multiple of {heads}."
             )
         if heads % kv_heads:
             raise ValueError(
-                f"{heads} attention heads do not share {kv_heads} key/value heads evenly. "
-                f"num_key_value_heads must divide num_attention_heads."
+                f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}. "
+                f"Each key/value head must serve the same number of attention heads."
             )
         if self.head_dim % 2:
             raise ValueError(
                 f"head_dim is {self.head_dim} (hidden_size {self.hidden_size}, {heads} heads), but "
-                f"rotary embedding turns pairs of numbers. Choose an even one."
+                f"rotary embedding rotates pairs of channels. Choose an even head_dim."
             )
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok}, but a token can use "
-                f"1 to {self.num_experts} experts (num_experts)."
+                f"num_experts_per_tok is {self.num_experts_per_tok}, expected 1 to num_experts, "
+                f"which is {self.num_experts}."
             )

@@ -1,8 +1,8 @@
-"""Continuing texts: transformers' own Qwen3 and Qwen3-MoE, on the tensors that were trained.
+"""Text generation by transformers' Qwen3 and Qwen3-MoE classes, which share the trained tensors.
 
-Our network is theirs by contract, so the KV cache, sampling, prompts padded on the left and
-stretched positions need no code of ours. What this relies on is compared when a model is opened:
-a release of transformers that computes something else is named, and no text comes of it.
+Our network computes what theirs computes, so KV cache, sampling, left-padded prompts and stretched
+positions need no code here. This is checked when a model is opened: if the installed transformers
+computes something else, an error names its version and no text is generated.
 
 Shapes as in model_minimind.py."""
 
@@ -15,30 +15,34 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from model.config import MiniMindConfig
 
-SIZES = (
+SIZES = (  # have the same names in MiniMindConfig and in Qwen3Config
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
     *("hidden_act", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-MOE_SIZES = ("moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob",
-             "router_aux_loss_coef")
-STRETCHED = {  # 16 times 2,048 positions, as in MiniMind
+MOE_SIZES = (  # likewise, in Qwen3MoeConfig
+    *("moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    "router_aux_loss_coef",
+)
+YARN = {  # extends 2,048 positions 16 times, as in MiniMind
     "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048,
     "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0,
 }
-CLOSE = 1e-3  # share of the scores by which two ways of adding up may differ; rounding: some 1e-6
-NUM_PROMPT, NUM_STEPS = 24, 8  # tokens that the comparison reads and generates
+TOLERANCE = 1e-3  # relative difference of logits; rounding alone causes about 1e-6
+NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 24, 8  # in the comparison
+
+QwenModel = Qwen3ForCausalLM | Qwen3MoeForCausalLM
 
 
 class GenerationError(ValueError):
-    """The installed transformers does not compute what was trained, or nothing can be computed with
-    these weights; no text was generated."""
+    """No text was generated: the installed transformers does not compute what was trained, or the
+    weights give logits that are not finite."""
 
     exit_status = 4
 
 
 class TrainedModel(Protocol):
-    """MiniMindForCausalLM, as far as it is used here."""
+    """The parts of MiniMindForCausalLM that are used here; importing it would be circular."""
 
     config: MiniMindConfig
     training: bool
@@ -53,40 +57,40 @@ class TrainedModel(Protocol):
 
 
 def qwen_config(config: MiniMindConfig, stretched: bool = False) -> Qwen3Config | Qwen3MoeConfig:
-    """The same architecture in transformers' words; ``stretched``: positions, by YaRN."""
+    """The transformers configuration of the same network; ``stretched``: with YaRN, see above."""
     sizes = {name: getattr(config, name) for name in SIZES} | {"tie_word_embeddings": True}
     rope: dict[str, Any] = {"rope_type": "default"}
     if stretched:
-        rope = STRETCHED
-        sizes["max_position_embeddings"] = 16 * 2048  # whatever the model's own tables hold
+        rope = YARN
+        sizes["max_position_embeddings"] = 16 * 2048  # however many the model was trained with
     sizes["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
     if config.use_moe:
         return Qwen3MoeConfig(**sizes, **{name: getattr(config, name) for name in MOE_SIZES})
     return Qwen3Config(**sizes)
 
 
-def build_qwen(
-    model: TrainedModel, stretched: bool = False
-) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
-    """transformers' class, holding the model's own tensors, on its device."""
+def build_qwen(model: TrainedModel, stretched: bool = False) -> QwenModel:
+    """An instance of transformers' class that holds the model's own tensors, on its device."""
     config = qwen_config(model.config, stretched)
-    with torch.device("meta"):  # no memory, and no time for weights that are replaced
-        qwen = (Qwen3MoeForCausalLM if model.config.use_moe else Qwen3ForCausalLM)(config)
+    with torch.device("meta"):  # its initial weights are replaced: they need no memory
+        if isinstance(config, Qwen3MoeConfig):
+            qwen = Qwen3MoeForCausalLM(config)
+        else:
+            qwen = Qwen3ForCausalLM(config)
     qwen.load_state_dict(model.tensors_for_qwen(), assign=True)
-    rotary = type(qwen.model.rotary_emb)  # no file holds its tables, so they are built again
+    rotary = type(qwen.model.rotary_emb)  # its tables are in no state_dict: build them here
     qwen.model.rotary_emb = rotary(config).to(model.device)
     return qwen.eval()
 
 
-def generating_model(
-    model: TrainedModel
-) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
-    """What continues texts with these weights; compared with the model when first asked for.
+def generating_model(model: TrainedModel) -> QwenModel:
+    """A transformers model that generates text with these weights.
 
-    It shares the tensors, so later updates show in it; of a mixture of experts only in part, see
-    ``tensors_for_qwen``. ``config.inference_rope_scaling`` stretches its positions.
+    On the first call its logits are compared with the model's. It shares the tensors, so it follows
+    later updates; with experts only in part, see ``tensors_for_qwen``. Its positions are stretched
+    if ``config.inference_rope_scaling`` is set.
 
-    Raises: GenerationError if what it computes is something else, or cannot be computed."""
+    Raises: GenerationError if it computes something else, or fails."""
     was_training = model.training
     try:
         if not model.generation_compared:
@@ -95,47 +99,50 @@ def generating_model(
         return build_qwen(model, stretched=model.config.inference_rope_scaling)
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # parts that have moved
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # its API has changed
         reason = str(error).strip().split("\n")[0]
-        raise unusable(f"cannot continue it ({type(error).__name__}: {reason:.160})") from error
+        raise mismatch(f"cannot run this model ({type(error).__name__}: {reason:.160})") from error
     finally:
         model.train(was_training)
 
 
 @torch.no_grad()
-def compare(model: TrainedModel, qwen: Qwen3ForCausalLM | Qwen3MoeForCausalLM) -> None:
-    """Compare the scores of a whole row, and of tokens generated one by one from the cache.
+def compare(model: TrainedModel, qwen: QwenModel) -> None:
+    """Compare the logits of a whole row and of tokens generated one by one with the KV cache.
 
-    Raises: GenerationError."""
-    generator = torch.Generator().manual_seed(0)  # not the run's own
-    num_prompt = max(1, min(NUM_PROMPT, model.config.max_position_embeddings - NUM_STEPS))
-    ids = torch.randint(model.config.vocab_size, (1, num_prompt), generator=generator)
+    Raises: GenerationError if they differ."""
+    generator = torch.Generator().manual_seed(0)  # leaves the global one alone
+    room = model.config.max_position_embeddings - NUM_NEW_TOKENS
+    num_prompt_tokens = max(1, min(NUM_PROMPT_TOKENS, room))
+    ids = torch.randint(model.config.vocab_size, (1, num_prompt_tokens), generator=generator)
     ids = ids.to(model.device)
     out = qwen.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_STEPS,
-        min_new_tokens=NUM_STEPS, output_logits=True, return_dict_in_generate=True
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW_TOKENS,
+        min_new_tokens=NUM_NEW_TOKENS, output_logits=True, return_dict_in_generate=True
     )
     expected = model(out.sequences[:, :-1]).logits  # (1, T, V)
     if not torch.isfinite(expected).all():
-        raise GenerationError("the model's own scores are not finite, so it cannot continue texts. "
-                              "Choose other weights")
+        raise GenerationError(
+            "the model's logits are not finite, so it cannot generate text. Choose other weights"
+        )
     found = {
         "a whole row": qwen(out.sequences[:, :-1]).logits,
         "tokens generated one by one": torch.stack(out.logits, dim=1),
     }
-    for what, scores in found.items():
-        own = expected[:, -scores.shape[1] :].float()
-        difference = (scores.float() - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12)
-        # The median: where two experts score alike, rounding may choose the other one.
-        if not difference.median() < CLOSE:
-            raise unusable(f"gives {what} other scores than the model (by {difference.median():.2g}"
-                           f" of their size)")
+    for what, logits in found.items():
+        own = expected[:, -logits.shape[1] :].float()
+        difference = (logits.float() - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-12)
+        # The median: where two experts are about equally probable, rounding may swap them.
+        if not difference.median() < TOLERANCE:
+            raise mismatch(
+                f"computes other logits for {what} than the model (relative difference "
+                f"{difference.median():.2g})"
+            )
 
 
-def unusable(what: str) -> GenerationError:
-    """The one line: what was found, with which versions, and the way out."""
+def mismatch(finding: str) -> GenerationError:
+    """The error for a transformers that does not fit: finding, versions and the way out."""
     return GenerationError(
-        f"transformers {transformers.__version__} (with torch {torch.__version__}) {what}, so what "
-        f"it continues would be wrong. Install the versions that were tried: pip install -r "
-        f"requirements.txt"
+        f"transformers {transformers.__version__} (with torch {torch.__version__}) {finding}, so "
+        f"no text is generated. Install tested versions: pip install -r requirements.txt"
     )

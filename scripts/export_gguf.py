@@ -1,7 +1,7 @@
-"""GGUF, the file of llama.cpp and ollama: written and read back by the gguf package.
+"""GGUF, the file format of llama.cpp and ollama, written and checked with the gguf package.
 
-Sources: the format's page (github.com/ggml-org/ggml/blob/master/docs/gguf.md); the names of tensors
-are the package's."""
+Source: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The names of tensors come from the
+package."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindForCausalLM
 from trainer.errors import CheckpointError, SettingsError
@@ -19,33 +19,35 @@ try:
 except ImportError:
     raise SettingsError("--to gguf needs the gguf package: pip install gguf") from None
 
-BLOCK = 32  # weights of a row that share a scale in q8_0
-SPLITS_DIGITS = {"type": "Digits", "individual_digits": True}
-# llama.cpp's names for how a text is cut before merging; the keys: are digits cut one by one?
-SPLIT_AS = {False: "gpt-2", True: "smollm"}
+BLOCK = 32  # consecutive weights of a row that share a scale in q8_0
+SINGLE_DIGITS = {"type": "Digits", "individual_digits": True}
+# llama.cpp's names for how a text is split before merging, by whether digits are split one by one.
+PRE_TOKENIZER_NAMES = {False: "gpt-2", True: "smollm"}
 
 
 def pre_tokenizer_name(described: dict) -> str:
-    """Args: described: tokenizer.json. Raises: SettingsError for a rule llama.cpp has no name for.
+    """llama.cpp's name for the pre-tokenizer in ``described``, the content of tokenizer.json.
 
-    An unknown one would cut other tokens there than in training."""
+    Raises: SettingsError if it has none: llama.cpp would not produce the tokens of training."""
     rule = described["pre_tokenizer"] or {}
     rules = rule["pretokenizers"] if rule.get("type") == "Sequence" else [rule]
     *before, last = rules
     is_byte_level = last.get("type") == "ByteLevel" and last.get("use_regex", True)
-    digits = [x == SPLITS_DIGITS for x in before]
+    digits = [x == SINGLE_DIGITS for x in before]
     is_byte_level &= described["model"]["type"] == "BPE" and described["normalizer"] is None
     if is_byte_level and not last["add_prefix_space"] and digits in ([], [True]):
-        return SPLIT_AS[bool(digits)]
+        return PRE_TOKENIZER_NAMES[bool(digits)]
     raise SettingsError(
-        f"--to gguf: llama.cpp has no name for this tokenizer's way of cutting text "
+        f"--to gguf: llama.cpp has no equivalent of this tokenizer's pre-tokenizer "
         f"({', '.join(x.get('type', 'none') for x in rules)}); expected byte-level BPE, with or "
         f"without single digits"
     )
 
 
 def tensors(model: MiniMindForCausalLM) -> Iterator[tuple[str, Tensor, list[str]]]:
-    """GGUF's name, the values, and ours that it holds; an expert layer's are one stack."""
+    """For each tensor of the file: its name in GGUF, its values, and the names of ours in it.
+
+    A projection of all experts is one tensor, (E, out, in)."""
     config = model.config
     arch = gguf.MODEL_ARCH.QWEN3MOE if config.use_moe else gguf.MODEL_ARCH.QWEN3
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -60,11 +62,12 @@ def tensors(model: MiniMindForCausalLM) -> Iterator[tuple[str, Tensor, list[str]
             name = f"{stem}.experts.{projection}.weight"
         weights = [state.pop(key) for key in ours]
         theirs = names.get_name(name, try_suffixes=(".weight",))
+        assert theirs is not None, name
         yield theirs, torch.stack(weights) if experts else weights[0], ours
 
 
 def kind_of(name: str, weight: Tensor, gguf_type: str) -> gguf.GGMLQuantizationType:
-    """Norms and routers stay exact; they are small."""
+    """The type in which a tensor is stored: float32 for norms and routers, which are small."""
     if weight.ndim < 2 or "ffn_gate_inp" in name:
         return gguf.GGMLQuantizationType.F32
     if gguf_type == "q8_0" and weight.shape[-1] % BLOCK == 0:
@@ -72,8 +75,13 @@ def kind_of(name: str, weight: Tensor, gguf_type: str) -> gguf.GGMLQuantizationT
     return gguf.GGMLQuantizationType.F16
 
 
-def write_gguf(path: Path, model: MiniMindForCausalLM, hf: Path, gguf_type: str) -> None:
-    """Args: hf: the folder of --to hf, whose tokenizer it takes. Raises: SettingsError."""
+def write_gguf(
+    path: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, hf: Path,
+    gguf_type: str
+) -> None:
+    """Write the file. ``hf``: a folder written by --to hf, for its tokenizer.json.
+
+    Raises: SettingsError if llama.cpp cannot run this model or tokenizer."""
     config = model.config
     if config.use_moe and not config.norm_topk_prob:
         raise SettingsError("--to gguf: llama.cpp always renormalises experts (norm_topk_prob)")
@@ -95,7 +103,7 @@ def write_gguf(path: Path, model: MiniMindForCausalLM, hf: Path, gguf_type: str)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     q8_0 = gguf_type == "q8_0"
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if q8_0 else gguf.LlamaFileType.MOSTLY_F16)
-    add_tokenizer(writer, hf, config.vocab_size)
+    add_tokenizer(writer, tokenizer, hf, config.vocab_size)
     for name, weight, _ in tensors(model):
         kind = kind_of(name, weight, gguf_type)
         writer.add_tensor(name, gguf.quantize(weight.float().numpy(), kind), raw_dtype=kind)
@@ -105,10 +113,11 @@ def write_gguf(path: Path, model: MiniMindForCausalLM, hf: Path, gguf_type: str)
     writer.close()
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, hf: Path, vocab_size: int) -> None:
-    """Entries, merges, special tokens; BOS comes first by itself."""
+def add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, hf: Path, vocab_size: int
+) -> None:
+    """Add vocabulary, merges and special tokens, and let llama.cpp put BOS first."""
     described = json.loads((hf / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(hf)
     added = {token["id"]: token["special"] for token in described["added_tokens"]}
     entries, kinds = [], []
     for i in range(vocab_size):
@@ -140,37 +149,42 @@ def check_gguf(
     path: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[Tensor]
 ) -> str:
-    """Read it back, compare tokens and tensors, and put them into a model. Returns: what was found.
+    """Read the file back, and compare its tokens, its tensors and a model built from them.
 
-    Raises: CheckpointError if something differs by more than the type of its numbers explains."""
+    Args: prompts: each (1, T) int64.
+    Returns: a line on the result.
+    Raises: CheckpointError if something differs by more than rounding explains."""
     reader = gguf.GGUFReader(path)
     entries = reader.fields["tokenizer.ggml.tokens"].contents()
     for i, entry in enumerate(entries[: len(tokenizer)]):
         if entry != tokenizer.convert_ids_to_tokens(i):
-            raise CheckpointError(f"{path}: token {i} is {entry!r} there")
+            raise CheckpointError(f"{path}: token {i} was written as {entry!r}")
     read = {tensor.name: tensor for tensor in reader.tensors}
     state = {}
     for name, weight, ours in tensors(model):
         kind = read[name].tensor_type
         values = torch.from_numpy(gguf.dequantize(read[name].data, kind).copy())
         if values.shape != weight.shape:
-            raise CheckpointError(f"{path}: {name} is {tuple(values.shape)} there")
+            raise CheckpointError(f"{path}: {name} was written with shape {tuple(values.shape)}")
         allowed = torch.zeros(())
-        if kind == gguf.GGMLQuantizationType.Q8_0:  # half a step of 127, and a scale in float16
+        if kind == gguf.GGMLQuantizationType.Q8_0:  # half a step of 1/127, and a float16 scale
             blocks = weight.unflatten(-1, (-1, BLOCK))
             allowed = blocks.abs().amax(-1, keepdim=True).expand_as(blocks).flatten(-2) * 0.0045
-            allowed = allowed + 4e-6  # the smallest scales have few bits
+            allowed = allowed + 4e-6  # the smallest scales are subnormal
         if ((values - weight).abs() > allowed + 1e-7).any():
-            raise CheckpointError(f"{path}: {name} holds other numbers there")
+            raise CheckpointError(f"{path}: {name} was written with other values")
         state |= dict(zip(ours, values if len(ours) > 1 else [values], strict=True))
-    if len(read) != len([*tensors(model)]):
-        raise CheckpointError(f"{path}: it holds {len(read)} tensors")
-    copy = MiniMindForCausalLM(model.config).eval()
-    copy.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
-    alike, num = 0, 0
+    if len(read) != (num_tensors := len([*tensors(model)])):
+        raise CheckpointError(f"{path}: it has {len(read)} tensors, expected {num_tensors}")
+    restored = MiniMindForCausalLM(model.config).eval()
+    restored.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    num_same, num = 0, 0
     with torch.inference_mode():
         for ids in prompts:
-            alike += int((copy(ids).logits.argmax(-1) == model(ids).logits.argmax(-1)).sum())
+            same = restored(ids).logits.argmax(-1) == model(ids).logits.argmax(-1)  # (1, T)
+            num_same += int(same.sum())
             num += ids.shape[1]
-    return f"all {len(read)} tensors and {len(entries):,} tokens are there; the likeliest next " \
-           f"token is ours at {alike} of {num} positions"
+    return (
+        f"all {len(read)} tensors and {len(entries):,} tokens are correct; the most probable next "
+        f"token is the same at {num_same} of {num} positions"
+    )

@@ -1,10 +1,10 @@
-"""Who may import whom, read from the imports themselves: the figure in docs/CODE.md.
+"""The import map in docs/CODE.md: which file imports which, read from the source.
 
     python -m scripts.import_map            # print it
-    python -m scripts.import_map --write    # put it into docs/CODE.md
+    python -m scripts.import_map --write    # update docs/CODE.md
 
-A file stands above all that it imports, so no arrow points up. If imports form a circle, this ends
-with the names of its files.
+Each file has a level above those of all files that it imports. If imports are circular, the program
+exits with the names of the files involved.
 """
 
 import ast
@@ -18,7 +18,7 @@ PACKAGES = ("model", "dataset", "trainer", "scripts", "bench")
 
 
 def imports() -> dict[str, set[str]]:
-    """Each file of the programs, and those of them that it imports when it is imported."""
+    """Each module of this repository, and those that it imports at its top level."""
     files = [*ROOT.glob("*.py"), *(f for p in PACKAGES for f in (ROOT / p).rglob("*.py"))]
     names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
     names = {name.removesuffix(".__init__"): file for name, file in names.items()}
@@ -34,13 +34,13 @@ def imports() -> dict[str, set[str]]:
     return found
 
 
-def floors(found: dict[str, set[str]]) -> list[list[str]]:
-    """Files by how high they stand, the ground first."""
+def levels_of(found: dict[str, set[str]]) -> list[list[str]]:
+    """The modules of each level, the lowest first."""
     left, below, levels = dict(found), set(), []
     while left:
         level = sorted(name for name, used in left.items() if used <= below)
         if not level:
-            raise SystemExit(f"imports form a circle among: {', '.join(sorted(left))}")
+            raise SystemExit(f"circular imports among: {', '.join(sorted(left))}")
         levels.append(level)
         below.update(level)
         left = {name: used for name, used in left.items() if name not in level}
@@ -48,10 +48,10 @@ def floors(found: dict[str, set[str]]) -> list[list[str]]:
 
 
 def figure() -> str:
-    """One line for each file, the highest first: its floor, its name, what it imports."""
+    """A line per module, the highest level first: its level, its name, what it imports."""
     found = imports()
     lines = []
-    for number, level in reversed([*enumerate(floors(found), 1)]):
+    for number, level in reversed([*enumerate(levels_of(found), 1)]):
         for name in level:
             used = " ".join(sorted(found[name]))
             lines.append(f"{number:>2}  {name:<24} {used}".rstrip())
@@ -59,7 +59,7 @@ def figure() -> str:
 
 
 def page_with(text: str) -> str:
-    """docs/CODE.md with this figure."""
+    """The content of docs/CODE.md with this figure."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     return before + BEGIN + text + END + rest.partition(END)[2]
 

@@ -1,12 +1,12 @@
-"""Draw what runs reported: loss, held-out bits per byte, rate, gradient norm, tokens a second.
+"""Plot the metrics of runs: loss, held-out bits per byte, learning rate, gradient norm, speed.
 
     python -m scripts.plot out/pretrain_768_metrics.jsonl                # -> out/pretrain_768.png
     python -m scripts.plot a_metrics.jsonl b_metrics.jsonl --output both.png
     python -m scripts.plot out/pretrain_256_metrics.jsonl --band docs/bands/demo.json
     python -m scripts.plot seed_*_metrics.jsonl --write_band docs/bands/demo.json
 
-A band is where the losses of runs with one recipe and several seeds lie; with --band it is told
-whether a run stays inside: is its loss right? Needs matplotlib, but for the bands alone.
+A band is the range of losses that one recipe gives with different seeds. With --band, the program
+reports whether a run stays inside, that is, whether its loss is right. Plots need matplotlib.
 """
 
 import argparse
@@ -17,37 +17,42 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PANELS = {  # a record's key -> the panel's title
-    "loss": "training loss (nats a token)",
-    "heldout_bits_per_byte": "held out (bits a byte)",
+PANELS = {  # key of a record: title of its panel
+    "loss": "training loss (nats per token)",
+    "heldout_bits_per_byte": "held-out loss (bits per byte)",
     "lr": "learning rate",
-    "grad_norm": "norm of the gradient",
-    "tokens_per_second": "useful tokens a second",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second, without padding",
 }
-IN_A_BAND = ("loss", "heldout_bits_per_byte")
-Band = dict[str, list[list[float]]]  # key -> [update, lowest, highest] each
+BAND_KEYS = ("loss", "heldout_bits_per_byte")
+Band = dict[str, list[list[float]]]  # for each key, [update, lowest, highest] of each update
 
 
 class PlotError(Exception):
-    """Something that the person can mend; its text is the whole message."""
+    """An error that the user can fix; its text is the whole message."""
 
 
 def read(path: Path) -> list[dict]:
-    """A run's records. Raises: PlotError if there are none."""
+    """The records of a metrics file. Raises: PlotError if it is not one, or has no log line."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records: list[Any] = [json.loads(line) for line in lines]
     except ValueError:
-        records = [None]
+        records = [None]  # reported below
     if not all(isinstance(r, dict) and isinstance(r.get("step"), int) for r in records):
-        raise PlotError(f"{path}: expected the metrics of a run, one JSON object a line with a "
-                        f"step; they are in its --save_dir, <name>_metrics.jsonl")
+        raise PlotError(
+            f"{path}: expected the metrics of a run, with one JSON object per line and a step in "
+            f"each; they are in its --save_dir, as <name>_metrics.jsonl"
+        )
     if not any("tokens" in record for record in records):
-        raise PlotError(f"{path}: holds no log line yet")
+        raise PlotError(f"{path}: contains no log line yet")
     return records
 
 
 def curve(records: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Tokens seen, and the values reported there; an evaluation takes the log line's before it."""
+    """Numbers of tokens seen, and the values of ``key`` there.
+
+    An evaluation does not report its tokens; those of the last log line before it are used."""
     logged = [(r["step"], r["tokens"]) for r in records if "tokens" in r]
     tokens, values = [], []
     for record in records:
@@ -59,14 +64,14 @@ def curve(records: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def by_update(records: list[dict], key: str) -> dict[int, float]:
-    """What was reported after each update; the newest, if a run went back."""
+    """The values of ``key`` by update; the last one where an update was run again."""
     return {r["step"]: r[key] for r in records if key in r}
 
 
 def band_of(runs: list[list[dict]]) -> Band:
-    """From lowest to highest over the runs, and as much again on both sides: there are few runs."""
+    """The range over the runs, with its width added on both sides because runs are few."""
     band = {}
-    for key in IN_A_BAND:
+    for key in BAND_KEYS:
         scores = [by_update(records, key) for records in runs]
         band[key] = []
         for step in sorted(set.intersection(*map(set, scores))):
@@ -77,7 +82,7 @@ def band_of(runs: list[list[dict]]) -> Band:
 
 
 def compare(records: list[dict], band: Band) -> list[str]:
-    """Whether a run's losses lie in the band, in words."""
+    """One line per key of the band: how many points of the run lie in it."""
     lines = []
     for key, bounds in band.items():
         scores = by_update(records, key)
@@ -85,23 +90,23 @@ def compare(records: list[dict], band: Band) -> list[str]:
         outside = [x for x in both if not x[1] <= x[2] <= x[3]]
         text = f"{PANELS[key]}: {len(both) - len(outside)} of {len(both)} points lie in the band"
         if not both:
-            text = f"{PANELS[key]}: no update of the band was reported, see its recipe"
+            text = f"{PANELS[key]}: the run reported no update of the band, see its recipe"
         if outside:
             step, low, score, high = outside[0]
-            text += f"; the first outside: update {step:,}, {score:.4f}, band {low} to {high}"
+            text += f"; the first outside: {score:.4f} at update {step:,}, band {low} to {high}"
         lines.append(text)
     return lines
 
 
 def draw(runs: dict[str, list[dict]], band: Band) -> Any:
-    """One panel a quantity, one line a run. Returns: matplotlib's figure.
+    """One panel per quantity, with one line per run. Returns: a matplotlib figure.
 
     Raises: PlotError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        raise PlotError("drawing needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # a file; no window
+        raise PlotError("plots need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # writes files and opens no window
     from matplotlib import pyplot
 
     shown = [key for key in PANELS if any(curve(records, key)[1] for records in runs.values())]
@@ -123,25 +128,26 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
             at = dict(zip(by_update(first, key), curve(first, key)[0], strict=False))
             points = [(at[step], low, high) for step, low, high in band[key] if step in at]
             if points:
-                panel.fill_between(*zip(*points, strict=True), alpha=0.25, label="band")
+                seen, low, high = zip(*points, strict=True)
+                panel.fill_between(seen, low, high, alpha=0.25, label="band")
         if key == "loss" and (len(runs) > 1 or band):
             panel.legend(fontsize=8)
     return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Returns: the exit status, 0 on success, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("metrics", nargs="+", type=Path, help="<save_dir>/*_metrics.jsonl")
-    parser.add_argument("--output", type=Path, help="PNG; None: beside the first metrics")
-    parser.add_argument("--band", type=Path, help="of --write_band: is the loss right?")
-    parser.add_argument("--write_band", type=Path, help="from these runs; nothing is drawn")
+    parser.add_argument("--output", type=Path, help="PNG file; default: beside the first metrics")
+    parser.add_argument("--band", type=Path, help="file of --write_band to compare the runs with")
+    parser.add_argument("--write_band", type=Path, help="write the band of these runs; no plot")
     args = parser.parse_args(argv)
     try:
         runs = {path.stem.removesuffix("_metrics"): read(path) for path in args.metrics}
-        if len(runs) < len(args.metrics):  # of one name in several folders
+        if len(runs) < len(args.metrics):  # the same name in several folders
             runs = {str(path): read(path) for path in args.metrics}
         if args.write_band:
             text = json.dumps(band_of(list(runs.values())))
@@ -154,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         first = args.metrics[0]
         output = args.output or first.with_name(first.stem.removesuffix("_metrics") + ".png")
         draw(runs, band).savefig(output, dpi=110)
-        print(f"drawn: {output}")
+        print(f"plot written to {output}")
     except (PlotError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

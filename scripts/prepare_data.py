@@ -22,7 +22,7 @@ from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache
 from trainer.errors import SettingsError, exit_status_of
 from trainer.weights import load_tokenizer
 
-NUM_SAMPLED = 5_000  # documents, at equal distances, from which the kinds of text are estimated
+NUM_SAMPLED = 5_000  # evenly spaced documents, from which the kinds of text are estimated
 KINDS = ("Chinese", "English", "code")
 PADDED_ROW = 340  # tokens, as in MiniMind's recipe
 BOUNDS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of the histogram, in tokens
@@ -74,7 +74,7 @@ def histogram(lengths: Tensor) -> Iterator[str]:
 
 
 def shares_of_kinds(cache: TokenCache, tokenizer: PreTrainedTokenizerBase) -> str:
-    """How many of the bytes are of which kind, estimated from a sample of the documents."""
+    """The share of each kind of text in bytes, estimated from a sample of the documents."""
     num = len(cache.num_bytes)
     sampled = range(0, num, max(1, num // NUM_SAMPLED))
     sizes: Counter[str] = Counter()
@@ -126,23 +126,25 @@ def padded_waste(lengths: Tensor) -> tuple[float, float]:
 
     Args: lengths: (num_documents,) int64, in tokens."""
     with_ends = lengths + 2  # BOS and EOS
-    shown = with_ends.clamp(max=PADDED_ROW)
-    padding = 1 - shown.sum().item() / (len(lengths) * PADDED_ROW)
-    return padding, 1 - shown.sum().item() / with_ends.sum().item()
+    num_kept = with_ends.clamp(max=PADDED_ROW).sum().item()
+    padding = 1 - num_kept / (len(lengths) * PADDED_ROW)
+    return padding, 1 - num_kept / with_ends.sum().item()
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data_path", nargs="+", required=True,
                         help=f"files, folders, patterns: {', '.join(ENDINGS)}")
-    parser.add_argument("--text_column", default=TEXT_COLUMN, help="of JSONL and parquet")
+    parser.add_argument("--text_column", default=TEXT_COLUMN,
+                        help="the field of JSONL or column of parquet that holds the text")
     parser.add_argument("--tokenizer_path", default="model", help="any transformers tokenizer")
-    parser.add_argument("--cache_dir", default=DEFAULT_CACHE_DIR, help="where the cache is kept")
+    parser.add_argument("--cache_dir", default=DEFAULT_CACHE_DIR, help="folder of token caches")
     parser.add_argument("--bad_records", choices=["stop", "skip"], default="stop",
                         help="what to do with a record that cannot be read")
-    parser.add_argument("--report", action="store_true", help="describe the corpus as well")
+    parser.add_argument("--report", action="store_true", help="also describe the corpus")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Train a byte-level BPE tokenizer: any text or JSONL in, a transformers tokenizer folder out.
+"""Train a byte-level BPE tokenizer on text or JSONL, and write it as a transformers tokenizer.
 
     python -m scripts.train_tokenizer --data_path corpus.jsonl notes.txt --output my_tokenizer
 
-Memory is bounded by ``--max_megabytes``: of a larger input an even, repeatable sample is used.
+``--max_megabytes`` bounds memory: from a larger input, a uniform and repeatable sample is drawn.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.records import ENDINGS, DataError, read_documents
 
-# The first ids are MiniMind's, so that its later stages (chat, tools, thinking) find theirs.
+# The first ids are MiniMind's, because its later stages (chat, tools, thinking) rely on them.
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, BOS, EOS
 MEDIA_TOKENS = [
     *(f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad") for end in ("start", "end")),
@@ -29,11 +29,13 @@ CHAT_TOKENS = [
     f"<{end}{name}>" for name in ("tool_call", "tool_response", "think") for end in ("", "/")
 ]
 SPARE_TOKENS = [f"<|buffer{i}|>" for i in range(1, 10)]
-MAX_TOKEN_BYTES = 24  # longer entries are addresses and code of one corpus, not language
+MAX_TOKEN_BYTES = 24  # longer tokens are URLs and code of one corpus rather than words
 
 
 def find_texts(paths: list[str]) -> list[Path]:
-    """The files given, and those of known endings in folders given."""
+    """The given files, and in given folders those with a known file ending.
+
+    Raises: DataError naming all files that are missing."""
     files: list[Path] = []
     for given in map(Path, paths):
         inside = [p for p in sorted(given.rglob("*")) if p.name.endswith(ENDINGS)]
@@ -45,7 +47,7 @@ def find_texts(paths: list[str]) -> list[Path]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Documents of a file whose ending says how it is read, lines of any other."""
+    """The documents of a file in a known format, or the lines of any other file."""
     if path.name.endswith(ENDINGS):
         yield from (text for text, _ in read_documents(path))
     else:
@@ -54,7 +56,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def sample_texts(files: list[Path], max_bytes: int, seed: int) -> Iterator[str]:
-    """An even sample of all texts, about ``max_bytes`` in all; everything if there is less."""
+    """A uniform sample of the texts, about ``max_bytes`` in total; all of them if that is less."""
     share = max_bytes / max(1, sum(path.stat().st_size for path in files))
     choose = random.Random(seed)
     for path in files:
@@ -62,7 +64,7 @@ def sample_texts(files: list[Path], max_bytes: int, seed: int) -> Iterator[str]:
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every text can be written, no unknown token; digits stay single."""
+    """Train byte-level BPE: it can encode any text without unknown tokens, and splits digits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -83,10 +85,11 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write what ``AutoTokenizer.from_pretrained(folder)`` reads."""
+    """Write the files that ``AutoTokenizer.from_pretrained(folder)`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     rules = json.loads(tokenizer.to_str())
-    hidden = {*CONTROL_TOKENS, *MEDIA_TOKENS}  # decoding may skip these; chat marks stay visible
+    # Decoding with skip_special_tokens omits these, but not the marks of chat.
+    hidden = {*CONTROL_TOKENS, *MEDIA_TOKENS}
     for token in rules["added_tokens"]:
         token["special"] = token["content"] in hidden
     pad, bos, eos = CONTROL_TOKENS
@@ -106,21 +109,22 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns: the exit status, 0 on success, 3 for bad data, 6 for input or output errors."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data_path", nargs="+", required=True, help="JSONL, text, or folders")
+    parser.add_argument("--data_path", nargs="+", required=True, help="JSONL, text, folders")
     parser.add_argument("--output", required=True, help="folder for the tokenizer's files")
     parser.add_argument(
-        "--vocab_size", type=int, default=6400, help="entries, control tokens included"
+        "--vocab_size", type=int, default=6400, help="tokens, including control tokens"
     )
     parser.add_argument(
         "--max_megabytes",
         type=int,
         default=64,
-        help="text used at most, MB; takes about 65 times that in memory",
+        help="maximum text to train on, in MB; needs about 65 times as much memory",
     )
-    parser.add_argument("--seed", type=int, default=42, help="which texts a sample takes")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the sample")
     args = parser.parse_args(argv)
     least = len(CONTROL_TOKENS + MEDIA_TOKENS + CHAT_TOKENS + SPARE_TOKENS) + 256
     if args.vocab_size < least:
@@ -132,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_status", 6)
-    print(f"{tokenizer.get_vocab_size():,} entries written to {args.output}")
+    print(f"{tokenizer.get_vocab_size():,} tokens written to {args.output}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The page for continuation and SwanLab's dashboard, in a real headless browser."""
+"""The page of scripts/web_demo.py and SwanLab's dashboard, in a headless browser."""
 
 import contextlib
 import itertools
@@ -15,20 +15,21 @@ from typing import Any
 import pytest
 
 import eval_llm
+from model.generation import generating_model
 from scripts.web_demo import Continuer
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
 from trainer.weights import read_weights, save_weights
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium, chromedriver")
-QUIET = (  # no first-run page, nothing fetched from the network
+QUIET = (  # no first-run page, no requests to the network
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--window-size=1400,1600",
 )
 
 
-# Whether anything was drawn on a canvas in another colour than black, white and grey.
+# Whether a canvas contains a colour other than black, white and grey.
 HAS_LINE = """
 const canvas = arguments[0];
 const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
@@ -40,6 +41,7 @@ return false;
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
+    """A selenium driver of chromium."""
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -52,7 +54,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def serving(folder: Path, *words: object) -> Iterator[str]:
-    """A server of its own; gives its address once it answers."""
+    """Start a server on a free port; yields its address once it accepts connections."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -79,20 +81,20 @@ def answers(port: int) -> bool:
 
 
 def until(found: Callable[[], Any], seconds: float = 60) -> Any:
-    """What is found, as soon as it is; pages build themselves after they have been loaded."""
+    """Wait until ``found()`` is true, since pages continue to build after loading; returns it."""
     end = time.monotonic() + seconds
     while not (value := found()):
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.1)
     return value
 
 
-# ------------------------------------------------------------------------ the page's own parts
+# -------------------------------------------------------------------------- without a browser
 
 
-def test_text_grows_piece_by_piece_to_what_generation_gives() -> None:
+def test_text_grows_piece_by_piece_to_the_generated_text() -> None:
     model = tiny_model(vocab_size=6400, max_position_embeddings=256)
-    continuer = Continuer(model, shipped_tokenizer())
+    continuer = Continuer(generating_model(model), shipped_tokenizer())
     pieces = list(continuer.text("Paris is", 20, 0, 1.0, 1))
     assert len(pieces) > 3 and all(b.startswith(a) for a, b in itertools.pairwise(pieces))
     assert pieces[-1] == list(continuer.text("Paris is", 20, 0, 1.0, 2))[-1]
@@ -100,13 +102,13 @@ def test_text_grows_piece_by_piece_to_what_generation_gives() -> None:
     assert len(drawn) == 2, "the seed decides what is drawn"
 
 
-def test_a_closed_page_stops_the_generation_and_an_error_reaches_it() -> None:
+def test_a_closed_page_stops_generation_and_errors_reach_the_page() -> None:
     model = tiny_model(vocab_size=6400, max_position_embeddings=4096)
-    text = Continuer(model, shipped_tokenizer()).text("a", 10**6, 1.0, 1.0, 1)
+    text = Continuer(generating_model(model), shipped_tokenizer()).text("a", 10**6, 1.0, 1.0, 1)
     next(text)
-    text.close()  # returns, so the model has stopped
+    text.close()  # returns only after the model has stopped
     with pytest.raises(ValueError, match="max_new_tokens"):
-        list(Continuer(model, shipped_tokenizer()).text("a", -1, 1.0, 1.0, 1))
+        list(Continuer(generating_model(model), shipped_tokenizer()).text("a", -1, 1.0, 1.0, 1))
 
 
 def test_without_gradio_one_line_says_what_to_install(tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
     path = tmp_path / "pretrain_32.pth"
     save_weights(path, model, {})
     model.load_state_dict(read_weights(path))
-    expected = list(Continuer(model, shipped_tokenizer()).text(
+    expected = list(Continuer(generating_model(model), shipped_tokenizer()).text(
         "Berlin ist", 100, eval_llm.TEMPERATURE, 0.9, 42
     ))[-1]
     words = ["-m", "scripts.web_demo", "--weight", path, "--device", "cpu"]
@@ -148,7 +150,7 @@ def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
 
         until(complete)
         browser.save_screenshot(tmp_path / "page.png")
-    assert all(expected.startswith(part) for part in seen), "it only ever grows"
+    assert all(expected.startswith(part) for part in seen), "the text only grows"
 
 
 @needs_browser

@@ -1,4 +1,4 @@
-"""eval_llm.py: finds weights, continues prompts, measures files."""
+"""eval_llm.py: it finds weights, continues prompts and measures files."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def evaluate(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> s
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that learnt two sentences by heart."""
+    """A folder of weights that have memorized two sentences."""
     folder = tmp_path_factory.mktemp("trained")
     corpus = ["The sky over the sea is blue.", "雪是白色的，草是绿色的。"] * 20
     folder.joinpath("corpus.jsonl").write_text("")
@@ -66,10 +66,10 @@ def test_prompts_are_built_in_and_can_be_typed(
     assert "over the sea is blue." in output
 
 
-def test_the_loss_of_a_file_is_that_of_one_document_at_a_time(
+def test_the_loss_of_a_file_is_that_of_its_documents_one_at_a_time(
     trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Documents fit a row, so nothing is out of sight; the reference reads them one by one."""
+    """Each document fits into a row, so the reference may read them one at a time."""
     documents = ["The sky over the sea is blue.", "雪是白色的。", *texts(3)]
     corpus = write_corpus(tmp_path / "some.jsonl", documents)
     words = ["--data_path", str(corpus), "--cache_dir", str(tmp_path), "--max_seq_len", "2048"]
@@ -90,10 +90,10 @@ def test_the_loss_of_a_file_is_that_of_one_document_at_a_time(
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_weights_without_a_json_tell_their_architecture_by_their_shapes(
+def test_the_architecture_of_weights_without_a_json_follows_from_their_shapes(
     tmp_path: Path, use_moe: bool
 ) -> None:
-    """So do the files that MiniMind publishes."""
+    """Files published by MiniMind have no json."""
     config = MiniMindConfig(
         48, 3, use_moe, num_attention_heads=6, num_key_value_heads=2, vocab_size=6401, num_experts=5
     )
@@ -111,7 +111,7 @@ def test_weights_without_a_json_tell_their_architecture_by_their_shapes(
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_saved_weights_are_half_of_what_was_trained_and_hold_each_matrix_once(
+def test_saved_weights_are_in_half_precision_and_contain_each_matrix_once(
     tmp_path: Path, use_moe: bool
 ) -> None:
     config = MiniMindConfig(32, 2, use_moe, num_attention_heads=4, num_key_value_heads=2)
@@ -127,7 +127,7 @@ def test_saved_weights_are_half_of_what_was_trained_and_hold_each_matrix_once(
     assert json.loads(path.with_suffix(".json").read_text())["run"] == {"step": 3}
 
 
-def test_several_fitting_weights_must_be_chosen_from(
+def test_several_matching_weights_are_an_error_that_lists_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for size in (16, 32):

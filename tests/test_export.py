@@ -1,4 +1,4 @@
-"""scripts/export.py: what transformers, the gguf package and llama.cpp make of our weights."""
+"""scripts/export.py, checked with transformers, the gguf package and llama.cpp."""
 
 import itertools
 import json
@@ -30,12 +30,12 @@ PROMPTS = [
 
 
 def saved(folder: Path, **changes: object) -> tuple[Path, MiniMindForCausalLM]:
-    """A file of ours, and the model that it holds."""
+    """A weights file, and the model in it."""
     sizes = {"vocab_size": 6400, "hidden_size": 64, "intermediate_size": 96}
     model = tiny_model(**sizes | {"max_position_embeddings": 256} | changes)
     path = folder / f"pretrain_64{'_moe' * model.config.use_moe}.pth"
     save_weights(path, model, {})
-    model.load_state_dict(read_weights(path))  # rounded, as in the file
+    model.load_state_dict(read_weights(path))  # rounded to float16, as in the file
     return path, model
 
 
@@ -47,7 +47,7 @@ def exported(folder: Path, to: str = "hf", *more: object, **changes: object) -> 
     return output, model
 
 
-def ours_continues(model: MiniMindForCausalLM, prompt: str) -> list[int]:
+def greedy_continuation(model: MiniMindForCausalLM, prompt: str) -> list[int]:
     return export.greedy(model, encode_prompt(shipped_tokenizer(), prompt), 12)
 
 
@@ -55,7 +55,7 @@ def ours_continues(model: MiniMindForCausalLM, prompt: str) -> list[int]:
 
 
 @DENSE_AND_MOE
-def test_plain_transformers_continues_twenty_prompts_as_we_do(
+def test_plain_transformers_continues_twenty_prompts_as_the_model_does(
     tmp_path: Path, use_moe: bool
 ) -> None:
     folder, model = exported(tmp_path, use_moe=use_moe)
@@ -67,11 +67,11 @@ def test_plain_transformers_continues_twenty_prompts_as_we_do(
         out = theirs.generate(
             **tokenizer(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False
         )
-        ours = ours_continues(model, prompt)
+        ours = greedy_continuation(model, prompt)
         num_prompt = len(tokenizer(prompt)["input_ids"])
         assert out[0, num_prompt:].tolist() == ours, prompt
         continuations.add(tuple(ours))
-    assert len(continuations) > 15, "a model that says always the same would show nothing"
+    assert len(continuations) > 15, "a model with few distinct continuations would prove nothing"
 
 
 @DENSE_AND_MOE
@@ -98,7 +98,7 @@ def test_the_folder_holds_settings_and_no_code(tmp_path: Path, use_moe: bool) ->
 
 
 @DENSE_AND_MOE
-def test_a_batch_of_prompts_continues_as_each_alone(tmp_path: Path, use_moe: bool) -> None:
+def test_a_batch_of_prompts_continues_as_each_does_alone(tmp_path: Path, use_moe: bool) -> None:
     folder, model = exported(tmp_path, use_moe=use_moe)
     theirs, tokenizer = (auto.from_pretrained(folder)
                          for auto in (AutoModelForCausalLM, AutoTokenizer))
@@ -107,12 +107,12 @@ def test_a_batch_of_prompts_continues_as_each_alone(tmp_path: Path, use_moe: boo
         **tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=12, do_sample=False
     )
     for prompt, row in zip(prompts, out, strict=True):
-        alone = ours_continues(model, prompt)
+        alone = greedy_continuation(model, prompt)
         assert row[-12:].tolist()[: len(alone)] == alone, prompt
 
 
-def test_whoever_may_read_the_settings_may_read_the_weights(tmp_path: Path) -> None:
-    """By the umask, as all files here; safetensors alone would keep them to their owner."""
+def test_all_exported_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    """safetensors alone would make them readable by their owner only."""
     before = os.umask(0o022)
     try:
         folder, _ = exported(tmp_path)
@@ -122,7 +122,7 @@ def test_whoever_may_read_the_settings_may_read_the_weights(tmp_path: Path) -> N
 
 
 @DENSE_AND_MOE
-def test_there_and_back_changes_no_bit(tmp_path: Path, use_moe: bool) -> None:
+def test_export_and_import_change_no_bit(tmp_path: Path, use_moe: bool) -> None:
     folder, model = exported(tmp_path, use_moe=use_moe)
     words = ["--from", "hf", "--input", folder, "--save_dir", tmp_path / "back"]
     assert export.main([str(word) for word in words]) == 0
@@ -136,7 +136,7 @@ def test_there_and_back_changes_no_bit(tmp_path: Path, use_moe: bool) -> None:
 
 
 @DENSE_AND_MOE
-def test_what_was_tuned_elsewhere_comes_back(tmp_path: Path, use_moe: bool) -> None:
+def test_weights_tuned_in_transformers_can_be_imported(tmp_path: Path, use_moe: bool) -> None:
     folder, model = exported(tmp_path, use_moe=use_moe)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(6400, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -156,21 +156,21 @@ def test_what_was_tuned_elsewhere_comes_back(tmp_path: Path, use_moe: bool) -> N
 
 
 def refused(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """The one line of an export that does not come about."""
+    """The error message, one line, of an export that is refused."""
     assert export.main([str(word) for word in words]) in (2, 4)
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1
     return line
 
 
-def test_other_models_are_refused_by_what_they_have_more(
+def test_other_models_are_refused_with_the_setting_that_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     cases = {
         "model_type is 'qwen2'": Qwen2ForCausalLM(Qwen2Config(**sizes)),
-        "its head is not its embedding": Qwen3ForCausalLM(
+        "its head is not tied to its embedding": Qwen3ForCausalLM(
             Qwen3Config(**sizes, tie_word_embeddings=False)
         ),
         "attention_bias is True": Qwen3ForCausalLM(
@@ -185,7 +185,7 @@ def test_other_models_are_refused_by_what_they_have_more(
     assert not (tmp_path / "out").exists()
 
 
-def test_flags_that_make_no_export_are_said(
+def test_missing_and_existing_paths_are_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path, _ = saved(tmp_path)
@@ -203,7 +203,7 @@ def test_flags_that_make_no_export_are_said(
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])
-def test_an_export_that_differs_gets_no_name(
+def test_an_export_that_differs_is_not_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     path, _ = saved(tmp_path)
@@ -223,7 +223,7 @@ def test_an_export_that_differs_gets_no_name(
         monkeypatch.setattr(gguf, "quantize", lambda x, kind: quantize(
             x * 1.5 if x.shape == (64, 96) else x, kind))
     line = refused(capsys, "--to", to, "--weight", path, "--output", tmp_path / "new" / "export")
-    assert to == "gguf" or "error: the weights that were written give" in line
+    assert to == "gguf" or "error: the logits of the exported weights for" in line
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -279,7 +279,7 @@ def test_the_gguf_package_reads_every_tensor_and_token(
 
 
 @DENSE_AND_MOE
-def test_transformers_own_reader_of_gguf_computes_the_same(tmp_path: Path, use_moe: bool) -> None:
+def test_transformers_computes_the_same_from_the_gguf_file(tmp_path: Path, use_moe: bool) -> None:
     for package in ("gguf", "accelerate"):
         pytest.importorskip(package)
     path, model = exported(tmp_path, "gguf", use_moe=use_moe)
@@ -287,10 +287,10 @@ def test_transformers_own_reader_of_gguf_computes_the_same(tmp_path: Path, use_m
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for prompt in PROMPTS:
         ours = encode_prompt(shipped_tokenizer(), prompt)[0].tolist()
-        if "<|" not in prompt:  # it does not take over added tokens; 5.17 nor BOS
+        if "<|" not in prompt:  # added tokens are not read from GGUF, nor BOS by transformers 5.17
             assert tokenizer(prompt)["input_ids"] in (ours, ours[1:])
     sizes = {"head_dim": 16} | ({"moe_intermediate_size": 96} if use_moe else {})
-    theirs = AutoModelForCausalLM.from_pretrained(  # it takes these two to be Qwen's own
+    theirs = AutoModelForCausalLM.from_pretrained(  # not read from GGUF either: Qwen's defaults
         path.parent, gguf_file=path.name, dtype=torch.float32, **sizes
     ).eval()
     ids = torch.randint(6400, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -299,12 +299,12 @@ def test_transformers_own_reader_of_gguf_computes_the_same(tmp_path: Path, use_m
 
 
 @DENSE_AND_MOE
-def test_llama_cpp_continues_as_we_do(tmp_path: Path, use_moe: bool) -> None:
+def test_llama_cpp_continues_as_the_model_does(tmp_path: Path, use_moe: bool) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     path, model = exported(tmp_path, "gguf", use_moe=use_moe)
     theirs = llama_cpp.Llama(str(path), n_ctx=128, verbose=False, logits_all=True)
-    near = 0.05  # its products are in halves: of two tokens that score alike it may take the other
+    near = 0.05  # it computes in float16, so it may choose another of two almost equal tokens
     alike = 0
     for prompt in PROMPTS:
         ids = encode_prompt(shipped_tokenizer(), prompt)[0].tolist()
@@ -321,11 +321,11 @@ def test_llama_cpp_continues_as_we_do(tmp_path: Path, use_moe: bool) -> None:
             scores = model(torch.tensor([ids + continued])).logits[0, len(ids) - 1 : -1]
         of_theirs = scores.gather(1, torch.tensor(continued)[:, None])[:, 0]
         assert (scores.max(1).values - of_theirs < 2 * near).all(), prompt
-        alike += continued == ours_continues(model, prompt)
+        alike += continued == greedy_continuation(model, prompt)
     assert alike >= len(PROMPTS) - 4
 
 
-def test_a_tokenizer_that_llama_cpp_cannot_copy_is_refused(
+def test_a_tokenizer_that_llama_cpp_cannot_represent_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("gguf")
@@ -337,5 +337,5 @@ def test_a_tokenizer_that_llama_cpp_cannot_copy_is_refused(
     _, byte_level = described["pre_tokenizer"]["pretokenizers"]
     assert pre_tokenizer_name(described | {"pre_tokenizer": byte_level}) == "gpt-2"
     for other in (None, {"type": "Whitespace"}, byte_level | {"use_regex": False}):
-        with pytest.raises(SettingsError, match="no name for this tokenizer"):
+        with pytest.raises(SettingsError, match="no equivalent of this tokenizer"):
             pre_tokenizer_name(described | {"pre_tokenizer": other})

@@ -1,6 +1,6 @@
-"""Continuing texts: transformers' class on our tensors, and what if it computes otherwise.
+"""Text generation by transformers' class with our tensors, also if it computes something else.
 
-The reference is the model's own forward pass over whole rows, which has no cache."""
+The reference is the model's own forward pass over whole rows, which has no KV cache."""
 
 import math
 from pathlib import Path
@@ -43,15 +43,15 @@ def test_greedy_generation_equals_the_uncached_forward(use_moe: bool) -> None:
 
 
 @DENSE_AND_MOE
-def test_prompts_padded_on_the_left_continue_as_each_alone(use_moe: bool) -> None:
+def test_left_padded_prompts_continue_as_each_does_alone(use_moe: bool) -> None:
     model = tiny_model(use_moe=use_moe, eos_token_id=None)
     prompts = [random_ids(1, length, seed=length) for length in (7, 4, 1)]
     ids = torch.cat([F.pad(prompt, (7 - prompt.shape[1], 0)) for prompt in prompts])
-    ways = {"max_new_tokens": 10, "do_sample": False}
-    ways |= {"output_logits": True, "return_dict_in_generate": True}
-    together = model.generate(ids, attention_mask=(ids != 0).long(), **ways)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    together = model.generate(ids, attention_mask=(ids != 0).long(), **options)
     for i, prompt in enumerate(prompts):
-        alone = model.generate(prompt, **ways)
+        alone = model.generate(prompt, **options)
         assert torch.equal(together.sequences[i, 7:], alone.sequences[0, prompt.shape[1] :])
         for both, one in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(both[i], one[0], atol=1e-5, rtol=0)
@@ -60,13 +60,13 @@ def test_prompts_padded_on_the_left_continue_as_each_alone(use_moe: bool) -> Non
 def test_streamed_text_is_the_generated_text(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer, model = shipped_tokenizer(), tiny_model(vocab_size=6400, eos_token_id=None)
     prompt = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
-    ways = {"max_new_tokens": 20, "do_sample": False}
-    text = tokenizer.decode(model.generate(prompt, **ways)[0, prompt.shape[1] :])
+    options = {"max_new_tokens": 20, "do_sample": False}
+    text = tokenizer.decode(model.generate(prompt, **options)[0, prompt.shape[1] :])
     assert len(text) > 20
-    model.generate(prompt, streamer=TextStreamer(tokenizer, skip_prompt=True), **ways)
+    model.generate(prompt, streamer=TextStreamer(tokenizer, skip_prompt=True), **options)
     assert capsys.readouterr().out == text + "\n"
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    thread = Thread(target=model.generate, args=(prompt,), kwargs={"streamer": streamer, **ways})
+    thread = Thread(target=model.generate, args=(prompt,), kwargs={"streamer": streamer, **options})
     thread.start()
     pieces = list(streamer)
     thread.join()
@@ -84,7 +84,7 @@ def test_tensors_are_shared_where_their_layout_is_the_same(use_moe: bool) -> Non
 
 
 @DENSE_AND_MOE
-def test_an_update_shows_in_what_is_generated_next(use_moe: bool) -> None:
+def test_generation_follows_updates_of_the_weights(use_moe: bool) -> None:
     model, ids = tiny_model(use_moe=use_moe), random_ids(1, 9)
     before = generating_model(model)(ids).logits
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_an_update_shows_in_what_is_generated_next(use_moe: bool) -> None:
         assert (before - model(ids).logits).abs().max() > 0.1
 
 
-def test_a_model_in_training_stays_so_and_compiled_code_is_not_made_anew() -> None:
+def test_generation_keeps_training_mode_and_does_not_recompile() -> None:
     torch._dynamo.reset()
     counters.clear()
     model, ids = tiny_model(eos_token_id=None), random_ids(1, 9)
@@ -103,24 +103,24 @@ def test_a_model_in_training_stays_so_and_compiled_code_is_not_made_anew() -> No
     plain = tiny_model(eos_token_id=None).generate(ids, max_new_tokens=20, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), plain)
     assert model.training and all(module.training for module in model.modules())
-    assert counters["stats"]["unique_graphs"] <= 1  # of the comparison
+    assert counters["stats"]["unique_graphs"] <= 1  # from the comparison
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("head_dim", "theta"), [(16, 1e6), (96, 1e6), (64, 1e4)])
 @torch.no_grad()
 def test_stretched_positions_are_those_of_minimind(head_dim: int, theta: float) -> None:
-    """Its formula: pairs that turn less than once in 2,048 positions are 16 times slower, those
-    that turn more than 32 times stay, a ramp between them. Tables go into our forward pass."""
+    """MiniMind slows pairs that rotate less than once in 2,048 positions by 16, keeps those that
+    rotate more than 32 times, and interpolates between. Our forward pass gets these tables."""
     sizes = {"head_dim": head_dim, "rope_theta": theta, "max_position_embeddings": 128}
     model, ids = tiny_model(**sizes), random_ids(1, 100)
     plain = model(ids).logits
 
-    def pair_turning(times: int) -> float:
+    def pair_rotating(times: int) -> float:
         return head_dim * math.log(2048 / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_turning(32)), 0)
-    high = min(math.ceil(pair_turning(1)), head_dim // 2 - 1)
+    low = max(math.floor(pair_rotating(32)), 0)
+    high = min(math.ceil(pair_rotating(1)), head_dim // 2 - 1)
     frequencies = []
     for i in range(head_dim // 2):
         slow = min(max((i - low) / max(high - low, 0.001), 0), 1)
@@ -133,11 +133,11 @@ def test_stretched_positions_are_those_of_minimind(head_dim: int, theta: float) 
     assert (stretched - plain).abs().max() > 1e-2
 
 
-# ------------------------------------------------------------------- garbage must not be silent
+# -------------------------------------------------- a transformers that computes something else
 
 
 class Forgetful(Qwen3ForCausalLM):
-    """Loses its cache, as ours did when transformers 5.24 gave it another name."""
+    """Ignores the KV cache, as happened when transformers 5.24 renamed its argument."""
 
     def forward(self, *args: object, **options: object) -> object:
         kept = {k: v for k, v in options.items() if k not in ("cache", "past_key_values")}
@@ -145,7 +145,7 @@ class Forgetful(Qwen3ForCausalLM):
 
 
 class Unmasked(Qwen3ForCausalLM):
-    """Right from the cache, wrong over a whole row: as if a mask were gone."""
+    """Correct with the cache, wrong for a whole row, as if the mask were lost."""
 
     def forward(self, input_ids: Tensor, **options: object) -> object:
         if input_ids.shape[1] > 1 and "position_ids" not in options:
@@ -154,7 +154,7 @@ class Unmasked(Qwen3ForCausalLM):
 
 
 class Moved(Qwen3ForCausalLM):
-    """A part that we use has another name."""
+    """Has another name for a part that we use."""
 
     def __init__(self, config: object) -> None:
         super().__init__(config)
@@ -163,7 +163,7 @@ class Moved(Qwen3ForCausalLM):
 
 @pytest.fixture(params=[Forgetful, Unmasked, Moved])
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release of transformers whose class does something else."""
+    """A transformers whose class does something else."""
     monkeypatch.setattr(generation, "Qwen3ForCausalLM", request.param)
 
 
@@ -176,7 +176,7 @@ def saved(folder: Path) -> Path:
 
 @pytest.mark.usefixtures("broken")
 @pytest.mark.parametrize("program", ["eval_llm", "web_demo", "export"])
-def test_a_class_that_computes_otherwise_ends_in_one_line_and_no_text(
+def test_a_class_that_computes_something_else_gives_one_line_and_no_text(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], program: str
 ) -> None:
     weight = ["--weight", str(saved(tmp_path))]
@@ -194,7 +194,7 @@ def test_a_class_that_computes_otherwise_ends_in_one_line_and_no_text(
 
 
 @pytest.mark.usefixtures("broken")
-def test_training_goes_on_without_samples_and_says_so_once(tmp_path: Path) -> None:
+def test_training_continues_without_samples_and_says_so_once(tmp_path: Path) -> None:
     printed = train(tmp_path, learning_rate=1e-2, epochs=6, eval_interval=40)
     assert printed.count("Training continues without samples") == 1
     evaluations = [record for record in records(tmp_path) if "continuations" in record]
@@ -211,7 +211,7 @@ def test_the_model_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compared) == 1
 
 
-def test_memory_that_is_short_is_not_called_another_version(
+def test_out_of_memory_is_not_blamed_on_transformers(
     monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(*args: object) -> None:
@@ -234,21 +234,21 @@ def test_weights_that_are_not_finite_are_not_blamed_on_transformers(
     assert eval_llm.main([*weight, "--device", "cpu"]) == 4
     printed, line = capfd.readouterr()
     assert printed == "" and line.count("\n") == 1
-    assert "scores are not finite" in line and "transformers" not in line
+    assert "logits are not finite" in line and "transformers" not in line
 
 
-def test_a_model_that_scores_nothing_is_no_reason_to_refuse() -> None:
+def test_a_model_whose_logits_are_all_zero_is_accepted() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert generating_model(model) is not None
 
 
-def test_a_model_that_cannot_be_told_apart_is_no_reason_to_refuse() -> None:
-    """Before the first update layers add nothing; scores are alike whatever the cache does."""
+def test_a_model_before_its_first_update_is_accepted() -> None:
+    """Its layers add nothing yet, so logits agree whatever the cache does."""
     model = MiniMindForCausalLM(tiny_model().config)
     assert generating_model(model) is not None
 
 
-def test_the_error_has_the_status_of_weights_that_cannot_be_used() -> None:
+def test_the_error_has_the_exit_status_of_unusable_weights() -> None:
     assert GenerationError("").exit_status == 4

@@ -1,4 +1,4 @@
-"""The network against transformers' own classes, closed forms and plain loops."""
+"""The network, compared with transformers' classes, closed forms and plain loops."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def random_ids(*shape: int, seed: int = 1) -> Tensor:
 
 
 def qwen_of(model: MiniMindForCausalLM) -> PreTrainedModel:
-    """transformers' own Qwen3, dense or MoE, with the sizes and the weights of ``model``."""
+    """transformers' Qwen3, dense or MoE, with the sizes and weights of ``model``."""
     ours = model.config
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
     names += " num_key_value_heads head_dim max_position_embeddings rms_norm_eps"
@@ -127,7 +127,7 @@ def test_the_head_is_the_embedding() -> None:
     ({"use_moe": True}, [198.4, 63.9]),
 ], ids=["26m", "64m", "104m", "moe"])
 def test_presets_have_their_number_of_parameters(sizes: dict, millions: list[float]) -> None:
-    """All of them, and those that a token passes through."""
+    """The total, and the number used per token."""
     config = MiniMindConfig(**sizes)
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
@@ -136,12 +136,12 @@ def test_presets_have_their_number_of_parameters(sizes: dict, millions: list[flo
 
 @pytest.mark.parametrize(("sizes", "numbers"), [
     ({"hidden_size": 30, "num_attention_heads": 4}, ["30", "4"]),
-    ({"hidden_size": 36, "num_attention_heads": 4}, ["36", "4"]),  # nine numbers a head
+    ({"hidden_size": 36, "num_attention_heads": 4}, ["36", "4"]),  # an odd head_dim, 9
     ({"num_attention_heads": 4, "num_key_value_heads": 3}, ["4", "3"]),
     ({"use_moe": True, "num_experts_per_tok": 5}, ["5", "4"]),
     ({"use_moe": True, "num_experts_per_tok": 0}, ["0", "4"]),
 ], ids=str)
-def test_sizes_that_do_not_fit_are_named(sizes: dict, numbers: list[str]) -> None:
+def test_incompatible_sizes_are_named(sizes: dict, numbers: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         tiny_config(**sizes)
     assert all(number in str(caught.value) for number in numbers)
@@ -165,15 +165,15 @@ def test_rotary_tables_are_in_no_file() -> None:
 
 
 @pytest.mark.parametrize("unknown", ["attention_mask", "past_key_values", "use_cache", "anything"])
-def test_an_argument_that_the_forward_does_not_know_is_a_type_error(unknown: str) -> None:
-    """Swallowed, as a cache once was, it would make the result a silent wrong answer."""
+def test_an_unknown_argument_of_forward_is_a_type_error(unknown: str) -> None:
+    """If it were ignored, as a cache once was, the result would be wrong without notice."""
     with pytest.raises(TypeError, match=unknown):
         tiny_model()(random_ids(1, 5), **{unknown: None})
 
 
 # --------------------------------------------------------------------------------- packed rows
 
-LENGTHS = (5, 1, 9, 2, 7)  # of the documents in a row
+LENGTHS = (5, 1, 9, 2, 7)  # of the documents in a row, in tokens
 
 
 def packed_row(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +191,7 @@ def test_packed_documents_have_the_loss_of_one_document_a_row(use_moe: bool) -> 
     ids, labels, starts = packed_row()
     packed = model(ids, labels=labels, document_starts=starts)
     nats = F.cross_entropy(packed.logits[0, :-1], labels[0, 1:], reduction="none")
-    alone = []  # 0 where a document's first token is next
+    alone = []  # nats of each token; 0 where the next one begins a document
     for document in ids.split(LENGTHS, dim=1):
         logits = model(document).logits[0, :-1]
         alone += [F.cross_entropy(logits, document[0, 1:], reduction="none"), torch.zeros(1)]
@@ -213,7 +213,7 @@ def test_a_document_never_sees_another(use_moe: bool) -> None:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """Compiled code is global; leave none behind."""
+    """Compiled code is global state: remove it before and after."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -221,9 +221,9 @@ def fresh_compiler() -> Iterator[None]:
 
 @DENSE_AND_MOE
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own, which it hides itself
-def test_all_layers_share_one_compiled_piece(use_moe: bool) -> None:
-    """In bfloat16, as by default on cuda; the loss is the other piece."""
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised and hidden within dynamo
+def test_all_layers_share_one_compiled_graph(use_moe: bool) -> None:
+    """In bfloat16, the default on CUDA; the loss is the second graph."""
     counters.clear()
     model, (ids, labels, starts) = tiny_model(num_hidden_layers=12, use_moe=use_moe), packed_row()
     expected = model(ids, labels=labels, document_starts=starts).loss
@@ -268,7 +268,7 @@ def test_first_loss_is_near_log_vocab_size() -> None:
 
 
 @DENSE_AND_MOE
-def test_each_layer_begins_as_the_identity_and_all_else_is_drawn(use_moe: bool) -> None:
+def test_each_layer_starts_as_the_identity_and_all_other_weights_are_random(use_moe: bool) -> None:
     torch.manual_seed(0)
     model, ids = MiniMindForCausalLM(tiny_config(use_moe=use_moe)), random_ids(2, 9)
     with torch.no_grad():
@@ -283,7 +283,7 @@ def test_each_layer_begins_as_the_identity_and_all_else_is_drawn(use_moe: bool) 
 
 
 def loop_over_tokens(mlp: MoEFeedForward, tokens: Tensor) -> Tensor:
-    """The mixture as its definition reads: (N, D) -> (N, D), a token and an expert at a time."""
+    """The mixture by its definition, one token and expert at a time: (N, D) -> (N, D)."""
     gate, up, down = (getattr(mlp.experts, name) for name in PROJECTIONS)
     outputs = []
     for x in tokens:
@@ -296,7 +296,7 @@ def loop_over_tokens(mlp: MoEFeedForward, tokens: Tensor) -> Tensor:
 
 
 def output_and_gradients(mlp: MoEFeedForward, x: Tensor, plain: bool) -> list[Tensor]:
-    """The layer's output, and the gradients of its square at the input and at every weight."""
+    """The layer's output, and the gradients of its sum of squares for input and weights."""
     mlp.zero_grad()
     x = x.detach().requires_grad_()
     y = loop_over_tokens(mlp, x[0])[None] if plain else mlp(x)[0]
@@ -305,9 +305,9 @@ def output_and_gradients(mlp: MoEFeedForward, x: Tensor, plain: bool) -> list[Te
 
 
 @pytest.mark.parametrize(("dtype", "width", "tolerance"), [
-    (torch.float64, 48, 1e-12),  # no kernel: one multiplication an expert
+    (torch.float64, 48, 1e-12),  # no kernel: one product per expert
     (torch.float32, 48, 1e-4),
-    (torch.float32, 50, 1e-4),  # rows that the kernel cannot align
+    (torch.float32, 50, 1e-4),  # a width that the kernel does not support
     (torch.bfloat16, 48, 2e-2),
 ], ids=str)
 @pytest.mark.parametrize(("num_tokens", "num_used"), [(3, 1), (40, 1), (40, 2)])
@@ -316,7 +316,8 @@ def test_stacked_experts_equal_a_loop_over_tokens(
 ) -> None:
     model = tiny_model(use_moe=True, moe_intermediate_size=width, num_experts_per_tok=num_used)
     mlp = model.model.layers[0].mlp
-    generator = torch.Generator().manual_seed(33)  # no token between two experts: rounding decides
+    # With this seed no token is so close to a tie that rounding decides its experts.
+    generator = torch.Generator().manual_seed(33)
     x = torch.randn(1, num_tokens, 32, generator=generator)
     low = dtype == torch.bfloat16  # as in training: weights in float32, products in bfloat16
     kept = torch.float32 if low else dtype
@@ -393,7 +394,7 @@ def attend_in_a_loop(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, same: Tensor,
     longest: int, _: int, *, window_size: tuple[int, int]
 ) -> Tensor:
-    """What torch's kernel promises, one document at a time: it runs on CUDA only."""
+    """Stands in for torch's kernel, which needs CUDA: the same result, one document at a time."""
     assert ends is same and window_size == (-1, 0) and q.shape == k.shape == v.shape
     assert ends[0] == 0 and ends[-1] == len(q) and (ends.diff() >= 0).all()
     assert ends.dtype == torch.int32 and ends.diff().max() <= longest
@@ -409,7 +410,7 @@ def attend_in_a_loop(
 def test_attention_within_documents_gives_what_the_mask_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_moe: bool
 ) -> None:
-    """Loss and gradients, over whole epochs with documents cut by rows, and padding."""
+    """Loss and gradients of whole epochs, with documents split between rows, and padding."""
     monkeypatch.setattr(documents, "varlen_attn", attend_in_a_loop)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", texts())
     torch.manual_seed(0)
@@ -436,14 +437,14 @@ def test_attention_within_documents_gives_what_the_mask_gives(
                 assert torch.allclose(masked, within, atol=1e-12)
 
 
-def test_bounds_have_a_shape_that_follows_from_the_host_s_count_alone() -> None:
+def test_the_shape_of_the_bounds_depends_only_on_max_documents() -> None:
     starts = torch.tensor([[0, 0, 2, 2, -1, -1], [0, 0, 0, 0, 0, 5], [-1] * 6])
-    bounds = [0, 2, 4, 6, 11, 12]  # the third is padding, the last, too
+    bounds = [0, 2, 4, 6, 11, 12]  # those from 4 and from 12 are padding
     assert document_bounds(starts, 6).tolist() == [*bounds, 18]
     assert document_bounds(starts, 8).tolist() == [*bounds, 18, 18, 18]
     assert document_bounds(starts, 32).tolist() == [*bounds, *[18] * 27]
     assert document_bounds(starts.to("meta"), 8).shape == (9,)
 
 
-def test_a_cpu_attends_by_the_mask() -> None:
+def test_a_cpu_uses_the_mask() -> None:
     assert not can_attend_within(torch.device("cpu"), torch.bfloat16, 96)

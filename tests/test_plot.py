@@ -1,4 +1,4 @@
-"""scripts/plot.py: curves as the metrics say, and bands that tell whether a loss is right."""
+"""scripts/plot.py: curves show the metrics, and bands show whether a loss is right."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def records(offset: float = 0.0) -> list[dict]:
-    """A run of 30 updates as trainer/metrics.py writes it."""
+    """The metrics of a run of 30 updates, in the form that trainer/metrics.py writes."""
     found: list[dict] = []
     for step in (10, 20, 30):
         found.append({"step": step, "epoch": 1, "rows": 8 * step, "tokens": 900 * step,
@@ -49,7 +49,7 @@ def test_a_figure_holds_what_the_metrics_say(tmp_path: Path) -> None:
     assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx((1.8, 6.4))
 
 
-def test_the_program_draws_a_png(tmp_path: Path) -> None:
+def test_the_program_writes_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = plot(write(tmp_path / "pretrain_256_metrics.jsonl", records()))
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def test_a_band_spans_its_runs_and_their_range_again(tmp_path: Path) -> None:
     }
 
 
-def test_it_is_told_whether_a_loss_is_right() -> None:
+def test_points_outside_the_band_are_counted_and_the_first_is_named() -> None:
     band = band_of([records(), records(0.1)])
     assert compare(records(0.15), band) == [
         f"{PANELS['loss']}: 3 of 3 points lie in the band",
@@ -76,10 +76,10 @@ def test_it_is_told_whether_a_loss_is_right() -> None:
     ]
     assert compare(records(0.25), band)[0] == (
         f"{PANELS['loss']}: 0 of 3 points lie in the band; "
-        f"the first outside: update 10, 6.2500, band 5.9 to 6.2"
+        f"the first outside: 6.2500 at update 10, band 5.9 to 6.2"
     )
     other = [r | {"step": r["step"] + 1} for r in records()]
-    assert "no update of the band" in compare(other, band)[0]
+    assert "reported no update of the band" in compare(other, band)[0]
 
 
 def test_the_band_of_the_demo_has_all_its_evaluations() -> None:
@@ -95,7 +95,7 @@ def test_an_evaluation_before_any_log_line_counts_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "no json\n", "[1]\n", '{"loss": 1}\n', '{"step": 1}\n'])
-def test_what_is_no_metrics_file_is_said(tmp_path: Path, text: str) -> None:
+def test_a_file_without_metrics_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a_metrics.jsonl"
     path.write_text(text)
     with pytest.raises(PlotError, match=r"a_metrics\.jsonl: "):
@@ -108,10 +108,10 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> Non
             "from scripts.plot import main; sys.exit(main())")
     done = plot(path, code=code)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "drawing needs matplotlib: pip install matplotlib\n"
+    assert done.stderr == "plots need matplotlib: pip install matplotlib\n"
 
 
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_of_one_line(tmp_path: Path) -> None:
     done = plot(tmp_path / "none_metrics.jsonl")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "none_metrics.jsonl" in done.stderr

@@ -305,5 +305,5 @@ def test_imports_form_no_circle_and_the_figure_shows_them() -> None:
 
 
 def test_a_circle_of_imports_is_named() -> None:
-    with pytest.raises(SystemExit, match="circle among: a, b"):
-        import_map.floors({"a": {"b"}, "b": {"a"}, "c": set()})
+    with pytest.raises(SystemExit, match="circular imports among: a, b"):
+        import_map.levels_of({"a": {"b"}, "b": {"a"}, "c": set()})

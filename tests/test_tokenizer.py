@@ -1,4 +1,4 @@
-"""The shipped tokenizer, and the script that trains another."""
+"""The bundled tokenizer, and the script that trains others."""
 
 import random
 from collections import Counter
@@ -43,7 +43,7 @@ def test_the_shipped_tokenizer_is_found_from_any_folder(
     ],
     ids=["spaces", "line ends", "control", "emoji", "scripts", "far planes"],
 )
-def test_every_text_comes_back_as_it_was(text: str) -> None:
+def test_every_text_is_decoded_to_itself(text: str) -> None:
     tokenizer = shipped_tokenizer()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -51,13 +51,13 @@ def test_every_text_comes_back_as_it_was(text: str) -> None:
 
 
 def digits_of(tokens: list[str]) -> list[str]:
-    """Those tokens that have a digit in them."""
+    """The tokens that contain a digit."""
     return [token for token in tokens if any("0" <= letter <= "9" for letter in token)]
 
 
 def test_digits_stay_single() -> None:
     text = "in 2048, 3.14159 and 100%"
-    trained = train(iter([text] * 500), 400)  # often enough to merge what may be merged
+    trained = train(iter([text] * 500), 400)  # enough to merge all that may be merged
     for tokens in (shipped_tokenizer().tokenize(text), trained.encode(text).tokens):
         assert digits_of(tokens) == list("2048314159100")
 
@@ -67,7 +67,7 @@ def test_digits_stay_single() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path]:
-    """A text file, a JSONL file and a folder; and what the script makes of them."""
+    """A text file, a JSONL file and a folder; and the tokenizer trained on them."""
     folder = tmp_path_factory.mktemp("trained")
     inside = folder / "inside"
     inside.mkdir()
@@ -105,7 +105,7 @@ def test_the_same_texts_give_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
 
 
-def test_the_vocabulary_has_the_asked_size(tmp_path: Path) -> None:
+def test_the_vocabulary_has_the_requested_size(tmp_path: Path) -> None:
     draw = random.Random(0)
     texts = ["".join(draw.choices("abcdefghij ", k=200)) for _ in range(100)]
     tokenizer = train(iter(texts), 400)
@@ -130,7 +130,7 @@ def test_a_small_corpus_is_used_whole(tmp_path: Path) -> None:
     assert list(sample_texts([write_jsonl(tmp_path / "a.jsonl", texts)], 10**6, 42)) == texts
 
 
-def test_a_bad_line_ends_the_script_in_one_line(tmp_path: Path) -> None:
+def test_a_bad_record_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"story": "bad"}\n')
     words = ("--data_path", tmp_path / "a.jsonl", "--output", tmp_path / "out")
     with start_python(*SCRIPT, *words) as process:
