@@ -28,14 +28,7 @@ from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, keep_compiled_code, keep_freed_memory, setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
-from trainer.flags import (
-    TrainConfig,
-    architecture,
-    deciding_settings,
-    keep_split,
-    parse_flags,
-    rounding_settings,
-)
+from trainer.flags import TrainConfig, parse_flags
 from trainer.guard.guard import Guard
 from trainer.guard.micro_batch import choose_micro_batch
 from trainer.metrics import Metrics, open_metrics
@@ -213,7 +206,7 @@ def build_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Min
     bos, eos, pad = special_ids(tokenizer)
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     try:
-        return MiniMindConfig(**architecture(config), vocab_size=len(tokenizer), **ids)
+        return MiniMindConfig(**config.architecture(), vocab_size=len(tokenizer), **ids)
     except ValueError as error:
         raise SettingsError(str(error)) from None
 
@@ -258,14 +251,14 @@ def build_run(
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
     dtype, num_ranks = getattr(torch, args.dtype), distributed.world_size()
     model.attends_within = not args.dropout and can_attend_within(device, dtype, config.head_dim)
-    rounding = rounding_settings(args, num_ranks)
+    rounding = args.rounding_settings(num_ranks)
     if state is not None:
-        args = keep_split(args, state, num_ranks)
+        args = args.keep_split(state, num_ranks)
     return Run(
         args=args,
         config=config,
         rounding=rounding,
-        settings=deciding_settings(args, num_ranks, data.cache.meta["digests"]),
+        settings=args.deciding_settings(num_ranks, data.cache.meta["digests"]),
         model=model,
         optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),

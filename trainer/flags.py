@@ -268,6 +268,49 @@ GROUPS = (ModelFlags, DataFlags, TrainingFlags, MachineFlags, FileFlags, Watchin
 class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFlags, ModelFlags):
     """All flags."""
 
+    def architecture(self) -> dict[str, Any]:
+        """The flags that size the model, by the names of MiniMindConfig's arguments."""
+        kept = {f.name for f in fields(ModelFlags)} - {"preset", "tokenizer_path", "from_weight"}
+        return {name: getattr(self, name) for name in sorted(kept)}
+
+    def deciding_settings(self, num_ranks: int, digests: dict[str, str]) -> dict:
+        """Everything that determines the result of a run; saved, and compared on resume."""
+        return {name: getattr(self, name) for name in flag_names(DECIDES)} | {
+            "rows per update": self.batch_size * self.accumulation_steps * num_ranks,
+            "content of data_path": digests["data"][:16],
+            "content of tokenizer_path": digests["tokenizer"][:16],
+        }
+
+    def rounding_settings(self, num_ranks: int) -> dict[str, str]:
+        """Everything that affects only the last bits; saved, and reported if it changes."""
+        return {name: str(getattr(self, name)) for name in flag_names(SPLITS)} | {
+            "ranks": str(num_ranks),
+            "torch": str(torch.__version__),
+            "threads": str(torch.get_num_threads()),
+        }
+
+    def keep_split(self, state: dict, num_ranks: int) -> "TrainConfig":
+        """These flags, with accumulation steps that keep the saved run's rows per update on this
+        number of ranks. With unchanged flags, the micro-batch stays the same as well.
+
+        Raises: SettingsError naming the numbers of ranks that are possible."""
+        saved, kept = state["rounding"], self
+        rows, batch = state["settings"].get("rows per update"), self.batch_size
+        micro = re.fullmatch(r"[1-9]\d{0,8}", saved.get("micro_batch_size", ""))
+        if micro and self.micro_batch_size is None and saved.get("batch_size") == str(batch):
+            kept = dataclasses.replace(self, micro_batch_size=int(micro[0]))
+        changed = str(self.accumulation_steps) != saved.get("accumulation_steps")
+        if changed or not isinstance(rows, int) or rows < 1:
+            return kept  # check_same_settings() compares the product
+        if rows % (batch * num_ranks):
+            fitting = [n for n in range(1, min(rows // batch, 9999) + 1) if rows % (batch * n) == 0]
+            others = f"use {', '.join(map(str, fitting))} ranks, or" if fitting else "use"
+            raise SettingsError(
+                f"--from_resume 1: an update of {rows} rows does not divide into batches of "
+                f"{batch} on {num_ranks} ranks; {others} another --batch_size."
+            )
+        return dataclasses.replace(kept, accumulation_steps=rows // (batch * num_ranks))
+
 
 # ------------------------------------------------------------------------------- command line
 
@@ -416,27 +459,12 @@ def skipped_updates(given: str | None) -> range:
     return range(first, end)
 
 
-def architecture(config: TrainConfig) -> dict[str, Any]:
-    """The flags that size the model, by the names of MiniMindConfig's arguments."""
-    kept = {f.name for f in fields(ModelFlags)} - {"preset", "tokenizer_path", "from_weight"}
-    return {name: getattr(config, name) for name in sorted(kept)}
-
-
 # ------------------------------------------------------------------------------------- resume
 
 
 def flag_names(resume: str) -> list[str]:
     """The flags that are declared with this ``resume``."""
     return [f.name for f in fields(TrainConfig) if f.metadata["resume"] == resume]
-
-
-def deciding_settings(config: TrainConfig, num_ranks: int, digests: dict[str, str]) -> dict:
-    """Everything that determines the result of a run; saved, and compared on resume."""
-    return {name: getattr(config, name) for name in flag_names(DECIDES)} | {
-        "rows per update": config.batch_size * config.accumulation_steps * num_ranks,
-        "content of data_path": digests["data"][:16],
-        "content of tokenizer_path": digests["tokenizer"][:16],
-    }
 
 
 def check_same_settings(saved: dict, given: dict) -> None:
@@ -460,35 +488,3 @@ def check_same_settings(saved: dict, given: dict) -> None:
             "--from_resume 1: these settings differ from the saved run's. Use the saved ones, or "
             "start another run with --save_weight NAME.\n  " + "\n  ".join(lines)
         )
-
-
-def rounding_settings(config: TrainConfig, num_ranks: int) -> dict[str, str]:
-    """Everything that affects only the rounding of results; saved, and reported if it changes."""
-    return {name: str(getattr(config, name)) for name in flag_names(SPLITS)} | {
-        "ranks": str(num_ranks),
-        "torch": str(torch.__version__),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def keep_split(config: TrainConfig, state: dict, num_ranks: int) -> TrainConfig:
-    """The flags, with accumulation steps that keep the saved run's rows per update on this number
-    of ranks. With unchanged flags, the micro-batch stays the same as well.
-
-    Raises: SettingsError naming the numbers of ranks that are possible."""
-    saved = state["rounding"]
-    rows, batch = state["settings"].get("rows per update"), config.batch_size
-    micro = re.fullmatch(r"[1-9]\d{0,8}", saved.get("micro_batch_size", ""))
-    if micro and config.micro_batch_size is None and saved.get("batch_size") == str(batch):
-        config = dataclasses.replace(config, micro_batch_size=int(micro[0]))
-    changed = str(config.accumulation_steps) != saved.get("accumulation_steps")
-    if changed or not isinstance(rows, int) or rows < 1:
-        return config  # check_same_settings() compares the product
-    if rows % (batch * num_ranks):
-        fitting = [n for n in range(1, min(rows // batch, 9999) + 1) if rows % (batch * n) == 0]
-        others = f"use {', '.join(map(str, fitting))} ranks, or" if fitting else "use"
-        raise SettingsError(
-            f"--from_resume 1: an update of {rows} rows does not divide into batches of {batch} on "
-            f"{num_ranks} ranks; {others} another --batch_size."
-        )
-    return dataclasses.replace(config, accumulation_steps=rows // (batch * num_ranks))
