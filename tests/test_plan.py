@@ -179,7 +179,7 @@ def test_annealing_earlier_ends_earlier_with_the_rate_at_its_floor(
 @pytest.mark.parametrize(("changes", "said"), [
     ({}, "its rate is .*expected the peak of a --lr_schedule wsd run, 0.001"),
     ({"lr_schedule": "cosine"}, "lr_schedule +wsd +cosine"),
-    ({"anneal_from": "nowhere.safetensors"}, "nowhere.safetensors is not a state. Expected checkpoints"),
+    ({"anneal_from": "nowhere.safetensors"}, "nowhere.safetensors is not a state. Expected"),
     ({"decay_ratio": 1.0}, "--anneal_from needs a --decay_ratio below 1"),
 ])
 def test_what_cannot_be_annealed_is_said(
