@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ class Variant:
 class PlainAdamW(torch.optim.AdamW):
     """AdamW that runs an operation at a time, a tensor at a time."""
 
+    found_inf: Tensor  # whether the update is not finite, see ``step_if_finite``
+
     def step(self, closure: None = None) -> None:
         """One update, finite or not: torch's loop refuses to look at ``found_inf``."""
         del self.found_inf
@@ -94,6 +97,7 @@ class MuonInALoop(Muon):
 
 def muon_in_a_loop(run: Run) -> None:
     """Matrices move one after another, where ours stacks those of one shape."""
+    assert isinstance(run.optimizer, Muon)
     run.optimizer = MuonInALoop(run.optimizer)
 
 
@@ -146,10 +150,11 @@ class LoopingExperts(MoEFeedForward):
 
 def looping_experts(run: Run) -> None:
     """The same router and experts in each layer, called in a loop; nothing in a dense model."""
-    for layer in run.model.model.layers if run.config.use_moe else []:
-        looping = LoopingExperts(run.config)
-        looping.gate, looping.experts = layer.mlp.gate, layer.mlp.experts
-        layer.mlp = looping
+    for layer in run.model.model.layers:
+        if isinstance(stacked := layer.mlp, MoEFeedForward):
+            looping = LoopingExperts(run.config)
+            looping.gate, looping.experts = stacked.gate, stacked.experts
+            layer.mlp = looping
 
 
 # ---------------------------------------------------------------------------- the padded recipe
@@ -159,8 +164,7 @@ class Padded(PretrainDataset):
     """One document a row, tokenized when it is asked for, cut and padded."""
 
     def __init__(
-        self, data_path: list[str], tokenizer: PreTrainedTokenizerBase, *args: object,
-        **kwargs: object
+        self, data_path: list[str], tokenizer: PreTrainedTokenizerBase, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(data_path, tokenizer, *args, **kwargs)
         self.tokenizer = tokenizer
@@ -271,24 +275,24 @@ class Turn(NoGuard):
     def begin(self, run: Run, state: None, num_bad_records: int) -> bool:
         """Here data, model and optimizer are ready, and what is to be compiled is not."""
         self.ready = time.time()
-        run.times = DataTimes(run.device)
+        run.times = self.times = DataTimes(run.device)
         return super().begin(run, state, num_bad_records)
 
     def step(self, run: Run, window: list[Batch], num_labels: int) -> Outcome:
         """One update. After the first one, and at the end of a turn, wait and report."""
         outcome = self.parts.step(run, window, num_labels)
         if self.until is None:
-            run.times.read()  # waits for the device
+            self.times.read()  # waits for the device
             now = time.time()
             self.report(first=now - self.since, first_step=now - self.ready, flops=flops(run))
             return outcome
         self.tokens += num_labels
         self.positions += sum(batch.input_ids.numel() for batch in window)
         if time.perf_counter() >= self.until:
-            run.times.read()
+            self.times.read()
             self.report(
                 seconds=time.perf_counter() - self.began, tokens=self.tokens,
-                positions=self.positions, waited=run.times.waited
+                positions=self.positions, waited=self.times.waited
             )
         return outcome
 
@@ -303,8 +307,8 @@ class Turn(NoGuard):
         if seconds is None:
             raise SystemExit
         self.tokens = self.positions = 0
-        self.run.times.restart()
-        self.run.times.waited = 0.0
+        self.times.restart()
+        self.times.waited = 0.0
         self.began = time.perf_counter()
         self.until = self.began + seconds
 
@@ -325,8 +329,10 @@ class Child:
     """A variant's process, as the parent sees it."""
 
     def __init__(self, variant: Variant, flags: list[str], result: dict) -> None:
-        context = multiprocessing.get_context("spawn" if variant.cold else "forkserver")
-        if not variant.cold:
+        if variant.cold:
+            context = multiprocessing.get_context("spawn")
+        else:
+            context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["bench.measuring"])  # its imports are paid once
         self.result = result
         self.pipe, theirs = context.Pipe()

@@ -134,9 +134,10 @@ def exchange_cost(num_ranks: int) -> dict[str, float]:
             before = sent_over_loopback()
             said = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout
             sent.append((sent_over_loopback() - before, said))
-    updates = int(re.search(r"in ([\d,]+) updates", sent[0][1])[1].replace(",", ""))
-    parameters = float(re.search(r"model: ([\d.]+)M parameters", sent[0][1])[1]) * 1e6
-    num_bytes = (sent[1][0] - sent[0][0]) / updates
+    (once, said), (twice, _) = sent
+    updates = int(re.findall(r"in ([\d,]+) updates", said)[0].replace(",", ""))
+    parameters = float(re.findall(r"model: ([\d.]+)M parameters", said)[0]) * 1e6
+    num_bytes = (twice - once) / updates
     return {"MiB an update": num_bytes / 2**20, "gradients in float32": num_bytes / 4 / parameters}
 
 

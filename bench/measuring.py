@@ -12,10 +12,10 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig
 from trainer.device import default_device
 from trainer.flags import Parser, parse_flags
+from trainer.guard import Guard
 from trainer.metrics import Metrics
 from trainer.program import run_program
 from trainer.run import Run
@@ -81,14 +82,15 @@ def train(flags: list[str], guard: NoGuard, parts: Parts = OURS) -> None:
     Raises: SystemExit with its exit status if it fails; the error is on stderr."""
 
     def program() -> None:
-        train_pretrain.train(parse_flags(flags), guard, *parts)
+        guards = cast(Guard, guard)  # it has all verbs that are called
+        train_pretrain.train(parse_flags(flags), guards, *parts)
 
     with contextlib.redirect_stdout(io.StringIO()):
         if status := run_program(program):
             raise SystemExit(status)
 
 
-def build_changed(changes: tuple[Callable[[Run], None], ...], *given: object) -> Run:
+def build_changed(changes: tuple[Callable[[Run], None], ...], *given: Any) -> Run:
     """See ``built_with``; a function of the module, so that processes can be handed it."""
     run = train_pretrain.build_run(*given)
     for change in changes:
@@ -132,7 +134,7 @@ def parser(description: str | None) -> Parser:
     return made
 
 
-def words(flags: dict[str, object]) -> list[str]:
+def words(flags: Mapping[str, object]) -> list[str]:
     """The flags as a command line has them; a list's items follow their flag one by one."""
     found = []
     for name, value in flags.items():
