@@ -24,4 +24,4 @@ def _nothing_left_running() -> Iterator[None]:
     """A failed test must not leave a training behind that slows the others down."""
     yield
     if "tests.launched" in sys.modules:
-        sys.modules["tests.launched"].end_all()
+        sys.modules["tests.launched"].kill_leftovers()

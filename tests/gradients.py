@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 import train_pretrain
 from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from tests.helpers import stirred
-from tests.running import texts, write_corpus
+from tests.helpers import perturbed
+from tests.running import short_documents, write_corpus
 from trainer import distributed
 from trainer.flags import TrainConfig
 from trainer.progress import Outcome
@@ -24,7 +24,7 @@ def toy_data(folder: Path, **options: object) -> PretrainDataset:
     """Rows of documents of unequal length."""
     corpus = folder / "corpus.jsonl"
     if not corpus.exists():
-        write_corpus(corpus, texts(15))
+        write_corpus(corpus, short_documents(15))
     tokenizer = AutoTokenizer.from_pretrained("model")
     return PretrainDataset(str(corpus), tokenizer, 48, cache_dir=str(folder / "cache"), **options)
 
@@ -35,7 +35,7 @@ def toy_model(use_moe: bool = False, **sizes: object) -> MiniMindForCausalLM:
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 6400} | sizes
     config = MiniMindConfig(32, 2, use_moe, router_aux_loss_coef=0.1, **sizes)
-    return stirred(MiniMindForCausalLM(config).double(), 0.02)
+    return perturbed(MiniMindForCausalLM(config).double(), 0.02)
 
 
 def toy_run(data: PretrainDataset, model: MiniMindForCausalLM, **flags: object) -> Run:

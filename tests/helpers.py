@@ -43,7 +43,7 @@ def tiny_config(**changes: object) -> MiniMindConfig:
 
 
 @torch.no_grad()
-def stirred(model: MiniMindForCausalLM, deviation: float) -> MiniMindForCausalLM:
+def perturbed(model: MiniMindForCausalLM, deviation: float) -> MiniMindForCausalLM:
     """The model, no longer as it begins: there layers add nothing, and norms multiply by one."""
     for weight in model.parameters():
         weight += deviation * torch.randn_like(weight)
@@ -53,7 +53,7 @@ def stirred(model: MiniMindForCausalLM, deviation: float) -> MiniMindForCausalLM
 def tiny_model(seed: int = 0, **changes: object) -> MiniMindForCausalLM:
     """A model in which every weight matters: none is zero, one, or too small to see."""
     torch.manual_seed(seed)
-    return stirred(MiniMindForCausalLM(tiny_config(**changes)).eval(), 0.2)
+    return perturbed(MiniMindForCausalLM(tiny_config(**changes)).eval(), 0.2)
 
 
 def start_python(*arguments: object) -> subprocess.Popen:

@@ -63,12 +63,12 @@ def at_operation(number: int, strike: Callable[[str], None]) -> None:
     checkpoint.os = Operations(before)
 
 
-def kill_at(number: int) -> None:
+def kill_at_operation(number: int) -> None:
     """SIGKILL before an operation on files."""
     at_operation(number, lambda name: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def fail_at(number: int, code: str) -> None:
+def fail_at_operation(number: int, code: str) -> None:
     """An operation on files fails, with this errno."""
 
     def strike(name: str) -> None:
@@ -165,7 +165,7 @@ def log_rows(path: str) -> None:
     train_pretrain.train_step = logged
 
 
-def slow(seconds: float) -> None:
+def slow_updates(seconds: float) -> None:
     """Each update takes so much longer."""
     train_step = train_pretrain.train_step
 
@@ -176,7 +176,7 @@ def slow(seconds: float) -> None:
     train_pretrain.train_step = slowed
 
 
-def hold(step: int, marker: str) -> None:
+def hold_update(step: int, marker: str) -> None:
     """An update waits for a file to appear."""
 
     def wait_for_it(run: object) -> None:
@@ -186,7 +186,7 @@ def hold(step: int, marker: str) -> None:
     in_update(step, wait_for_it)
 
 
-def late(rank: int, seconds: float) -> None:
+def start_late(rank: int, seconds: float) -> None:
     """One rank starts so much after the others."""
     if distributed.rank() == rank:
         time.sleep(seconds)
@@ -233,7 +233,7 @@ def stuck_loader(row: int) -> None:
     train_pretrain.PretrainDataset.__getitems__ = stuck
 
 
-def impatient() -> None:
+def impatient_mirror() -> None:
     """A mirror that fails is given up soon."""
     mirror.FAILING_PATIENCE, mirror.PAUSES = 1, (0.1, 0.1)
 
@@ -241,13 +241,26 @@ def impatient() -> None:
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        kill_at, fail_at, die_in_update, die_in_save, poison, log_rows, slow, hold, late,
-        slow_evaluation, slow_save, stuck_loader, impatient
+        kill_at_operation,
+        fail_at_operation,
+        die_in_update,
+        die_in_save,
+        poison,
+        log_rows,
+        slow_updates,
+        hold_update,
+        start_late,
+        slow_evaluation,
+        slow_save,
+        stuck_loader,
+        impatient_mirror,
     )
 }
 
 
-def entry(argv: list[str], environment: dict[str, str], log: str, faults: list[tuple]) -> None:
+def trainer_main(
+    argv: list[str], environment: dict[str, str], log: str, faults: list[tuple]
+) -> None:
     """What a started process runs."""
     os.environ |= environment
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as a shell's Linux
@@ -271,7 +284,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(
+def start_trainers(
     argv: list[str], log: Path, num_ranks: int = 1, faults: list[tuple] = (),
     environment: dict[str, str] | None = None
 ) -> list[BaseProcess]:
@@ -287,25 +300,36 @@ def start(
     for rank in range(num_ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
         processes.append(context.Process(
-            target=entry, args=(argv, shared | own, str(log), list(faults))
+            target=trainer_main, args=(argv, shared | own, str(log), list(faults))
         ))
         processes[-1].start()
     STARTED.extend(processes)
     return processes
 
 
-def wait(processes: list[BaseProcess], timeout: float = 120) -> list[int]:
+def wait_for_all(processes: list[BaseProcess], timeout: float = 120) -> list[int]:
     """Their exit statuses; a signal counts as its negative number."""
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     late = [process for process in processes if process.is_alive()]
-    end(late)
+    kill_all(late)
     assert not late, f"{len(late)} processes did not end within {timeout} s"
     return [process.exitcode for process in processes]
 
 
-def end(processes: list[BaseProcess]) -> None:
+def run_trainers(
+    argv: list[str],
+    log: Path,
+    num_ranks: int = 1,
+    faults: list[tuple] = (),
+    environment: dict[str, str] | None = None,
+) -> list[int]:
+    """Start the trainers, and wait for all. Returns: their exit statuses, see ``wait_for_all``."""
+    return wait_for_all(start_trainers(argv, log, num_ranks, faults, environment))
+
+
+def kill_all(processes: list[BaseProcess]) -> None:
     """SIGKILL for those that are left."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
@@ -313,19 +337,21 @@ def end(processes: list[BaseProcess]) -> None:
         process.join()
 
 
-def end_group(process: subprocess.Popen) -> None:
+def kill_group(process: subprocess.Popen) -> None:
     """SIGKILL for a command that leads a process group, and for all in it."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def end_all() -> None:
+def kill_leftovers() -> None:
     """End what the last test started and did not end."""
-    end([process for process in STARTED if isinstance(process, BaseProcess) and process.is_alive()])
+    kill_all(
+        [process for process in STARTED if isinstance(process, BaseProcess) and process.is_alive()]
+    )
     for process in STARTED:
         if isinstance(process, subprocess.Popen):
-            end_group(process)
+            kill_group(process)
     STARTED.clear()
 
 

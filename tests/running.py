@@ -20,7 +20,7 @@ from tests.helpers import ROOT, write_jsonl
 from trainer.checkpoint import list_states, read_state
 from trainer.step_times import PARTS
 
-TINY = {
+TINY_FLAGS = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -43,7 +43,7 @@ TIMED = ("tokens_per_second", "eta_minutes", "minutes_spent", "mfu")
 TIMED += tuple(f"share_{part}" for part in PARTS)
 
 
-def texts(num: int = 80) -> list[str]:
+def short_documents(num: int = 80) -> list[str]:
     """Short documents of different lengths, none like another."""
     return [
         f"Document {i}: " + " ".join(f"word{i * j % 17}" for j in range(i % 19 + 1))
@@ -51,12 +51,12 @@ def texts(num: int = 80) -> list[str]:
     ]
 
 
-def facts() -> list[str]:
+def fact_documents() -> list[str]:
     """What the built-in prompts ask, with the answers: a tiny model learns it by heart."""
     return [f"{prompt} {answer}." for prompt, answer in eval_llm.PROMPTS.items()]
 
 
-BY_HEART = (  # sizes and rates at which it does so within seconds
+MEMORIZE_FLAGS = (  # sizes and rates at which it does so within seconds
     "--hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2 "
     "--intermediate_size 128 --max_seq_len 64 --batch_size 2 --accumulation_steps 1 --epochs 8 "
     "--learning_rate 5e-3 --heldout_fraction 0.02 --device cpu --dtype float32 "
@@ -65,10 +65,10 @@ BY_HEART = (  # sizes and rates at which it does so within seconds
 
 def write_corpus(path: Path, documents: list[str] | None = None) -> Path:
     """JSONL of ``documents``, by default of ``texts()``."""
-    return write_jsonl(path, documents or texts())
+    return write_jsonl(path, documents or short_documents())
 
 
-def flags(folder: Path, **changes: object) -> list[str]:
+def tiny_flags(folder: Path, **changes: object) -> list[str]:
     """TINY with ``changes``, all files inside ``folder``, as words of a command line."""
     corpus = folder / "corpus.jsonl"
     if not corpus.exists():
@@ -80,11 +80,11 @@ def flags(folder: Path, **changes: object) -> list[str]:
         "checkpoint_dir": folder / "checkpoints",
         "cache_dir": folder / "cache",
     }
-    chosen = TINY | places | changes
+    chosen = TINY_FLAGS | places | changes
     return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
 
 
-def command(arguments: list[str], num_ranks: int = 1) -> list[str]:
+def training_command(arguments: list[str], num_ranks: int = 1) -> list[str]:
     """The command line that trains on so many ranks."""
     if num_ranks == 1:
         return [sys.executable, "train_pretrain.py", *arguments]
@@ -92,23 +92,26 @@ def command(arguments: list[str], num_ranks: int = 1) -> list[str]:
     return [*run, str(num_ranks), "train_pretrain.py", *arguments]
 
 
-def run(words: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_command(words: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run to the end, from the repository's root."""
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-def train(folder: Path, num_ranks: int = 1, **changes: object) -> str:
-    """Train on ranks, or alone in this process: it must succeed. Returns what it prints."""
-    if num_ranks == 1:
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            assert train_pretrain.main(flags(folder, **changes)) == 0
-        return output.getvalue()
-    done = run(command(flags(folder, **changes), num_ranks))
+def train_in_process(folder: Path, **changes: object) -> str:
+    """Train to the end in this process, which must succeed. Returns: what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert train_pretrain.main(tiny_flags(folder, **changes)) == 0
+    return output.getvalue()
+
+
+def train_on_ranks(folder: Path, num_ranks: int, **changes: object) -> str:
+    """Train to the end in new processes, which must succeed. Returns: what they printed."""
+    done = run_command(training_command(tiny_flags(folder, **changes), num_ranks))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def records(folder: Path) -> list[dict]:
+def read_metrics(folder: Path) -> list[dict]:
     """The metrics file, as far as it is written."""
     found = list((folder / "out").glob("*_metrics.jsonl"))
     lines = found[0].read_text(encoding="utf-8").splitlines(keepends=True) if found else []
@@ -120,12 +123,12 @@ def without_times(found: list[dict]) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in TIMED} for record in found]
 
 
-def untimed(folder: Path) -> list[dict]:
+def metrics_without_times(folder: Path) -> list[dict]:
     """The metrics file but for times."""
-    return without_times(records(folder))
+    return without_times(read_metrics(folder))
 
 
-def final_state(folder: Path, name: str = "pretrain_32") -> dict:
+def newest_state(folder: Path, name: str = "pretrain_32") -> dict:
     """The newest state, but for times."""
     state = read_state(list_states(folder / "checkpoints", name)[0])
     return state | {"records": without_times(state["records"])}
@@ -148,26 +151,26 @@ def assert_same(a: object, b: object, where: str = "state") -> None:
         assert a == b, where
 
 
-def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+def files_with_times(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file's bytes and time of change."""
     return {
         str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
     }
 
 
-def one_in(num: int, cases: Iterable) -> list:
+def mark_slow_except_every(num: int, cases: Iterable) -> list:
     """Parameters of a test: so many times fewer of them in the reduced set, all in the full one."""
     slow = [pytest.mark.slow]
     return [pytest.param(case, marks=slow if i % num else []) for i, case in enumerate(cases)]
 
 
-def descendants(pid: int) -> list[int]:
+def descendant_pids(pid: int) -> list[int]:
     """Process ids below ``pid``, parents first."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except FileNotFoundError:
         return []
-    return [int(c) for c in children] + [d for c in children for d in descendants(int(c))]
+    return [int(c) for c in children] + [d for c in children for d in descendant_pids(int(c))]
 
 
 def train_and_kill(
@@ -175,17 +178,17 @@ def train_and_kill(
 ) -> int:
     """Start training, SIGKILL a rank once ``step`` is logged; returns the last step logged."""
     with subprocess.Popen(
-        command(words or flags(folder, **changes), num_ranks),
+        training_command(words or tiny_flags(folder, **changes), num_ranks),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
         deadline = time.monotonic() + 120
-        while not any(record["step"] >= step for record in records(folder)):
+        while not any(record["step"] >= step for record in read_metrics(folder)):
             assert process.poll() is None, "ended before it could be killed"
             assert time.monotonic() < deadline, "never came so far"
             time.sleep(0.01)
-        victim = process.pid if num_ranks == 1 else descendants(process.pid)[-1]
+        victim = process.pid if num_ranks == 1 else descendant_pids(process.pid)[-1]
         os.kill(victim, signal.SIGKILL)
         assert process.wait(timeout=120) != 0
-    return records(folder)[-1]["step"]
+    return read_metrics(folder)[-1]["step"]

@@ -17,8 +17,7 @@ from bench.benchmark import (
 from bench.measuring import NoGuard, train
 from dataset.lm_dataset import PretrainDataset
 from tests.helpers import shipped_tokenizer, tiny_model, write_jsonl
-from tests.running import flags, records, texts
-from tests.running import train as train_program
+from tests.running import read_metrics, short_documents, tiny_flags, train_in_process
 from trainer.optimizer import build_optimizer, step_if_finite
 
 SMALL = {"max_seq_len": 32, "batch_size": 2, "accumulation_steps": 2, "micro_batch_size": 2,
@@ -53,7 +52,7 @@ def test_each_variant_of_the_benchmark_takes_turns(tmp_path: Path, name: str) ->
     given |= {"use_moe": int(use_moe), "heldout_fraction": 0, "epochs": 100}
     pipe = Pipe()
     with pytest.raises(SystemExit) as end:
-        train_variant(pipe, variant, flags(tmp_path, **given), since=0.0)
+        train_variant(pipe, variant, tiny_flags(tmp_path, **given), since=0.0)
     assert not end.value.code
     first, *turns = pipe.heard
     assert first["first"] > first["first_step"] > 0 and first["flops"] > 0
@@ -67,7 +66,7 @@ def test_each_variant_of_the_benchmark_takes_turns(tmp_path: Path, name: str) ->
 
 def test_a_variant_that_fails_says_so_by_its_status(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
-        train_variant(Pipe(), Variant("ours"), flags(tmp_path, learning_rate=-1), since=0.0)
+        train_variant(Pipe(), Variant("ours"), tiny_flags(tmp_path, learning_rate=-1), since=0.0)
     assert end.value.code == 2
 
 
@@ -110,7 +109,7 @@ def test_an_optimizer_in_a_loop_moves_weights_as_ours_does(kind: str, change: ob
 
 
 def test_padded_rows_are_those_that_the_trainer_pads_but_for_what_is_cut(tmp_path: Path) -> None:
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [*texts(20), "long " * 200])
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [*short_documents(20), "long " * 200])
     sets = [kind([str(corpus)], shipped_tokenizer(), 128, packing=False, cache_dir=str(tmp_path))
             for kind in (Padded, PretrainDataset)]
     rows = [*range(22)]  # the last is past the end: all padding
@@ -137,7 +136,7 @@ def test_the_padded_recipe_draws_all_matrices_as_minimind_does(
             return False
 
     given = padded_flags(on_cuda=False) | SMALL | {"use_moe": use_moe, "num_hidden_layers": 1}
-    train(flags(tmp_path, **given), Guard(), PADDED)
+    train(tiny_flags(tmp_path, **given), Guard(), PADDED)
     assert len(drawn) == 1 + 4 + (4 if use_moe else 3)
     assert all(0.015 < deviation < 0.025 for deviation in drawn)
 
@@ -148,14 +147,14 @@ def test_the_padded_recipe_draws_all_matrices_as_minimind_does(
 def test_what_measures_trains_as_the_program_does(tmp_path: Path) -> None:
     """The same held-out score, to the last bit; and each variant of the recipe runs."""
     given = {"num_hidden_layers": 1, "epochs": 1, "use_moe": 1, "save_interval": 10**9}
-    train_program(tmp_path, **given)
-    (score,) = (r["heldout_bits_per_byte"] for r in records(tmp_path) if "heldout_loss" in r)
+    train_in_process(tmp_path, **given)
+    (score,) = (r["heldout_bits_per_byte"] for r in read_metrics(tmp_path) if "heldout_loss" in r)
     scores = {}
     for variant in (try_variants.AS_IT_IS, *try_variants.VARIANTS):
         pipe = Pipe()
-        try_variants.child(pipe, variant, flags(tmp_path / "variants", **given))
+        try_variants.child(pipe, variant, tiny_flags(tmp_path / "variants", **given))
         scores[variant] = pipe.heard[0]["bits_per_byte"]
-        assert pipe.heard[0]["updates"] == records(tmp_path)[-1]["step"]
+        assert pipe.heard[0]["updates"] == read_metrics(tmp_path)[-1]["step"]
     assert scores[try_variants.AS_IT_IS] == score
     for variant in (*try_variants.CHANGES, "--grad_clip 0.3"):
         assert scores[variant] != score, variant
@@ -165,7 +164,7 @@ def test_what_measures_trains_as_the_program_does(tmp_path: Path) -> None:
 def test_a_trial_ends_in_time_and_looks_at_what_was_kept_aside(
     tmp_path: Path, padded: bool
 ) -> None:
-    kept_aside = write_jsonl(tmp_path / "kept_aside.jsonl", texts(20))
+    kept_aside = write_jsonl(tmp_path / "kept_aside.jsonl", short_documents(20))
     given = (padded_flags(on_cuda=False) if padded else {}) | SMALL
     given |= {"heldout_fraction": 0, "max_minutes": 0.05, "dtype": "float32"}
     trial = compare_recipes.Trial("ours", given, minutes=0.05, seed=1, padded=padded)
@@ -173,7 +172,7 @@ def test_a_trial_ends_in_time_and_looks_at_what_was_kept_aside(
     watch = compare_recipes.Watch(pipe, trial, str(kept_aside), looks=10)
     watch.begun = time.monotonic()  # not when the tests began
     parts = compare_recipes.PADDED if padded else compare_recipes.OURS
-    train(flags(tmp_path, **given), watch, parts._replace(step=watch.step))
+    train(tiny_flags(tmp_path, **given), watch, parts._replace(step=watch.step))
     *before, last = pipe.heard
     assert len(before) >= 1 and last["updates"] > before[0]["updates"] > 0
     assert last["bits_per_byte"] < before[0]["bits_per_byte"]

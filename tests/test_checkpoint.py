@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.model_minimind import MiniMindConfig
-from tests.running import ROOT, flags, run, train
+from tests.running import ROOT, run_command, tiny_flags, train_in_process
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointError, list_states, newest_state, read_state, save_state
 from trainer.trainer_utils import lm_checkpoint
@@ -127,19 +127,19 @@ def test_a_full_disk_ends_training_in_one_line_with_the_last_state_readable(tmp_
     """A real disk of 3 MB: one state of this model fits, the second does not."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)])
+    mounted = run_command(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)])
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk here: {mounted.stderr}")
     try:
-        words = [sys.executable, "train_pretrain.py", *flags(tmp_path, checkpoint_dir=disk)]
-        done = run(words)
+        words = [sys.executable, "train_pretrain.py", *tiny_flags(tmp_path, checkpoint_dir=disk)]
+        done = run_command(words)
         assert done.returncode == 6
         assert "No space left on device" in done.stderr and done.stderr.count("\n") == 1
         found, complaints = newest_state(disk, "pretrain_32")
         assert found["step"] == 5 and not complaints
         assert len(list(disk.glob("*.pth"))) == 1 and not list(disk.glob(".*.part"))
     finally:
-        run(["umount", str(disk)])
+        run_command(["umount", str(disk)])
 
 
 class Payload:
@@ -177,11 +177,11 @@ def test_lm_checkpoint_is_minimind_s_door(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_passes_over_a_damaged_state(tmp_path: Path) -> None:
-    train(tmp_path, epochs=1)
+    train_in_process(tmp_path, epochs=1)
     states = list_states(tmp_path / "checkpoints", "pretrain_32")
     whole = read_state(states[0])["model"]
     states[0].write_bytes(states[0].read_bytes()[:-10])
-    output = train(tmp_path, epochs=1, from_resume=1)
+    output = train_in_process(tmp_path, epochs=1, from_resume=1)
     assert f"warning: {states[0]}" in output and "resuming after update" in output
     again = read_state(list_states(tmp_path / "checkpoints", "pretrain_32")[0])["model"]
     assert all(torch.equal(whole[key], again[key]) for key in whole)

@@ -23,7 +23,7 @@ from dataset.records import DataError, read_documents
 from dataset.token_cache import TokenCache, build_token_cache, remove_leftovers, unsigned
 from scripts import prepare_data
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
-from tests.running import contents
+from tests.running import files_with_times
 from trainer.trainer_utils import SkipBatchSampler
 
 BOS, EOS, PAD, IGNORE = 1, 2, 0, -100
@@ -403,9 +403,9 @@ def test_a_cache_made_ahead_is_the_one_that_training_finds(
     assert prepare_data.main(words) == 0
     (made,) = (tmp_path / "cache").iterdir()
     assert f"{made}: {len(TEXTS)} documents" in capsys.readouterr().out
-    before = contents(tmp_path)
+    before = files_with_times(tmp_path)
     assert build_token_cache(str(corpus), shipped_tokenizer(), tmp_path / "cache").folder == made
-    assert contents(tmp_path) == before
+    assert files_with_times(tmp_path) == before
     assert prepare_data.main([*words, "--data_path", str(tmp_path / "absent.jsonl")]) == 3
     assert capsys.readouterr().err.startswith(f"error: --data_path {tmp_path / 'absent.jsonl'}")
     assert prepare_data.main([*words, "--tokenizer_path", str(tmp_path / "absent")]) == 2

@@ -11,7 +11,7 @@ import eval_llm
 from model.generation import generating_model
 from tests.helpers import ROOT, shipped_tokenizer
 from tests.plain_prompts import PROMPTS, is_right, num_stated
-from tests.running import run
+from tests.running import run_command
 from trainer.evaluation import encode_prompt
 from trainer.trainer_utils import setup_seed
 
@@ -74,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     places = ["--save_dir", str(folder / "out"), "--cache_dir", str(folder)]
     program = [sys.executable, "train_pretrain.py", "--preset", "demo", "--device", "cpu"]
-    done = run([*program, *places, "--checkpoint_dir", str(folder)], timeout=1800)
+    done = run_command([*program, *places, "--checkpoint_dir", str(folder)], timeout=1800)
     assert done.returncode == 0, done.stderr
     return folder / "out"
 
@@ -82,7 +82,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_readme_s_prompts_are_answered_as_they_are_printed(trained: Path) -> None:
     words = ["--save_dir", str(trained), "--device", "cpu"]
-    printed = run([sys.executable, "eval_llm.py", *words, "--temperature", "0"]).stdout
+    printed = run_command([sys.executable, "eval_llm.py", *words, "--temperature", "0"]).stdout
     known = {prompt.text: prompt for prompt in PROMPTS}
     for prompt, answer in eval_llm.PROMPTS.items():
         continuation = printed.partition(prompt)[2]

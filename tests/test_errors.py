@@ -10,7 +10,7 @@ import torch
 
 import eval_llm
 import train_pretrain
-from tests.running import flags, run, train
+from tests.running import run_command, tiny_flags, train_in_process
 
 GOOD = '{"text": "a document"}\n'
 
@@ -62,7 +62,7 @@ def test_flags_that_cannot_be_used(
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     before = files(tmp_path)
-    status, error = refusal(flags(tmp_path, **changes), capsys)
+    status, error = refusal(tiny_flags(tmp_path, **changes), capsys)
     assert status == 2 and re.search(expected, error), error
     assert files(tmp_path).keys() - before.keys() <= {str(tmp_path / "corpus.jsonl")}
 
@@ -81,7 +81,7 @@ def test_flags_that_cannot_be_used(
 def test_data_that_cannot_be_trained_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | bytes, expected: str
 ) -> None:
-    words = flags(tmp_path)
+    words = tiny_flags(tmp_path)
     data = content if isinstance(content, bytes) else content.encode()
     (tmp_path / "corpus.jsonl").write_bytes(data)
     before = files(tmp_path)
@@ -94,10 +94,10 @@ def test_a_missing_data_file_names_the_download_and_the_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "pretrain_t2t_mini.jsonl"
-    status, error = refusal(flags(tmp_path, data_path=tmp_path / name), capsys)
+    status, error = refusal(tiny_flags(tmp_path, data_path=tmp_path / name), capsys)
     assert status == 3
     assert name in error and "minimind_dataset" in error and "--preset demo" in error
-    status, error = refusal(flags(tmp_path, data_path="my_own.jsonl"), capsys)
+    status, error = refusal(tiny_flags(tmp_path, data_path="my_own.jsonl"), capsys)
     assert status == 3 and "my_own.jsonl: no such file. Expected a file" in error
     assert f"relative to {Path.cwd()}" in error and "minimind_dataset" not in error
 
@@ -105,18 +105,18 @@ def test_a_missing_data_file_names_the_download_and_the_demo(
 def test_weights_of_another_shape_are_refused_with_the_sizes_that_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path, epochs=1, save_weight="base")
+    train_in_process(tmp_path, epochs=1, save_weight="base")
     before = files(tmp_path)
-    deeper = flags(tmp_path, from_weight="base", num_hidden_layers=3, num_key_value_heads=4)
+    deeper = tiny_flags(tmp_path, from_weight="base", num_hidden_layers=3, num_key_value_heads=4)
     status, error = refusal(deeper, capsys)
     assert status == 4
     assert "--from_weight base" in error and "base_32.pth" in error
     assert "model.layers.0.self_attn.k_proj.weight is (16, 32), not (32, 32)" in error
     assert "--num_hidden_layers 2" in error and "--num_key_value_heads 2" in error
-    status, error = refusal(flags(tmp_path, from_weight="absent"), capsys)
+    status, error = refusal(tiny_flags(tmp_path, from_weight="absent"), capsys)
     assert status == 4 and "absent_32.pth: no such file" in error
     (tmp_path / "out" / "broken_32.pth").write_bytes(b"no weights")
-    status, error = refusal(flags(tmp_path, from_weight="broken"), capsys)
+    status, error = refusal(tiny_flags(tmp_path, from_weight="broken"), capsys)
     assert status == 4 and "broken_32.pth cannot be loaded" in error
     (tmp_path / "out" / "broken_32.pth").unlink()
     assert files(tmp_path) == before
@@ -125,27 +125,29 @@ def test_weights_of_another_shape_are_refused_with_the_sizes_that_fit(
 def test_another_runs_files_are_not_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path, epochs=1)
+    train_in_process(tmp_path, epochs=1)
     before = files(tmp_path)
-    status, error = refusal(flags(tmp_path, epochs=1), capsys)
+    status, error = refusal(tiny_flags(tmp_path, epochs=1), capsys)
     assert status == 4 and "belongs to an earlier run" in error
     assert "--from_resume 1" in error and "--overwrite 1" in error and "--save_weight" in error
     assert files(tmp_path) == before
     for state in (tmp_path / "checkpoints").glob("*.pth"):
         state.unlink()
-    status, error = refusal(flags(tmp_path, epochs=1), capsys)
+    status, error = refusal(tiny_flags(tmp_path, epochs=1), capsys)
     assert status == 4 and "pretrain_32.pth belongs to an earlier run" in error
-    train(tmp_path, epochs=1, seed=1, overwrite=1)
+    train_in_process(tmp_path, epochs=1, seed=1, overwrite=1)
     assert files(tmp_path) != before
 
 
 def test_a_resume_with_other_settings_names_each_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path, epochs=1)
+    train_in_process(tmp_path, epochs=1)
     before = files(tmp_path)
     changed = {"learning_rate": 2e-3, "batch_size": 4, "accumulation_steps": 3}
-    status, error = refusal(flags(tmp_path, epochs=1, from_resume=1, **changed), capsys, lines=4)
+    status, error = refusal(
+        tiny_flags(tmp_path, epochs=1, from_resume=1, **changed), capsys, lines=4
+    )
     assert status == 2
     rows = [line.split("  ") for line in error.splitlines()[1:]]
     cells = [[cell.strip() for cell in row if cell] for row in rows]
@@ -155,7 +157,7 @@ def test_a_resume_with_other_settings_names_each_of_them(
     ]
     with (tmp_path / "corpus.jsonl").open("a") as corpus:
         corpus.write(GOOD)
-    status, error = refusal(flags(tmp_path, epochs=1, from_resume=1), capsys, lines=3)
+    status, error = refusal(tiny_flags(tmp_path, epochs=1, from_resume=1), capsys, lines=3)
     assert status == 2 and "content of data_path" in error
     assert {k: v for k, v in files(tmp_path).items() if "cache" not in k and "corpus" not in k} == {
         k: v for k, v in before.items() if "cache" not in k and "corpus" not in k
@@ -165,7 +167,7 @@ def test_a_resume_with_other_settings_names_each_of_them(
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tmp_path, epochs=1, save_weight="base")
+    train_in_process(tmp_path, epochs=1, save_weight="base")
     tokenizer = json.loads(Path("model/tokenizer.json").read_text(encoding="utf-8"))
     extra = dict(tokenizer["added_tokens"][0], id=6400, content="<|extra|>")
     tokenizer["added_tokens"].append(extra)
@@ -177,14 +179,14 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
     places = ["--save_dir", str(tmp_path / "out"), "--weight", "base", "--device", "cpu"]
     status, error = refusal([*places, "--tokenizer_path", str(larger)], capsys, program=eval_llm)
     assert status == 2 and "6,401 entries" in error and "6,400" in error
-    words = flags(tmp_path, from_weight="base", tokenizer_path=larger)
+    words = tiny_flags(tmp_path, from_weight="base", tokenizer_path=larger)
     status, error = refusal(words, capsys)
     assert status == 4 and "(6400, 32), not (6401, 32)" in error
 
 
 def test_the_real_program_exits_with_the_status_and_one_line(tmp_path: Path) -> None:
-    words = flags(tmp_path)
+    words = tiny_flags(tmp_path)
     (tmp_path / "corpus.jsonl").write_text("{broken\n")
-    done = run([sys.executable, "train_pretrain.py", *words])
+    done = run_command([sys.executable, "train_pretrain.py", *words])
     assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
     assert "corpus.jsonl line 1 (byte 0): not valid JSON" in done.stderr

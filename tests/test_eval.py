@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 import eval_llm
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from tests.helpers import stirred
-from tests.running import texts, train, write_corpus
+from tests.helpers import perturbed
+from tests.running import short_documents, train_in_process, write_corpus
 from trainer.weights import read_config, read_weights, save_weights
 
 
@@ -30,7 +30,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = ["The sky over the sea is blue.", "雪是白色的，草是绿色的。"] * 20
     folder.joinpath("corpus.jsonl").write_text("")
     write_corpus(folder / "corpus.jsonl", corpus)
-    train(folder, epochs=20, learning_rate=1e-2, heldout_fraction=0, accumulation_steps=1)
+    train_in_process(
+        folder, epochs=20, learning_rate=1e-2, heldout_fraction=0, accumulation_steps=1
+    )
     return folder / "out"
 
 
@@ -70,7 +72,7 @@ def test_the_loss_of_a_file_is_that_of_its_documents_one_at_a_time(
     trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Each document fits into a row, so the reference may read them one at a time."""
-    documents = ["The sky over the sea is blue.", "雪是白色的。", *texts(3)]
+    documents = ["The sky over the sea is blue.", "雪是白色的。", *short_documents(3)]
     corpus = write_corpus(tmp_path / "some.jsonl", documents)
     words = ["--data_path", str(corpus), "--cache_dir", str(tmp_path), "--max_seq_len", "2048"]
     output = evaluate(trained, capsys, *words)
@@ -115,7 +117,7 @@ def test_saved_weights_are_in_half_precision_and_contain_each_matrix_once(
     tmp_path: Path, use_moe: bool
 ) -> None:
     config = MiniMindConfig(32, 2, use_moe, num_attention_heads=4, num_key_value_heads=2)
-    model = stirred(MiniMindForCausalLM(config), 0.02)
+    model = perturbed(MiniMindForCausalLM(config), 0.02)
     path = tmp_path / "w.pth"
     save_weights(path, model, {"step": 3})
     state = torch.load(path, weights_only=True)

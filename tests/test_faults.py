@@ -12,7 +12,15 @@ import torch
 from model import model_minimind
 from tests import launched
 from tests.helpers import ROOT
-from tests.running import assert_same, final_state, flags, records, run, train, untimed
+from tests.running import (
+    assert_same,
+    metrics_without_times,
+    newest_state,
+    read_metrics,
+    run_command,
+    tiny_flags,
+    train_in_process,
+)
 from trainer.checkpoint import list_states
 from trainer.run_folder import read_run_state
 
@@ -38,17 +46,19 @@ def test_a_state_of_an_earlier_release_goes_on(
 
     with monkeypatch.context() as then:
         then.setattr(model_minimind, "ResidualLinear", AnyOther)
-        train(tmp_path / "whole", **GOLDEN_FLAGS)
+        train_in_process(tmp_path / "whole", **GOLDEN_FLAGS)
     cut = tmp_path / "cut"
     (cut / "checkpoints").mkdir(parents=True)
     for state in GOLDEN.glob("*.pth"):
         shutil.copy(state, cut / "checkpoints")
-    output = train(cut, **GOLDEN_FLAGS, from_resume=1)
+    output = train_in_process(cut, **GOLDEN_FLAGS, from_resume=1)
     assert "resuming after update 4" in output
-    found, whole = final_state(cut, "pretrain_16"), final_state(tmp_path / "whole", "pretrain_16")
+    found, whole = newest_state(cut, "pretrain_16"), newest_state(tmp_path / "whole", "pretrain_16")
     for name, weight in whole["model"].items():
         torch.testing.assert_close(found["model"][name], weight, rtol=1e-4, atol=1e-5)
-    losses = [[r["loss"] for r in records(f) if "loss" in r] for f in (cut, tmp_path / "whole")]
+    losses = [
+        [r["loss"] for r in read_metrics(f) if "loss" in r] for f in (cut, tmp_path / "whole")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -59,22 +69,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     if os.geteuid() != 0:
         pytest.skip("mounting a disk needs root")
-    mounted = run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)])
+    mounted = run_command(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)])
     if mounted.returncode:
         pytest.skip(f"cannot mount a disk here: {mounted.stderr}")
     try:
         yield disk
     finally:
-        run(["umount", str(disk)])
+        run_command(["umount", str(disk)])
 
 
 @pytest.mark.parametrize("flag", ["checkpoint_dir", "save_dir"])
 def test_a_folder_that_cannot_be_written_is_found_before_the_data_is_read(
     tmp_path: Path, small_disk: Path, flag: str
 ) -> None:
-    assert run(["mount", "-o", "remount,ro", str(small_disk)]).returncode == 0
+    assert run_command(["mount", "-o", "remount,ro", str(small_disk)]).returncode == 0
     log = tmp_path / "log"
-    assert launched.wait(launched.start(flags(tmp_path, **{flag: small_disk / "x"}), log)) == [6]
+    assert launched.run_trainers(tiny_flags(tmp_path, **{flag: small_disk / "x"}), log) == [6]
     assert f"error: cannot write to --{flag} {small_disk / 'x'}: Read-only file system" in (
         log.read_text()
     )
@@ -85,21 +95,21 @@ def test_a_disk_that_becomes_full_ends_the_run_and_more_room_lets_it_go_on_exact
     tmp_path: Path, small_disk: Path
 ) -> None:
     settings = {"dropout": 0.1, "save_interval": 3}
-    train(tmp_path / "whole", **settings)
+    train_in_process(tmp_path / "whole", **settings)
     places = {"checkpoint_dir": small_disk / "c", "save_dir": small_disk / "out"}
-    words, log = flags(tmp_path, **settings, **places), tmp_path / "log"
+    words, log = tiny_flags(tmp_path, **settings, **places), tmp_path / "log"
     (small_disk / "filler").write_bytes(b"x" * 4_300_000)
-    assert launched.wait(launched.start(words, log)) == [6]
+    assert launched.run_trainers(words, log) == [6]
     error = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert len(error) == 1 and "No space left on device" in error[0]
     assert not list(small_disk.rglob("*.part"))
     (small_disk / "filler").unlink()
-    statuses = launched.wait(launched.start([*words, "--from_resume", "1"], log))
+    statuses = launched.run_trainers([*words, "--from_resume", "1"], log)
     assert statuses == [0], log.read_text()
     shutil.move(small_disk / "c", tmp_path / "checkpoints")
     shutil.move(small_disk / "out", tmp_path / "out")
-    assert_same(final_state(tmp_path), final_state(tmp_path / "whole"))
-    assert untimed(tmp_path) == untimed(tmp_path / "whole")
+    assert_same(newest_state(tmp_path), newest_state(tmp_path / "whole"))
+    assert metrics_without_times(tmp_path) == metrics_without_times(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("code", ["EIO", "ENOSPC"])
@@ -108,17 +118,17 @@ def test_a_disk_error_in_a_save_is_told_and_costs_nothing_before(
 ) -> None:
     """One that passes is survived by the second attempt."""
     whole, log = tmp_path / "whole", tmp_path / "log"
-    train(whole, epochs=1)
-    fault = [("fail_at", {"number": 40, "code": code})]
-    assert launched.wait(launched.start(flags(tmp_path, epochs=1), log, faults=fault)) == [0]
-    assert_same(final_state(tmp_path), final_state(whole))
+    train_in_process(whole, epochs=1)
+    fault = [("fail_at_operation", {"number": 40, "code": code})]
+    assert launched.run_trainers(tiny_flags(tmp_path, epochs=1), log, faults=fault) == [0]
+    assert_same(newest_state(tmp_path), newest_state(whole))
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_out_of_memory_says_how_the_same_updates_fit(tmp_path: Path) -> None:
     log = tmp_path / "log"
     fault = [("die_in_update", {"step": 2, "how": "out of memory"})]
-    assert launched.wait(launched.start(flags(tmp_path), log, faults=fault)) == [7]
+    assert launched.run_trainers(tiny_flags(tmp_path), log, faults=fault) == [7]
     error = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert len(error) == 1
     assert re.search("out of memory: .* The same updates need less with --micro_batch_size "
@@ -138,7 +148,7 @@ def test_disk_use_is_bounded_and_what_is_not_ours_stays(tmp_path: Path) -> None:
         stranger.write_text("not ours")
     own = folder / ".pretrain_32_resume_00000007_.4711-0123abcd.part"
     own.write_bytes(b"half a state")
-    output = train(tmp_path, epochs=1, save_interval=1)
+    output = train_in_process(tmp_path, epochs=1, save_interval=1)
     assert f"note: removed {own.name}" in output and not own.exists()
     assert all(stranger.read_text() == "not ours" for stranger in strangers)
     assert len(list(folder.glob("pretrain_32_resume_*"))) == 2
@@ -148,40 +158,40 @@ def test_disk_use_is_bounded_and_what_is_not_ours_stays(tmp_path: Path) -> None:
 
 
 def test_skipped_records_are_told_and_counted_in_the_state_file(tmp_path: Path) -> None:
-    words = flags(tmp_path)
+    words = tiny_flags(tmp_path)
     with (tmp_path / "corpus.jsonl").open("a") as corpus:
         corpus.write('{"text": null}\n{"txet": "x"}\n')
-    assert launched.wait(launched.start(words, tmp_path / "log")) == [3]
+    assert launched.run_trainers(words, tmp_path / "log") == [3]
     assert "corpus.jsonl line 81 (byte " in (tmp_path / "log").read_text()
-    output = train(tmp_path, epochs=1, bad_records="skip")
+    output = train_in_process(tmp_path, epochs=1, bad_records="skip")
     assert "warning: passed over 2 bad records; the first: " in output
     assert read_run_state(tmp_path / "checkpoints")["bad_records"] == 2
 
 
 def test_more_states_are_kept_when_asked(tmp_path: Path) -> None:
-    train(tmp_path, epochs=1, save_interval=2, keep_states=4)
+    train_in_process(tmp_path, epochs=1, save_interval=2, keep_states=4)
     assert len(list_states(tmp_path / "checkpoints", "pretrain_32")) == 4
 
 
 def test_a_clock_that_goes_back_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tmp_path / "whole", epochs=1)
+    train_in_process(tmp_path / "whole", epochs=1)
     now = iter(range(10**9, 0, -1000))
     monkeypatch.setattr("time.time", lambda: next(now))
-    train(tmp_path / "cut", epochs=1)
+    train_in_process(tmp_path / "cut", epochs=1)
     monkeypatch.undo()
     for number, state in enumerate(list_states(tmp_path / "cut" / "checkpoints", "pretrain_32")):
         os.utime(state, (number, number))  # the newest is the oldest by date
-    assert_same(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
-    assert "nothing to do" in train(tmp_path / "cut", epochs=1, from_resume=1)
+    assert_same(newest_state(tmp_path / "cut"), newest_state(tmp_path / "whole"))
+    assert "nothing to do" in train_in_process(tmp_path / "cut", epochs=1, from_resume=1)
 
 
 def make_golden() -> None:
     """Make tests/golden anew: once a release that raises the format, by hand."""
-    words = flags(GOLDEN / "run", **GOLDEN_FLAGS | {"save_interval": 4})
+    words = tiny_flags(GOLDEN / "run", **GOLDEN_FLAGS | {"save_interval": 4})
     death = [("die_in_update", {"step": 6, "how": "SIGKILL"})]
-    assert launched.wait(launched.start(words, GOLDEN / "log", faults=death)) == [-9]
+    assert launched.run_trainers(words, GOLDEN / "log", faults=death) == [-9]
     (state,) = list_states(GOLDEN / "run" / "checkpoints", "pretrain_16")
     shutil.copy(state, GOLDEN)
     shutil.rmtree(GOLDEN / "run")

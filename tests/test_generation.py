@@ -19,7 +19,7 @@ from model.generation import GenerationError, generating_model
 from model.model_minimind import MiniMindForCausalLM
 from scripts import export, web_demo
 from tests.helpers import shipped_tokenizer, tiny_model
-from tests.running import records, train
+from tests.running import read_metrics, train_in_process
 from trainer.weights import save_weights
 
 DENSE_AND_MOE = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
@@ -195,9 +195,9 @@ def test_a_class_that_computes_something_else_gives_one_line_and_no_text(
 
 @pytest.mark.usefixtures("broken")
 def test_training_continues_without_samples_and_says_so_once(tmp_path: Path) -> None:
-    printed = train(tmp_path, learning_rate=1e-2, epochs=6, eval_interval=40)
+    printed = train_in_process(tmp_path, learning_rate=1e-2, epochs=6, eval_interval=40)
     assert printed.count("Training continues without samples") == 1
-    evaluations = [record for record in records(tmp_path) if "continuations" in record]
+    evaluations = [record for record in read_metrics(tmp_path) if "continuations" in record]
     assert len(evaluations) > 1
     assert all(record["continuations"] == {} for record in evaluations)
     assert all("heldout_loss" in record for record in evaluations)

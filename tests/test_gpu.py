@@ -11,7 +11,13 @@ from model.documents import can_attend_within
 from tests import launched
 from tests.test_dataset import open_rows
 from tests.running import (
-    assert_same, final_state, flags, records, train, train_and_kill, untimed
+    assert_same,
+    metrics_without_times,
+    newest_state,
+    read_metrics,
+    tiny_flags,
+    train_and_kill,
+    train_in_process,
 )
 
 pytestmark = [
@@ -23,13 +29,13 @@ CUDA = {"device": "cuda", "hidden_size": 64, "use_compile": 0}
 
 
 def losses(folder: Path) -> list[float]:
-    return [r["loss"] for r in records(folder) if "loss" in r]
+    return [r["loss"] for r in read_metrics(folder) if "loss" in r]
 
 
 @pytest.mark.parametrize("use_moe", [0, 1])
 def test_cuda_loses_what_the_cpu_loses(tmp_path: Path, use_moe: int) -> None:
-    train(tmp_path / "cpu", hidden_size=64, use_moe=use_moe)
-    train(tmp_path / "cuda", **CUDA, use_moe=use_moe)
+    train_in_process(tmp_path / "cpu", hidden_size=64, use_moe=use_moe)
+    train_in_process(tmp_path / "cuda", **CUDA, use_moe=use_moe)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
 
 
@@ -43,9 +49,9 @@ def test_the_device_attends_within_documents(head_dim: int) -> None:
 def test_attention_within_documents_loses_what_the_mask_loses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tmp_path / "within", **CUDA, dtype="bfloat16")
+    train_in_process(tmp_path / "within", **CUDA, dtype="bfloat16")
     monkeypatch.setattr(train_pretrain, "can_attend_within", lambda *args: False)
-    train(tmp_path / "masked", **CUDA, dtype="bfloat16")
+    train_in_process(tmp_path / "masked", **CUDA, dtype="bfloat16")
     assert losses(tmp_path / "within") == pytest.approx(losses(tmp_path / "masked"), abs=0.02)
 
 
@@ -71,7 +77,7 @@ def test_rows_made_on_the_device_are_those_of_the_host(tmp_path: Path, packing: 
 @pytest.mark.parametrize("use_moe", [0, 1])
 def test_half_precision_loses_nearly_the_same(tmp_path: Path, dtype: str, use_moe: int) -> None:
     for name in ("float32", dtype):
-        train(tmp_path / name, **CUDA | {"use_moe": use_moe, "dtype": name})
+        train_in_process(tmp_path / name, **CUDA | {"use_moe": use_moe, "dtype": name})
     assert losses(tmp_path / dtype) == pytest.approx(losses(tmp_path / "float32"), abs=0.05)
     assert losses(tmp_path / dtype)[0] == pytest.approx(math.log(6400), abs=0.15)
 
@@ -80,22 +86,24 @@ def test_half_precision_loses_nearly_the_same(tmp_path: Path, dtype: str, use_mo
 def test_compiled_loses_what_eager_loses(tmp_path: Path, use_moe: int) -> None:
     for use_compile in (0, 1):
         settings = CUDA | {"use_compile": use_compile, "use_moe": use_moe}
-        train(tmp_path / str(use_compile), **settings)
+        train_in_process(tmp_path / str(use_compile), **settings)
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), abs=1e-3)
-    names = final_state(tmp_path / "1", "pretrain_64")["model"]
+    names = newest_state(tmp_path / "1", "pretrain_64")["model"]
     assert not any("_orig_mod" in name for name in names)
 
 
 def test_a_killed_and_resumed_run_loses_what_the_uninterrupted_one_loses(tmp_path: Path) -> None:
     settings = CUDA | {"dropout": 0.1}
-    train(tmp_path / "whole", **settings)
+    train_in_process(tmp_path / "whole", **settings)
     train_and_kill(tmp_path / "cut", 7, **settings)
-    train(tmp_path / "cut", **settings, from_resume=1)
+    train_in_process(tmp_path / "cut", **settings, from_resume=1)
     assert_same(
-        final_state(tmp_path / "cut", "pretrain_64")["counters"]["rows_seen"],
-        final_state(tmp_path / "whole", "pretrain_64")["counters"]["rows_seen"],
+        newest_state(tmp_path / "cut", "pretrain_64")["counters"]["rows_seen"],
+        newest_state(tmp_path / "whole", "pretrain_64")["counters"]["rows_seen"],
     )
-    assert len(untimed(tmp_path / "cut")) == len(untimed(tmp_path / "whole"))
+    assert len(metrics_without_times(tmp_path / "cut")) == len(
+        metrics_without_times(tmp_path / "whole")
+    )
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 
 
@@ -103,24 +111,26 @@ def test_a_killed_and_resumed_run_loses_what_the_uninterrupted_one_loses(tmp_pat
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_bad_update_is_left_out_on_the_device(tmp_path: Path, dtype: str, where: str) -> None:
     bad = ("poison", {"steps": [3], "value": "nan", "where": where})
-    words = flags(tmp_path, **CUDA | {"dtype": dtype, "epochs": 1})
+    words = tiny_flags(tmp_path, **CUDA | {"dtype": dtype, "epochs": 1})
     log = tmp_path / "log"
-    assert launched.wait(launched.start(words, log, faults=[bad])) == [0], log.read_text()
+    assert launched.run_trainers(words, log, faults=[bad]) == [0], log.read_text()
     assert "update 3: loss or gradient is not finite (rank 0" in log.read_text()
-    state = final_state(tmp_path, "pretrain_64")
+    state = newest_state(tmp_path, "pretrain_64")
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
 def test_the_micro_batch_that_memory_allows_loses_what_a_small_one_loses(tmp_path: Path) -> None:
-    output = train(tmp_path / "chosen", **CUDA)
+    output = train_in_process(tmp_path / "chosen", **CUDA)
     assert "pass: 8 rows at once, 1 times an update" in output
-    assert "pass: 2 rows at once" in train(tmp_path / "small", **CUDA, micro_batch_size=2)
+    assert "pass: 2 rows at once" in train_in_process(
+        tmp_path / "small", **CUDA, micro_batch_size=2
+    )
     assert losses(tmp_path / "chosen") == pytest.approx(losses(tmp_path / "small"), abs=1e-3)
 
 
 @pytest.mark.parametrize("use_moe", [0, 1])
 def test_muon_loses_on_cuda_what_it_loses_on_the_cpu(tmp_path: Path, use_moe: int) -> None:
     settings = {"hidden_size": 64, "optimizer": "muon", "lr_schedule": "wsd", "use_moe": use_moe}
-    train(tmp_path / "cpu", **settings)
-    train(tmp_path / "cuda", **CUDA | settings)
+    train_in_process(tmp_path / "cpu", **settings)
+    train_in_process(tmp_path / "cuda", **CUDA | settings)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=0.02)

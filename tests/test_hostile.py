@@ -36,8 +36,15 @@ from torch import Tensor
 import eval_llm
 import train_pretrain
 from tests.helpers import ROOT
-from tests.launched import start, wait
-from tests.running import assert_same, contents, final_state, flags, one_in, train
+from tests.launched import start_trainers, wait_for_all
+from tests.running import (
+    assert_same,
+    files_with_times,
+    mark_slow_except_every,
+    newest_state,
+    tiny_flags,
+    train_in_process,
+)
 from trainer import weights
 from trainer.checkpoint import digest, list_states, read_state, tensors_in
 from trainer.errors import CheckpointError
@@ -66,7 +73,7 @@ def one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run of 12 updates, with the states after updates 10 and 12."""
     folder = tmp_path_factory.mktemp("trained")
-    train(folder, epochs=1)
+    train_in_process(folder, epochs=1)
     return folder
 
 
@@ -74,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in float16, with a scaler of gradients."""
     folder = tmp_path_factory.mktemp("in_half")
-    train(folder, epochs=1, dtype="float16")
+    train_in_process(folder, epochs=1, dtype="float16")
     return folder
 
 
@@ -121,7 +128,7 @@ def put_weights(folder: Path, content: object) -> Path:
 def kept(folder: Path) -> dict:
     """All files but the locks, the log, and the one that says how the last start ended."""
     passing = ("run_state.json", ".lock", "log")
-    found = contents(folder)
+    found = files_with_times(folder)
     return {k: (t, digest(data)) for k, (t, data) in found.items() if not k.endswith(passing)}
 
 
@@ -134,7 +141,7 @@ def here(words: list[str], program=train_pretrain) -> tuple[int, str]:
 
 def alone(words: list[str], log: Path) -> tuple[int, str]:
     """The same of the trainer in a process of its own, which it may crash: status < 0."""
-    [status] = wait(start(words, log), timeout=30)
+    [status] = wait_for_all(start_trainers(words, log), timeout=30)
     return status, log.read_text(encoding="utf-8")
 
 
@@ -152,7 +159,7 @@ def refused_resume(
     folder: Path, expected_status: int = 4, apart: bool = False, **changes: object
 ) -> str:
     """Resume, which must be refused and leave all files as they are. Returns: the message."""
-    before, words = kept(folder), flags(folder, epochs=1, from_resume=1, **changes)
+    before, words = kept(folder), tiny_flags(folder, epochs=1, from_resume=1, **changes)
     ended = alone(words, folder / "log") if apart else here(words)
     error = error_of(*ended, expected_status)
     assert kept(folder) == before
@@ -161,7 +168,7 @@ def refused_resume(
 
 def refused_weights(folder: Path, apart: bool = False) -> list[str]:
     """Train from the weights "odd", and continue a text with them; both must be refused."""
-    before, words = kept(folder), flags(folder, epochs=1, save_weight="new", from_weight="odd")
+    before, words = kept(folder), tiny_flags(folder, epochs=1, save_weight="new", from_weight="odd")
     trained = alone(words, folder / "log") if apart else here(words)
     words = ["--weight", str(folder / "out" / "odd_32.pth"), "--device", "cpu", "--prompt", "a"]
     continued = here([*words, "--max_new_tokens", "1"], program=eval_llm)
@@ -332,10 +339,10 @@ def test_a_state_that_asks_for_code_is_passed_over_for_the_good_one_before_it(
     marker, good = folder / "ran", midway(trained)
     put_state(folder, good)
     path = put_state(folder, good | {"more": Call(os.mkdir, str(marker))}, update=11)
-    output = train(folder, epochs=1, from_resume=1)
+    output = train_in_process(folder, epochs=1, from_resume=1)
     assert f"warning: {path} cannot be loaded: it asks to import" in output
     assert "resuming after update 10" in output and not marker.exists()
-    assert_same(final_state(folder), final_state(trained))
+    assert_same(newest_state(folder), newest_state(trained))
 
 
 def test_only_what_tensors_need_is_imported(folder: Path) -> None:
@@ -377,7 +384,7 @@ def in_a_process(target: Callable, *arguments: object, timeout: float = 60) -> i
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=target, args=arguments)
     process.start()
-    [status] = wait([process], timeout)
+    [status] = wait_for_all([process], timeout)
     return status
 
 
@@ -594,7 +601,7 @@ def changed(trained: Path, change: Callable) -> dict:
     return state
 
 
-@pytest.mark.parametrize("case", one_in(3, TENSORS))
+@pytest.mark.parametrize("case", mark_slow_except_every(3, TENSORS))
 def test_a_state_with_crafted_tensors_is_refused_before_one_is_used(
     folder: Path, trained: Path, case: str
 ) -> None:
@@ -721,7 +728,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("case", one_in(3, VALUES))
+@pytest.mark.parametrize("case", mark_slow_except_every(3, VALUES))
 def test_a_state_with_crafted_values_is_refused_in_one_line(
     folder: Path, trained: Path, case: str
 ) -> None:
@@ -749,7 +756,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", one_in(3, SETTINGS))
+@pytest.mark.parametrize("name", mark_slow_except_every(3, SETTINGS))
 def test_crafted_settings_are_refused_as_those_of_another_run(
     folder: Path, trained: Path, name: str
 ) -> None:
@@ -791,8 +798,8 @@ def test_a_state_with_a_crafted_scaler_is_refused(in_half: Path, tmp_path: Path)
         assert re.search(expected, error), (case, error)
         path.unlink()
     put_state(folder, midway(in_half))
-    train(folder, epochs=1, from_resume=1, dtype="float16")
-    assert_same(final_state(folder), final_state(in_half))
+    train_in_process(folder, epochs=1, from_resume=1, dtype="float16")
+    assert_same(newest_state(folder), newest_state(in_half))
 
 
 class Shadowed(OrderedDict):
@@ -818,8 +825,8 @@ def test_what_a_run_decides_itself_is_not_taken_from_a_state(
     folder: Path, trained: Path, change: Callable
 ) -> None:
     put_state(folder, changed(trained, change))
-    train(folder, epochs=1, from_resume=1)
-    assert_same(final_state(folder), final_state(trained))
+    train_in_process(folder, epochs=1, from_resume=1)
+    assert_same(newest_state(folder), newest_state(trained))
 
 
 def test_a_state_that_does_not_fit_is_not_passed_over_for_an_older_one(
@@ -906,7 +913,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("case", one_in(3, WEIGHTS))
+@pytest.mark.parametrize("case", mark_slow_except_every(3, WEIGHTS))
 def test_crafted_weights_are_refused(folder: Path, case: str) -> None:
     change, expected = WEIGHTS[case]
     weights = weights_of(folder)
@@ -923,7 +930,7 @@ DESCRIPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", one_in(3, DESCRIPTIONS))
+@pytest.mark.parametrize("name", mark_slow_except_every(3, DESCRIPTIONS))
 def test_a_description_that_does_not_fit_its_weights_is_refused(folder: Path, name: str) -> None:
     """Before a model of that size is built."""
     path = folder / "out" / f"{NAME}.json"
@@ -952,7 +959,7 @@ def test_weights_of_another_model_are_refused_with_the_first_five_differences(
                      for name in names[:5]]),
     ):
         put_weights(folder, content)
-        words = flags(folder, epochs=1, save_weight="new", from_weight="odd")
+        words = tiny_flags(folder, epochs=1, save_weight="new", from_weight="odd")
         assert f"{'; '.join(expected)} and 6 more. " in error_of(*here(words))
 
 

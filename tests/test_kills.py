@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests import launched
-from tests.running import assert_same, contents, final_state, flags, records, train, untimed
+from tests.running import (
+    assert_same,
+    files_with_times,
+    metrics_without_times,
+    newest_state,
+    read_metrics,
+    tiny_flags,
+    train_in_process,
+)
 from trainer import checkpoint
 from trainer.checkpoint import list_states, update_of
 from trainer.trainer_utils import SkipBatchSampler
@@ -28,8 +36,8 @@ def finish(folder: Path, num_ranks: int, **changes: object) -> str:
     """Run the command to its end, which must be a good one. Returns what it printed."""
     log = folder / "log"
     log.unlink(missing_ok=True)
-    words = flags(folder, **settings(num_ranks, **changes))
-    statuses = launched.wait(launched.start(words, log, num_ranks))
+    words = tiny_flags(folder, **settings(num_ranks, **changes))
+    statuses = launched.run_trainers(words, log, num_ranks)
     assert statuses == [0] * num_ranks, log.read_text()
     return log.read_text()
 
@@ -42,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, flo
     finish(warm_up, 1, epochs=1)
     for num_ranks in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"whole{num_ranks}")
-        flags(folder)  # writes the corpus
+        tiny_flags(folder)  # writes the corpus
         since = time.monotonic()
         finish(folder, num_ranks)
         found[num_ranks] = folder, time.monotonic() - since
@@ -51,9 +59,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, flo
 
 def assert_equal_runs(cut: Path, whole: Path) -> None:
     """State, weights and metrics; and nothing half-written is left."""
-    assert_same(final_state(cut), final_state(whole))
-    assert untimed(cut) == untimed(whole)
-    steps = [record["step"] for record in records(cut) if "loss" in record]
+    assert_same(newest_state(cut), newest_state(whole))
+    assert metrics_without_times(cut) == metrics_without_times(whole)
+    steps = [record["step"] for record in read_metrics(cut) if "loss" in record]
     assert steps == list(range(1, steps[-1] + 1))
     name = "out/pretrain_32.pth"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
@@ -70,11 +78,11 @@ def kill_often(whole: tuple[Path, float], folder: Path, num_ranks: int, kills: i
         cut = folder / str(life)
         for _ in range(min(dice.randint(1, 4), kills - done)):
             cut.mkdir(exist_ok=True)
-            words = flags(cut, **settings(num_ranks))
-            processes = launched.start(words, cut / "log", num_ranks)
+            words = tiny_flags(cut, **settings(num_ranks))
+            processes = launched.start_trainers(words, cut / "log", num_ranks)
             time.sleep(dice.uniform(0, seconds))
             alive = all(process.is_alive() for process in processes)
-            launched.end(processes)
+            launched.kill_all(processes)
             done += alive
             if not alive:
                 break  # it was complete already
@@ -103,7 +111,7 @@ def crash_points(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     into a file that nobody reads yet, the first, one in the middle and the last."""
     seen: list[str] = []
     monkeypatch.setattr(checkpoint, "os", launched.Operations(lambda name, *_: seen.append(name)))
-    train(folder, **settings(1, epochs=1, save_interval=4))
+    train_in_process(folder, **settings(1, epochs=1, save_interval=4))
     monkeypatch.undo()
     points: list[int] = []
     for name, group in itertools.groupby(range(len(seen)), key=seen.__getitem__):
@@ -116,9 +124,9 @@ def crash_points(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def crash_at(points: list[int], folder: Path, reference: Path) -> None:
     for point in points:
         cut = folder / f"at{point}"
-        words = flags(cut, **settings(1, epochs=1, save_interval=4))
-        kill = [("kill_at", {"number": point})]
-        assert launched.wait(launched.start(words, cut / "log", faults=kill)) == [-9]
+        words = tiny_flags(cut, **settings(1, epochs=1, save_interval=4))
+        kill = [("kill_at_operation", {"number": point})]
+        assert launched.run_trainers(words, cut / "log", faults=kill) == [-9]
         finish(cut, 1, epochs=1, save_interval=4)
         assert_equal_runs(cut, reference)
         shutil.rmtree(cut)
@@ -150,9 +158,9 @@ def test_a_complete_run_whose_weights_were_lost_writes_them_again(
     shutil.rmtree(tmp_path / "cut" / "out")
     assert "nothing to do" in finish(tmp_path / "cut", 1)
     assert_equal_runs(tmp_path / "cut", reference)
-    before = contents(tmp_path / "cut")
+    before = files_with_times(tmp_path / "cut")
     finish(tmp_path / "cut", 1)
-    after = contents(tmp_path / "cut")
+    after = files_with_times(tmp_path / "cut")
     assert {k: v for k, v in after.items() if not k.endswith("log")} == {
         k: v for k, v in before.items() if not k.endswith("log")
     }
@@ -177,8 +185,8 @@ def test_from_one_rank_to_two_four_three_and_one_the_updates_stay_the_same(
 ) -> None:
     alone = tmp_path / "alone"
     faults = [("log_rows", {"path": str(alone / "rows")})]
-    words = flags(alone, **settings(1))
-    assert launched.wait(launched.start(words, alone / "log", faults=faults)) == [0]
+    words = tiny_flags(alone, **settings(1))
+    assert launched.run_trainers(words, alone / "log", faults=faults) == [0]
     expected = global_batches(alone, 1)
 
     folder, seen = tmp_path / "elastic", {}
@@ -186,13 +194,13 @@ def test_from_one_rank_to_two_four_three_and_one_the_updates_stay_the_same(
     for num_ranks in (1, 2, 4, 3, 1):
         for old in folder.glob("rows.*"):
             old.unlink()
-        words = flags(folder, **settings(1))  # always the same command
+        words = tiny_flags(folder, **settings(1))  # always the same command
         faults = [("log_rows", {"path": str(folder / "rows")})]
         if num_ranks in kills and not (num_ranks == 1 and seen):
             death = {"step": kills[num_ranks], "how": "SIGKILL", "rank": num_ranks - 1}
             faults.append(("die_in_update", death))
-        processes = launched.start(words, folder / "log", num_ranks, faults)
-        statuses = launched.wait(processes)
+        processes = launched.start_trainers(words, folder / "log", num_ranks, faults)
+        statuses = launched.wait_for_all(processes)
         assert all(statuses) or not any(statuses), (folder / "log").read_text()
         for step, rows in global_batches(folder, num_ranks).items():
             if len(rows) == len(expected[step]):  # a killed rank leaves its last update incomplete
@@ -205,8 +213,8 @@ def test_from_one_rank_to_two_four_three_and_one_the_updates_stay_the_same(
         assert f"error: rank {dead} on {socket.gethostname()} is dead or stuck" in log
     assert not re.search("saved with.* accumulation_steps", log)
     assert "the same run but for rounding" in log
-    losses = [r["loss"] for r in records(folder) if "loss" in r]
-    for found, reference in zip(losses, (r["loss"] for r in records(alone) if "loss" in r),
+    losses = [r["loss"] for r in read_metrics(folder) if "loss" in r]
+    for found, reference in zip(losses, (r["loss"] for r in read_metrics(alone) if "loss" in r),
                                 strict=True):
         assert found == pytest.approx(reference, rel=0.05)  # other dropout on other ranks
 
@@ -215,9 +223,9 @@ def test_a_number_of_ranks_that_does_not_divide_the_update_names_those_that_do(
     whole: dict, tmp_path: Path
 ) -> None:
     shutil.copytree(whole[1][0], tmp_path / "cut")
-    words = flags(tmp_path / "cut", **settings(1, batch_size=3, accumulation_steps=12))
+    words = tiny_flags(tmp_path / "cut", **settings(1, batch_size=3, accumulation_steps=12))
     log = tmp_path / "log"
-    assert set(launched.wait(launched.start(words, log, num_ranks=3))) == {2}
+    assert set(launched.run_trainers(words, log, num_ranks=3)) == {2}
     assert "update of 12 rows does not divide into batches of 3 on 3 ranks: 1, 2, 4" in (
         log.read_text()
     )
@@ -252,28 +260,30 @@ def test_going_back_past_a_spike_skips_the_named_updates_and_goes_on(
     reference, _ = whole[1]
     expected_log = tmp_path / "all"
     faults = [("log_rows", {"path": str(expected_log / "rows")})]
-    words = flags(expected_log, **settings(1))
-    assert launched.wait(launched.start(words, expected_log / "log", faults=faults)) == [0]
+    words = tiny_flags(expected_log, **settings(1))
+    assert launched.run_trainers(words, expected_log / "log", faults=faults) == [0]
     every = global_batches(expected_log, 1)
 
     cut = tmp_path / "cut"
-    words = flags(cut, **settings(1))
+    words = tiny_flags(cut, **settings(1))
     death = [("die_in_update", {"step": 11, "how": "SIGKILL"})]
-    assert launched.wait(launched.start(words, cut / "log", faults=death)) == [-9]
+    assert launched.run_trainers(words, cut / "log", faults=death) == [-9]
     kept = [update_of(path) for path in list_states(cut / "checkpoints", "pretrain_32")]
     assert kept == [9, 6]
     back = {"resume_step": 6, "skip_steps": "8:10"}
-    words = flags(cut, **settings(1, **back))
+    words = tiny_flags(cut, **settings(1, **back))
     faults = [("log_rows", {"path": str(cut / "rows")})]
     death = [("die_in_update", {"step": 14, "how": "SIGKILL"})]
-    assert launched.wait(launched.start(words, cut / "log", faults=faults + death)) == [-9]
-    again = launched.start(words, cut / "log", faults=faults)  # the same command goes on, not back
-    assert launched.wait(again) == [0]
+    assert launched.run_trainers(words, cut / "log", faults=faults + death) == [-9]
+    again = launched.start_trainers(
+        words, cut / "log", faults=faults
+    )  # the same command goes on, not back
+    assert launched.wait_for_all(again) == [0]
     found = global_batches(cut, 1)
     assert sorted(found) == [step for step in every if step == 7 or step > 9]
     assert all(found[step] == every[step] for step in found)
-    assert final_state(cut)["rewinds"] == [[6, "8:10"]]
-    assert final_state(cut)["counters"]["rows_seen"] == final_state(reference)["counters"][
+    assert newest_state(cut)["rewinds"] == [[6, "8:10"]]
+    assert newest_state(cut)["counters"]["rows_seen"] == newest_state(reference)["counters"][
         "rows_seen"
     ]
     assert len(list((cut / "checkpoints").glob("*_resume_*"))) == 2
@@ -282,9 +292,9 @@ def test_going_back_past_a_spike_skips_the_named_updates_and_goes_on(
 def test_a_state_that_is_not_kept_cannot_be_gone_back_to(whole: dict, tmp_path: Path) -> None:
     shutil.copytree(whole[1][0], tmp_path / "cut")
     before = list_states(tmp_path / "cut" / "checkpoints", "pretrain_32")
-    words = flags(tmp_path / "cut", **settings(1, resume_step=5))
+    words = tiny_flags(tmp_path / "cut", **settings(1, resume_step=5))
     log = tmp_path / "log"
-    assert launched.wait(launched.start(words, log)) == [4]
+    assert launched.run_trainers(words, log) == [4]
     kept = ", ".join(str(update_of(path)) for path in before)
     assert "--resume_step 5: no good state of that update in" in log.read_text()
     assert f"there are: {kept}" in log.read_text()

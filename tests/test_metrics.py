@@ -14,7 +14,15 @@ from transformers import AutoTokenizer
 import train_pretrain
 from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig
-from tests.running import flags, records, run, texts, train, train_and_kill, write_corpus
+from tests.running import (
+    read_metrics,
+    run_command,
+    short_documents,
+    tiny_flags,
+    train_and_kill,
+    train_in_process,
+    write_corpus,
+)
 from trainer import describe, metrics
 from trainer.flags import PRESETS, parse_flags
 from trainer.metrics import flops_per_token, peak_flops, restore_file
@@ -53,15 +61,15 @@ def test_mfu_is_operations_done_over_those_possible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 5e9)
-    train(tmp_path, epochs=1, hidden_size=32, max_seq_len=32)
+    train_in_process(tmp_path, epochs=1, hidden_size=32, max_seq_len=32)
     config = MiniMindConfig(32, 2, num_attention_heads=4, num_key_value_heads=2)
     layers = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * config.intermediate_size + 2 * 32 + 2 * 8)
     operations = 6 * (6400 * 32 + layers + 32) + 3 * 2 * (2 * 2 * 32 * 32 / 2)
-    for record in records(tmp_path):
+    for record in read_metrics(tmp_path):
         if "mfu" in record:
             expected = record["tokens_per_second"] * operations / 5e9
             assert record["mfu"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert "mfu" in records(tmp_path)[0]
+    assert "mfu" in read_metrics(tmp_path)[0]
 
 
 def test_a_part_of_a_step_that_is_slow_is_named_once_with_what_helps(
@@ -74,9 +82,9 @@ def test_a_part_of_a_step_that_is_slow_is_named_once_with_what_helps(
         return getitems(data, rows)
 
     monkeypatch.setattr(train_pretrain.PretrainDataset, "__getitems__", slow)
-    output = train(tmp_path, epochs=1, accumulation_steps=1)
+    output = train_in_process(tmp_path, epochs=1, accumulation_steps=1)
     assert output.count("% of the time goes to data: try more --num_workers") == 1
-    found = [record for record in records(tmp_path) if "loss" in record]
+    found = [record for record in read_metrics(tmp_path) if "loss" in record]
     for record in found:
         parts = {k: v for k, v in record.items() if k.startswith("share_")}
         assert sum(parts.values()) == pytest.approx(1, abs=1e-3)
@@ -110,12 +118,12 @@ def test_a_file_that_a_kill_cut_short_is_made_what_the_state_holds(tmp_path: Pat
 
 def test_the_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
     """Not the last update's, and each label counts once."""
-    train(tmp_path / "each", epochs=1, log_interval=1)
-    train(tmp_path / "four", epochs=1, log_interval=4)
-    each = [r for r in records(tmp_path / "each") if "loss" in r]
+    train_in_process(tmp_path / "each", epochs=1, log_interval=1)
+    train_in_process(tmp_path / "four", epochs=1, log_interval=4)
+    each = [r for r in read_metrics(tmp_path / "each") if "loss" in r]
     tokens = [0, *(r["tokens"] for r in each)]
     nats = [r["loss"] * (tokens[i + 1] - tokens[i]) for i, r in enumerate(each)]
-    for record in (r for r in records(tmp_path / "four") if "loss" in r):
+    for record in (r for r in read_metrics(tmp_path / "four") if "loss" in r):
         end = record["step"]
         start = (end - 1) // 4 * 4
         mean = sum(nats[start:end]) / (tokens[end] - tokens[start])
@@ -123,8 +131,8 @@ def test_the_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
 
 
 def test_records_hold_what_the_console_shows(tmp_path: Path) -> None:
-    output = train(tmp_path, epochs=1, use_moe=1, eval_interval=6)
-    found = records(tmp_path)
+    output = train_in_process(tmp_path, epochs=1, use_moe=1, eval_interval=6)
+    found = read_metrics(tmp_path)
     for name in ("step", "epoch", "rows", "tokens", "loss", "aux_loss", "lr", "grad_norm"):
         assert name in found[0]
     assert {"tokens_per_second", "eta_minutes"} <= found[0].keys()
@@ -137,10 +145,13 @@ def test_records_hold_what_the_console_shows(tmp_path: Path) -> None:
 
 def test_held_out_loss_is_told_by_language_and_for_all_together(tmp_path: Path) -> None:
     """By their bytes, the languages' bits per byte make those of all."""
-    documents = [*texts(60), *(f"第{i}个句子说的是{'很' * (i % 7 + 1)}长的河。" for i in range(60))]
+    documents = [
+        *short_documents(60),
+        *(f"第{i}个句子说的是{'很' * (i % 7 + 1)}长的河。" for i in range(60)),
+    ]
     write_corpus(tmp_path / "corpus.jsonl", documents)
-    output = train(tmp_path, epochs=1, heldout_fraction=0.3)
-    last = records(tmp_path)[-1]
+    output = train_in_process(tmp_path, epochs=1, heldout_fraction=0.3)
+    last = read_metrics(tmp_path)[-1]
     shown = {name: last[f"heldout_bits_per_byte_{name}"] for name in ("zh", "en")}
     assert f", zh {shown['zh']:.4f}, en {shown['en']:.4f}" in output
     tokenizer = AutoTokenizer.from_pretrained("model")
@@ -184,12 +195,12 @@ def tracked(folder: Path) -> list[dict[int, float]]:
 def test_swanlab_shows_every_step_once_also_after_a_kill(tmp_path: Path) -> None:
     """Its real local dashboard, in real processes, nobody there to type a key."""
     extra = {"epochs": 2, "wandb_project": "tests"}
-    words = [*flags(tmp_path, **extra), "--use_wandb"]
+    words = [*tiny_flags(tmp_path, **extra), "--use_wandb"]
     train_and_kill(tmp_path, 7, words=words)
-    done = run([sys.executable, "train_pretrain.py", *words, "--from_resume", "1"])
+    done = run_command([sys.executable, "train_pretrain.py", *words, "--from_resume", "1"])
     assert done.returncode == 0, done.stderr
     assert "swanlab" not in done.stderr
-    losses = {r["step"]: r["loss"] for r in records(tmp_path) if "loss" in r}
+    losses = {r["step"]: r["loss"] for r in read_metrics(tmp_path) if "loss" in r}
     newest = tracked(tmp_path)[-1]
     assert newest == pytest.approx(losses)
     configs = list((tmp_path / "out" / "swanlog").rglob("config.yaml"))
@@ -203,7 +214,7 @@ def test_swanlab_shows_every_step_once_also_after_a_kill(tmp_path: Path) -> None
 def test_a_failing_swanlab_never_stops_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*flags(tmp_path, epochs=1), "--use_wandb"]
+    words = [*tiny_flags(tmp_path, epochs=1), "--use_wandb"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "swanlog").write_text("a file where its folder should be")
     assert train_pretrain.main(words) == 0
@@ -213,7 +224,7 @@ def test_a_failing_swanlab_never_stops_training(
 
 
 def test_swanlab_is_imported_only_when_asked_for() -> None:
-    done = run(
+    done = run_command(
         [sys.executable, "-c", "import sys, train_pretrain; assert 'swanlab' not in sys.modules"]
     )
     assert done.returncode == 0, done.stderr
@@ -254,9 +265,9 @@ def test_a_held_out_loss_that_rises_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the best one so far; a real rise takes many passes, so a margin below zero here."""
-    assert "held-out loss was" not in train(tmp_path, eval_interval=6)
-    held = [r["heldout_loss"] for r in records(tmp_path) if "heldout_loss" in r]
+    assert "held-out loss was" not in train_in_process(tmp_path, eval_interval=6)
+    held = [r["heldout_loss"] for r in read_metrics(tmp_path) if "heldout_loss" in r]
     monkeypatch.setattr(metrics, "OVERFITTING", -10.0)
-    output = train(tmp_path, eval_interval=6, overwrite=1)
+    output = train_in_process(tmp_path, eval_interval=6, overwrite=1)
     warned = re.findall(r"warning: the held-out loss was ([\d.]+) and rises", output)
     assert warned == [f"{min(held[:i]):.4f}" for i in range(1, len(held))]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.gradients import toy_data
-from tests.running import run
+from tests.running import run_command
 from trainer.run import largest_divisor
 
 ROWS = 96  # of an update on each rank; a row takes some 10 MiB
@@ -22,7 +22,7 @@ def fitted(folder: Path, *numbers: int, ranks: int = 1) -> list[dict]:
     words = [sys.executable]
     if ranks > 1:
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = run([*words, "-m", "tests.fitting", str(folder), *map(str, numbers)])
+    done = run_command([*words, "-m", "tests.fitting", str(folder), *map(str, numbers)])
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"rank{i}.json").read_text()) for i in range(ranks)]
     notes = done.stdout.count("rows at once do not fit the memory; trying")
@@ -59,7 +59,7 @@ def test_without_an_estimate_the_batch_size_is_tried(tmp_path: Path) -> None:
 
 def test_not_even_one_row_is_the_allocator_s_own_error(tmp_path: Path) -> None:
     toy_data(tmp_path)
-    done = run([sys.executable, "-m", "tests.fitting", str(tmp_path), "4", "4", "2"])
+    done = run_command([sys.executable, "-m", "tests.fitting", str(tmp_path), "4", "4", "2"])
     assert done.returncode != 0 and "DefaultCPUAllocator" in done.stderr.splitlines()[-1]
 
 

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests import launched
-from tests.running import assert_same, final_state, flags, train, untimed
+from tests.running import (
+    assert_same,
+    metrics_without_times,
+    newest_state,
+    tiny_flags,
+    train_in_process,
+)
 from tests.test_signals import until
 from trainer.checkpoint import list_states, update_of
 
@@ -22,16 +28,16 @@ def vanish(folder: Path) -> None:
 
 def trained(folder: Path, *, faults: list[tuple] = (), **changes: object) -> tuple[int, str]:
     log = folder / "log"
-    words = flags(folder, **SETTINGS | changes)
+    words = tiny_flags(folder, **SETTINGS | changes)
     log.unlink(missing_ok=True)
-    status = launched.wait(launched.start(words, log, faults=list(faults)))[0]
+    status = launched.run_trainers(words, log, faults=list(faults))[0]
     return status, log.read_text()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, **SETTINGS)
+    train_in_process(folder, **SETTINGS)
     return folder
 
 
@@ -39,17 +45,19 @@ def test_an_empty_machine_goes_on_from_the_mirror_to_the_last_bit(
     whole: Path, tmp_path: Path
 ) -> None:
     mirror = tmp_path / "mirror"
-    words = flags(tmp_path, **SETTINGS, checkpoint_mirror=mirror)
-    processes = launched.start(words, tmp_path / "log", faults=[("slow", {"seconds": 0.1})])
+    words = tiny_flags(tmp_path, **SETTINGS, checkpoint_mirror=mirror)
+    processes = launched.start_trainers(
+        words, tmp_path / "log", faults=[("slow_updates", {"seconds": 0.1})]
+    )
     until(lambda: len(list_states(mirror, "pretrain_32")) == 2)
-    launched.end(processes)
+    launched.kill_all(processes)
     newest = update_of(list_states(mirror, "pretrain_32")[0])
     vanish(tmp_path)
     status, log = trained(tmp_path, checkpoint_mirror=mirror, from_resume=1)
     assert status == 0, log
     assert f"resuming after update {newest}" in log and "from the mirror" in log
-    assert_same(final_state(tmp_path), final_state(whole))
-    assert untimed(tmp_path) == untimed(whole)
+    assert_same(newest_state(tmp_path), newest_state(whole))
+    assert metrics_without_times(tmp_path) == metrics_without_times(whole)
     weights = "out/pretrain_32.pth"
     assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
     there = [path.name for path in list_states(mirror, "pretrain_32")]
@@ -59,7 +67,7 @@ def test_an_empty_machine_goes_on_from_the_mirror_to_the_last_bit(
     status, log = trained(tmp_path, checkpoint_mirror=mirror, from_resume=1)
     assert status == 0 and "nothing to do" in log
     assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
-    assert untimed(tmp_path) == untimed(whole)
+    assert metrics_without_times(tmp_path) == metrics_without_times(whole)
 
 
 def test_the_newer_of_disk_and_mirror_counts(whole: Path, tmp_path: Path) -> None:
@@ -71,7 +79,7 @@ def test_the_newer_of_disk_and_mirror_counts(whole: Path, tmp_path: Path) -> Non
     there = update_of(list_states(mirror, "pretrain_32")[0])
     status, log = trained(tmp_path, checkpoint_mirror=mirror, from_resume=1)
     assert status == 0 and f"resuming after update {there}" in log, log
-    assert_same(final_state(tmp_path), final_state(whole))
+    assert_same(newest_state(tmp_path), newest_state(whole))
 
 
 def test_a_damaged_local_state_is_replaced_by_its_copy(whole: Path, tmp_path: Path) -> None:
@@ -89,12 +97,12 @@ def test_a_mirror_that_is_gone_neither_stops_nor_slows_training(
     whole: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    words = flags(tmp_path, **SETTINGS, checkpoint_mirror=tmp_path / "file" / "mirror")
-    processes = launched.start(words, tmp_path / "log", faults=[("impatient", {})])
-    assert launched.wait(processes) == [0]
+    words = tiny_flags(tmp_path, **SETTINGS, checkpoint_mirror=tmp_path / "file" / "mirror")
+    processes = launched.start_trainers(words, tmp_path / "log", faults=[("impatient_mirror", {})])
+    assert launched.wait_for_all(processes) == [0]
     log = (tmp_path / "log").read_text()
     assert log.count("was not copied to") == 1 and "it is only at" in log
-    assert_same(final_state(tmp_path), final_state(whole))
+    assert_same(newest_state(tmp_path), newest_state(whole))
     assert "Traceback" not in log
 
 
@@ -102,7 +110,7 @@ def test_nothing_here_and_a_mirror_that_cannot_be_read_is_no_fresh_start(tmp_pat
     (tmp_path / "file").touch()
     mirror = tmp_path / "file" / "mirror"
     since = time.monotonic()
-    faults = [("impatient", {})]
+    faults = [("impatient_mirror", {})]
     status, log = trained(tmp_path, faults=faults, checkpoint_mirror=mirror, from_resume=1)
     assert status == 6 and f"--checkpoint_mirror {mirror} cannot be read" in log, log
     assert time.monotonic() - since < 30

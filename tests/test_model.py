@@ -21,8 +21,8 @@ from model.documents import can_attend_within, document_bounds
 from model.model_minimind import (
     MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_loss
 )
-from tests.helpers import shipped_tokenizer, stirred, tiny_config, tiny_model, write_jsonl
-from tests.running import texts
+from tests.helpers import perturbed, shipped_tokenizer, tiny_config, tiny_model, write_jsonl
+from tests.running import short_documents
 from trainer.trainer_utils import get_model_params
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -412,11 +412,11 @@ def test_attention_within_documents_gives_what_the_mask_gives(
 ) -> None:
     """Loss and gradients of whole epochs, with documents split between rows, and padding."""
     monkeypatch.setattr(documents, "varlen_attn", attend_in_a_loop)
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts())
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", short_documents())
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = MiniMindForCausalLM(MiniMindConfig(32, 2, use_moe, **sizes)).double()
-    stirred(model, 0.02)
+    perturbed(model, 0.02)
     for length in (5, 16, 64):
         data = PretrainDataset(
             str(corpus), shipped_tokenizer(), length, cache_dir=str(tmp_path / "cache")

@@ -11,7 +11,7 @@ import train_pretrain
 from dataset.token_cache import unsigned
 from tests import launched
 from tests.gradients import step, toy_data, toy_model, toy_run
-from tests.running import assert_same, final_state, flags, records
+from tests.running import assert_same, newest_state, read_metrics, tiny_flags
 from trainer.checkpoint import list_states, read_state
 from trainer.optimizer import build_optimizer
 from trainer.run import Update, rows_of
@@ -24,8 +24,8 @@ SETTINGS = {"save_interval": 4, "epochs": 1}
 def trained(folder: Path, *, ranks: int = 1, faults: list[tuple] = (), **changes: object) -> tuple:
     """Exit statuses and what was printed."""
     log = folder / "log"
-    words = flags(folder, **SETTINGS | changes, accumulation_steps=4 // ranks)
-    return launched.wait(launched.start(words, log, ranks, list(faults))), log.read_text()
+    words = tiny_flags(folder, **SETTINGS | changes, accumulation_steps=4 // ranks)
+    return launched.run_trainers(words, log, ranks, list(faults)), log.read_text()
 
 
 CASES = list(itertools.product(
@@ -50,14 +50,14 @@ def test_a_bad_update_is_left_out_counted_and_told(
     assert set(statuses) == {0}, log
     assert f"update 3: loss or gradient is not finite (rank {rank}, documents " in log
     assert log.count("not applied") == 1
-    state = final_state(found)
+    state = newest_state(found)
     assert state["counters"]["bad_updates"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
-    assert {r["bad_updates"] for r in records(found) if "bad_updates" in r} == {1}
-    assert all(math.isfinite(r["loss"]) for r in records(found) if "loss" in r)
+    assert {r["bad_updates"] for r in read_metrics(found) if "bad_updates" in r} == {1}
+    assert all(math.isfinite(r["loss"]) for r in read_metrics(found) if "loss" in r)
     if dtype == "float32":  # a scaler halves its factor, which rounds otherwise
         statuses, log = trained(without, ranks=ranks, skip_steps="3:4")
-        reference = final_state(without)
+        reference = newest_state(without)
         for part in ("model", "optimizer"):
             assert_same(state[part], reference[part], part)
     else:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny_model
-from tests.running import assert_same, final_state, records, train, train_and_kill
+from tests.running import assert_same, newest_state, read_metrics, train_and_kill, train_in_process
 from trainer import optimizer as optimizers
 from trainer.muon import orthogonalised
 from trainer.optimizer import (
@@ -138,12 +138,12 @@ def test_the_state_is_what_is_expected_of_it() -> None:
 @pytest.mark.parametrize("use_moe", [0, 1])
 def test_a_killed_run_with_muon_goes_on_to_the_last_bit(tmp_path: Path, use_moe: int) -> None:
     settings = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0.2, "use_moe": use_moe}
-    train(tmp_path / "whole", **settings)
+    train_in_process(tmp_path / "whole", **settings)
     train_and_kill(tmp_path / "cut", 7, **settings)
-    train(tmp_path / "cut", **settings, from_resume=1)
+    train_in_process(tmp_path / "cut", **settings, from_resume=1)
     name = "pretrain_32_moe" if use_moe else "pretrain_32"
-    assert_same(final_state(tmp_path / "cut", name), final_state(tmp_path / "whole", name))
-    rates = [r["lr"] for r in records(tmp_path / "whole") if "lr" in r]
+    assert_same(newest_state(tmp_path / "cut", name), newest_state(tmp_path / "whole", name))
+    rates = [r["lr"] for r in read_metrics(tmp_path / "whole") if "lr" in r]
     assert rates[0] < max(rates) > 10 * rates[-1]
 
 

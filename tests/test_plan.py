@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 import train_pretrain
-from tests.running import assert_same, contents, final_state, flags, records, train
+from tests.running import (
+    assert_same,
+    files_with_times,
+    newest_state,
+    read_metrics,
+    tiny_flags,
+    train_in_process,
+)
 from trainer.plan import Budget, Plan
 from trainer.run_folder import read_run_state
 
@@ -90,15 +97,15 @@ def test_a_run_ends_when_its_time_is_over_with_its_rate_at_the_floor(
 ) -> None:
     took(clock, monkeypatch, partial(next, speeds(kind)))
     begun = clock()
-    train(tmp_path, **SETTINGS, max_minutes=5)
+    train_in_process(tmp_path, **SETTINGS, max_minutes=5)
     assert clock() - begun == pytest.approx(300, rel=0.02)
-    rates = [r["lr"] for r in records(tmp_path) if "lr" in r]
+    rates = [r["lr"] for r in read_metrics(tmp_path) if "lr" in r]
     peak = max(rates)
     assert rates.index(peak) == 0 and rates[-1] < 0.02 * peak
     falling = sum(rate < peak for rate in rates) / len(rates)
     assert falling == pytest.approx(0.4, abs=0.2)
-    assert "heldout_loss" in records(tmp_path)[-1]
-    state = final_state(tmp_path)
+    assert "heldout_loss" in read_metrics(tmp_path)[-1]
+    state = newest_state(tmp_path)
     assert state["plan"][0] == state["counters"]["rows_seen"]
 
 
@@ -115,15 +122,15 @@ def test_a_killed_run_spends_what_is_left(
 
     with monkeypatch.context() as patch:
         patch.setattr(train_pretrain.Metrics, "count", killed)
-        assert train_pretrain.main(flags(tmp_path, **SETTINGS, max_minutes=5)) == 130
+        assert train_pretrain.main(tiny_flags(tmp_path, **SETTINGS, max_minutes=5)) == 130
     lost = clock() - begun - read_run_state(tmp_path / "checkpoints")["seconds_spent"]
     assert 0 <= lost <= 4, "a look at the clock is 3 s after the last"
     clock.now += 10_000
     since = clock()
-    train(tmp_path, **SETTINGS, max_minutes=5, from_resume=1)
+    train_in_process(tmp_path, **SETTINGS, max_minutes=5, from_resume=1)
     spent = 150 + clock() - since
     assert spent == pytest.approx(300, rel=0.02)
-    rates = [r["lr"] for r in records(tmp_path) if "lr" in r]
+    rates = [r["lr"] for r in read_metrics(tmp_path) if "lr" in r]
     assert rates[-1] < 0.02 * max(rates)
 
 
@@ -138,7 +145,7 @@ STABLE = {"lr_schedule": "wsd", "decay_ratio": 0.25, "epochs": 4, "save_interval
 def stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 updates, of which the rate falls in the last twelve."""
     folder = tmp_path_factory.mktemp("stable")
-    train(folder, **STABLE)
+    train_in_process(folder, **STABLE)
     return folder
 
 
@@ -147,7 +154,7 @@ def annealed(folder: Path, stable: Path, update: int, **changes: object) -> tupl
     (state,) = (stable / "checkpoints").glob(f"*_{update:08d}_*")
     places = {"data_path": stable / "corpus.jsonl", "save_weight": "done", "anneal_from": state}
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        status = train_pretrain.main(flags(folder, **STABLE | places | changes))
+        status = train_pretrain.main(tiny_flags(folder, **STABLE | places | changes))
     return status, out.getvalue()
 
 
@@ -156,7 +163,7 @@ def test_annealing_from_the_end_of_the_stable_phase_is_the_run_itself(
 ) -> None:
     status, log = annealed(tmp_path, stable, 36)
     assert status == 0, log
-    whole, found = final_state(stable), final_state(tmp_path, "done_32")
+    whole, found = newest_state(stable), newest_state(tmp_path, "done_32")
     for part in ("model", "optimizer", "counters", "rng"):
         assert_same(found[part], whole[part])
 
@@ -167,7 +174,7 @@ def test_annealing_earlier_ends_earlier_with_the_rate_at_its_floor(
     """A quarter falls, so 24 stable updates are followed by 8; a killed one goes on."""
     status, log = annealed(tmp_path, stable, 24, decay_ratio=0.25)
     assert status == 0, log
-    rates = {r["step"]: r["lr"] for r in records(tmp_path) if "lr" in r}
+    rates = {r["step"]: r["lr"] for r in read_metrics(tmp_path) if "lr" in r}
     assert max(rates) == 32 and rates[24] == 1e-3
     assert [rates[24 + i] for i in range(1, 9)] == pytest.approx(
         [1e-3 * (9 - i) / 8 for i in range(1, 9)], rel=0.1
@@ -191,7 +198,7 @@ def test_what_cannot_be_annealed_is_said(
 
 
 def test_a_dry_run_tells_and_leaves_nothing_but_the_token_cache(tmp_path: Path) -> None:
-    words = flags(tmp_path, dry_run=1, price_per_hour=36, epochs=100)
+    words = tiny_flags(tmp_path, dry_run=1, price_per_hour=36, epochs=100)
     before = {path for path in tmp_path.rglob("*") if "cache" not in str(path)}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert train_pretrain.main(words) == 0
@@ -208,7 +215,7 @@ def test_a_dry_run_tells_and_leaves_nothing_but_the_token_cache(tmp_path: Path) 
 
 
 def test_a_dry_run_beside_a_run_changes_nothing_of_it(stable: Path) -> None:
-    before = contents(stable)
+    before = files_with_times(stable)
     with contextlib.redirect_stdout(io.StringIO()):
-        assert train_pretrain.main(flags(stable, **STABLE, dry_run=1)) == 0
-    assert contents(stable) == before
+        assert train_pretrain.main(tiny_flags(stable, **STABLE, dry_run=1)) == 0
+    assert files_with_times(stable) == before

@@ -12,7 +12,7 @@ import eval_llm
 import train_pretrain
 from scripts import export, plot, prepare_data, train_tokenizer
 from tests.helpers import ROOT, write_jsonl
-from tests.running import BY_HEART, facts, texts
+from tests.running import MEMORIZE_FLAGS, fact_documents, short_documents
 from trainer.flags import build_parser
 
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in
@@ -81,7 +81,7 @@ ELSEWHERE = {
     "--interactive 1": "test_eval: it waits for input",
     "--preset moe": "198 M parameters; test_model",
 }
-SMALL = BY_HEART + "--overwrite 1 --save_interval 50 --eval_interval 100 --eval_tokens 500"
+SMALL = MEMORIZE_FLAGS + "--overwrite 1 --save_interval 50 --eval_interval 100 --eval_tokens 500"
 MAINS = {
     "train_pretrain.py": (train_pretrain.main, SMALL),
     "eval_llm.py": (eval_llm.main, "--max_new_tokens 12 --device cpu --temperature 0"),
@@ -106,7 +106,7 @@ def test_each_command_of_the_readme_runs(
         (tmp_path / name).mkdir()
     (tmp_path / "dataset/pretrain_sample.jsonl").symlink_to(ROOT / "dataset/pretrain_sample.jsonl")
     for name in ("dataset/pretrain_t2t_mini", "my_texts", "corpus", "texts/a"):
-        write_jsonl(tmp_path / f"{name}.jsonl", [*facts() * 20, *texts(60)])
+        write_jsonl(tmp_path / f"{name}.jsonl", [*fact_documents() * 20, *short_documents(60)])
     inline = re.findall(r"`(python -m [^`]+)`", README)
     lines = [*commands(README), *(line for line in inline if "benchmark" not in line)]
     ran, continued = Counter(), ""

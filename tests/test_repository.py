@@ -19,7 +19,7 @@ from dataset.records import read_documents
 from model.model_minimind import MiniMindConfig
 from scripts import import_map
 from tests.helpers import ROOT
-from tests.running import BY_HEART, facts, run, texts, write_corpus
+from tests.running import MEMORIZE_FLAGS, fact_documents, run_command, short_documents, write_corpus
 from trainer.device import computes_in, default_dtype
 from trainer.flags import parse_flags
 
@@ -246,15 +246,15 @@ def test_the_readme_s_first_command_trains_and_its_next_continues(tmp_path: Path
     install, _, program = lines[0].partition(" && ")
     assert install == "pip install -r requirements.txt"
     places = {"save_dir": tmp_path / "out", "checkpoint_dir": tmp_path / "c", "cache_dir": tmp_path}
-    part = write_corpus(tmp_path / "part.jsonl", [*facts() * 20, *texts(60)])
+    part = write_corpus(tmp_path / "part.jsonl", [*fact_documents() * 20, *short_documents(60)])
     words = [f"--{k}={v}" for k, v in (places | {"data_path": part}).items()]
-    done = run([sys.executable, *shlex.split(program)[1:], *BY_HEART.split(), *words])
+    done = run_command([sys.executable, *shlex.split(program)[1:], *MEMORIZE_FLAGS.split(), *words])
     assert done.returncode == 0, done.stderr
     assert "held out: loss" in done.stdout
     following = next(line for line in lines[1:] if "eval_llm.py" in line)
     words = shlex.split(following.split("#")[0])[1:]
     extra = [f"--save_dir={tmp_path / 'out'}", "--max_new_tokens=12", "--device=cpu"]
-    done = run([sys.executable, *words, *extra])
+    done = run_command([sys.executable, *words, *extra])
     assert (done.returncode, done.stderr) == (0, "")
     for prompt, answer in eval_llm.PROMPTS.items():
         assert f"{prompt} {answer}." in done.stdout

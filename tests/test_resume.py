@@ -6,7 +6,15 @@ import pytest
 
 from tests import launched
 from tests.running import (
-    assert_same, contents, final_state, flags, records, train, train_and_kill, untimed
+    assert_same,
+    files_with_times,
+    metrics_without_times,
+    newest_state,
+    read_metrics,
+    tiny_flags,
+    train_and_kill,
+    train_in_process,
+    train_on_ranks,
 )
 
 
@@ -16,28 +24,28 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     settings = {"dropout": 0.1, "accumulation_steps": 4 // num_ranks}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    output = train(whole, num_ranks, **settings)
+    output = train_on_ranks(whole, num_ranks, **settings)
     assert output.count("parameters, vocabulary") == 1, "not only the first rank prints"
     assert output.count("held out: loss") == 1
 
     last = train_and_kill(cut, 7, num_ranks, **settings)
-    assert last < final_state(whole)["step"], "killed too late to prove anything"
-    output = train(cut, num_ranks, **settings, from_resume=1)
+    assert last < newest_state(whole)["step"], "killed too late to prove anything"
+    output = train_on_ranks(cut, num_ranks, **settings, from_resume=1)
     assert "resuming after update" in output
-    assert_same(final_state(cut), final_state(whole))
-    assert untimed(cut) == untimed(whole)
+    assert_same(newest_state(cut), newest_state(whole))
+    assert metrics_without_times(cut) == metrics_without_times(whole)
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
-    train(tmp_path, epochs=1)
-    before = contents(tmp_path)
-    assert "nothing to do" in train(tmp_path, epochs=1, from_resume=1)
-    assert contents(tmp_path) == before
+    train_in_process(tmp_path, epochs=1)
+    before = files_with_times(tmp_path)
+    assert "nothing to do" in train_in_process(tmp_path, epochs=1, from_resume=1)
+    assert files_with_times(tmp_path) == before
 
 
 def test_resuming_without_a_state_is_a_new_run(tmp_path: Path) -> None:
-    assert "a new run" in train(tmp_path, epochs=1, from_resume=1)
-    assert final_state(tmp_path)["counters"]["rows_seen"] > 0
+    assert "a new run" in train_in_process(tmp_path, epochs=1, from_resume=1)
+    assert newest_state(tmp_path)["counters"]["rows_seen"] > 0
 
 
 def test_ranks_see_the_same_data_and_lose_the_same(tmp_path: Path) -> None:
@@ -45,11 +53,11 @@ def test_ranks_see_the_same_data_and_lose_the_same(tmp_path: Path) -> None:
     for num_ranks in (1, 2, 4):
         folder = tmp_path / str(num_ranks)
         settings = {"batch_size": 1, "accumulation_steps": 8 // num_ranks, "eval_interval": 9}
-        words = flags(folder, epochs=1, **settings)
-        statuses = launched.wait(launched.start(words, folder / "log", num_ranks))
+        words = tiny_flags(folder, epochs=1, **settings)
+        statuses = launched.run_trainers(words, folder / "log", num_ranks)
         assert statuses == [0] * num_ranks
         losses[num_ranks] = [
-            (r["step"], r.get("loss", r.get("heldout_loss"))) for r in records(folder)
+            (r["step"], r.get("loss", r.get("heldout_loss"))) for r in read_metrics(folder)
         ]
     for num_ranks in (2, 4):
         for (step, alone), (same_step, shared) in zip(losses[1], losses[num_ranks], strict=True):
@@ -58,9 +66,11 @@ def test_ranks_see_the_same_data_and_lose_the_same(tmp_path: Path) -> None:
 
 
 def test_workers_and_intervals_do_not_change_the_result(tmp_path: Path) -> None:
-    train(tmp_path / "a", epochs=1, dropout=0.1)
-    train(tmp_path / "b", epochs=1, dropout=0.1, num_workers=2, save_interval=3, eval_interval=4)
-    a, b = final_state(tmp_path / "a"), final_state(tmp_path / "b")
+    train_in_process(tmp_path / "a", epochs=1, dropout=0.1)
+    train_in_process(
+        tmp_path / "b", epochs=1, dropout=0.1, num_workers=2, save_interval=3, eval_interval=4
+    )
+    a, b = newest_state(tmp_path / "a"), newest_state(tmp_path / "b")
     assert_same(a["model"], b["model"])
     assert_same(a["rng"], b["rng"])
 
@@ -68,8 +78,8 @@ def test_workers_and_intervals_do_not_change_the_result(tmp_path: Path) -> None:
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
     """Otherwise equality would prove nothing."""
     for seed in (1, 2):
-        train(tmp_path / str(seed), epochs=1, seed=seed)
-    assert untimed(tmp_path / "1") != untimed(tmp_path / "2")
+        train_in_process(tmp_path / str(seed), epochs=1, seed=seed)
+    assert metrics_without_times(tmp_path / "1") != metrics_without_times(tmp_path / "2")
 
 
 @pytest.mark.slow
@@ -80,20 +90,22 @@ def test_compiled_code_loses_the_same_over_fifty_updates_and_resumes_exactly(
     settings = {"num_hidden_layers": 1, "epochs": 5, "cache_dir": tmp_path / "cache"}
     kept = []
     for name, use_compile in (("compiled", 1), ("eager", 0)):
-        words = flags(tmp_path / name, use_compile=use_compile, **settings)
-        assert launched.wait(launched.start(words, tmp_path / "log"), timeout=300) == [0]
+        words = tiny_flags(tmp_path / name, use_compile=use_compile, **settings)
+        assert launched.wait_for_all(
+            launched.start_trainers(words, tmp_path / "log"), timeout=300
+        ) == [0]
         kept.append(set((tmp_path / "cache" / "compiled" / "fxgraph").rglob("*")))
     compiled, eager = (
-        [r["loss"] for r in records(tmp_path / name) if "loss" in r]
+        [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r]
         for name in ("compiled", "eager")
     )
     assert len(compiled) >= 50 and compiled == pytest.approx(eager, abs=1e-3)
 
-    words = flags(tmp_path / "cut", use_compile=1, from_resume=1, **settings)
+    words = tiny_flags(tmp_path / "cut", use_compile=1, from_resume=1, **settings)
     death = ("die_in_update", {"step": 33, "how": "SIGKILL"})
     for faults, status in (([death], -9), ([], 0)):
-        processes = launched.start(words, tmp_path / "log", faults=faults)
-        assert launched.wait(processes, timeout=300) == [status]
-    assert_same(final_state(tmp_path / "cut"), final_state(tmp_path / "compiled"))
+        processes = launched.start_trainers(words, tmp_path / "log", faults=faults)
+        assert launched.wait_for_all(processes, timeout=300) == [status]
+    assert_same(newest_state(tmp_path / "cut"), newest_state(tmp_path / "compiled"))
     kept.append(set((tmp_path / "cache" / "compiled" / "fxgraph").rglob("*")))
     assert kept[0] and kept[2] == kept[0], "a later run compiled anew"

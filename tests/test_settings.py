@@ -10,7 +10,7 @@ import pytest
 import train_pretrain
 from tests import launched
 from tests.helpers import ROOT
-from tests.running import assert_same, final_state, flags, write_corpus
+from tests.running import assert_same, newest_state, tiny_flags, write_corpus
 from trainer.checkpoint import list_states, read_state, save_state
 from trainer.flags import DECIDES, SPLITS, names_of, parse_flags
 
@@ -41,9 +41,9 @@ def test_the_docs_name_each_flag_that_must_match_and_each_that_splits() -> None:
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run killed half-way."""
     folder = tmp_path_factory.mktemp("half")
-    words = flags(folder, dropout=0.1)
+    words = tiny_flags(folder, dropout=0.1)
     death = [("die_in_update", {"step": 13, "how": "SIGKILL"})]
-    assert launched.wait(launched.start(words, folder / "log", faults=death)) == [-9]
+    assert launched.run_trainers(words, folder / "log", faults=death) == [-9]
     return folder
 
 
@@ -52,8 +52,8 @@ def again(half: Path, folder: Path, **changes: object) -> tuple[int, str]:
     copy = folder / "copy"
     shutil.copytree(half, copy, dirs_exist_ok=True)
     log = folder / "log"
-    words = flags(copy, **{"dropout": 0.1, "from_resume": 1} | changes)
-    return launched.wait(launched.start(words, log))[0], log.read_text()
+    words = tiny_flags(copy, **{"dropout": 0.1, "from_resume": 1} | changes)
+    return launched.run_trainers(words, log)[0], log.read_text()
 
 
 @pytest.mark.parametrize("name", sorted(OTHER.keys() - NAMED))
@@ -64,7 +64,7 @@ def test_a_setting_that_decides_what_is_learnt_must_match(
     status, log = again(half, tmp_path, **{name: OTHER[name]})
     assert status == 2, log
     rows = [line.split() for line in log.splitlines() if line.split()[:1] == [name]]
-    saved = vars(parse_flags(flags(half, dropout=0.1)))[name]
+    saved = vars(parse_flags(tiny_flags(half, dropout=0.1)))[name]
     assert rows == [[name, str(saved), str(OTHER[name])]]
     after = {p.name: p.read_bytes() for p in (tmp_path / "copy/checkpoints").glob("*.pth")}
     assert after == before
@@ -86,8 +86,8 @@ def test_settings_that_may_change_change_nothing_that_is_learnt(
     status, log = again(half, tmp_path, **changes)
     assert status == 0, log
     assert "but for rounding" not in log
-    found = final_state(tmp_path / "copy")
-    expected = final_state(tmp_path / "reference" / "copy")
+    found = newest_state(tmp_path / "copy")
+    expected = newest_state(tmp_path / "reference" / "copy")
     for part in ("model", "optimizer", "rng"):
         assert_same(found[part], expected[part], part)
 
@@ -128,8 +128,8 @@ def test_changed_data_or_tokenizer_is_refused(half: Path, tmp_path: Path, change
         rules.write_text(json.dumps(content), encoding="utf-8")
         changes = {"tokenizer_path": tmp_path / "tokenizer"}
     log = tmp_path / "log"
-    words = flags(tmp_path / "copy", dropout=0.1, from_resume=1, **changes)
-    assert launched.wait(launched.start(words, log)) == [2], log.read_text()
+    words = tiny_flags(tmp_path / "copy", dropout=0.1, from_resume=1, **changes)
+    assert launched.run_trainers(words, log) == [2], log.read_text()
     path = "tokenizer_path" if change == "tokenizer" else "data_path"
     assert f"content of {path}" in log.read_text()
 
@@ -147,9 +147,9 @@ def test_another_version_of_torch_is_told(half: Path, tmp_path: Path) -> None:
     state = read_state(list_states(folder, "pretrain_32")[0])
     state["surroundings"] |= {"torch": "2.11.0", "threads": "16"}
     save_state(folder, "pretrain_32", state["step"], state)
-    status, log = launched.wait(launched.start(
-        flags(tmp_path / "copy", dropout=0.1, from_resume=1), tmp_path / "log"
-    ))[0], (tmp_path / "log").read_text()
+    status, log = launched.run_trainers(
+        tiny_flags(tmp_path / "copy", dropout=0.1, from_resume=1), tmp_path / "log"
+    )[0], (tmp_path / "log").read_text()
     assert status == 0, log
     assert "note: saved with torch 2.11.0 (now " in log and "threads 16 (now 1)" in log
 
@@ -166,6 +166,6 @@ def test_going_back_needs_resume_and_a_range_needs_two_numbers(
         ({"max_bad_updates": -1}, ["--max_bad_updates is -1"]),
         ({"timeout": 0, "keep_states": 0}, ["--timeout is 0", "--keep_states is 0"]),
     ):
-        assert train_pretrain.main(flags(tmp_path, **changes)) == 2
+        assert train_pretrain.main(tiny_flags(tmp_path, **changes)) == 2
         error = capsys.readouterr().err
         assert all(part in error for part in expected), error

@@ -17,8 +17,16 @@ from dataset.token_cache import damaged_file
 from tests import launched
 from tests.helpers import ROOT
 from tests.running import (
-    assert_same, command, descendants, final_state, flags, records, texts, train, untimed,
-    write_corpus
+    assert_same,
+    descendant_pids,
+    metrics_without_times,
+    newest_state,
+    read_metrics,
+    short_documents,
+    tiny_flags,
+    train_in_process,
+    training_command,
+    write_corpus,
 )
 from trainer.run_folder import read_run_state
 
@@ -35,14 +43,14 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 def reached(folder: Path, step: int) -> Callable[[], bool]:
-    return lambda: any(record["step"] >= step for record in records(folder))
+    return lambda: any(record["step"] >= step for record in read_metrics(folder))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that no signal stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, **SETTINGS)
+    train_in_process(folder, **SETTINGS)
     return folder
 
 
@@ -53,26 +61,26 @@ def assert_stopped(folder: Path, log: Path, name: str, statuses: list[int]) -> i
     told = [line for line in text.splitlines() if line.startswith("stopping:")]
     assert len(told) == 1 and f"{name} received, saved update" in told[0], text
     assert "Traceback" not in text
-    state, said = final_state(folder), read_run_state(folder / "checkpoints")
+    state, said = newest_state(folder), read_run_state(folder / "checkpoints")
     assert (said["status"], said["code"], said["step"]) == ("interrupted", 75, state["step"])
-    logged = [record["step"] for record in records(folder) if "loss" in record]
+    logged = [record["step"] for record in read_metrics(folder) if "loss" in record]
     assert logged[-1] == state["step"], "an update was finished, and not saved"
     return state["step"]
 
 
 def assert_goes_on(folder: Path, whole: Path, num_ranks: int = 1, **changes: object) -> None:
     """The same command ends as if nothing had happened."""
-    words = flags(folder, **SETTINGS | changes, from_resume=1)
+    words = tiny_flags(folder, **SETTINGS | changes, from_resume=1)
     log = folder / "log2"
-    assert set(launched.wait(launched.start(words, log, num_ranks))) == {0}, log.read_text()
-    assert_same(final_state(folder), final_state(whole))
-    assert untimed(folder) == untimed(whole)
+    assert set(launched.run_trainers(words, log, num_ranks)) == {0}, log.read_text()
+    assert_same(newest_state(folder), newest_state(whole))
+    assert metrics_without_times(folder) == metrics_without_times(whole)
 
 
 def stop(processes: list[BaseProcess], number: int, rank: int = 0) -> list[int]:
     """Signal one rank; all must end in time."""
     os.kill(processes[rank].pid, number)
-    return launched.wait(processes, timeout=GRACE)
+    return launched.wait_for_all(processes, timeout=GRACE)
 
 
 @pytest.mark.parametrize(("name", "workers"), [
@@ -85,8 +93,8 @@ def test_a_signal_in_training_saves_the_update_and_stops(
     whole: Path, tmp_path: Path, name: str, workers: int
 ) -> None:
     log = tmp_path / "log"
-    words = flags(tmp_path, **SETTINGS, num_workers=workers)
-    processes = launched.start(words, log, faults=[("slow", {"seconds": 0.1})])
+    words = tiny_flags(tmp_path, **SETTINGS, num_workers=workers)
+    processes = launched.start_trainers(words, log, faults=[("slow_updates", {"seconds": 0.1})])
     until(reached(tmp_path, 3))
     statuses = stop(processes, getattr(signal, name))
     assert 3 <= assert_stopped(tmp_path, log, name, statuses) <= 6
@@ -97,10 +105,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_update(tmp_path: Path) -> No
     settings = SETTINGS | {"accumulation_steps": 2}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     log = tmp_path / "log"
-    assert launched.wait(launched.start(flags(whole, **settings), log, 2)) == [0, 0]
+    assert launched.run_trainers(tiny_flags(whole, **settings), log, 2) == [0, 0]
     log.unlink()
-    words = flags(cut, **settings)
-    processes = launched.start(words, log, 2, [("slow", {"seconds": 0.1})])
+    words = tiny_flags(cut, **settings)
+    processes = launched.start_trainers(words, log, 2, [("slow_updates", {"seconds": 0.1})])
     until(reached(cut, 3))
     statuses = stop(processes, signal.SIGTERM, rank=1)
     assert set(statuses) == {75}, log.read_text()
@@ -114,11 +122,11 @@ def test_a_signal_in_an_evaluation_puts_it_off_to_the_next_start(
 ) -> None:
     log, marker = tmp_path / "log", tmp_path / "evaluating"
     slow = [("slow_evaluation", {"marker": str(marker), "seconds": 3.0})]  # 30 in all
-    processes = launched.start(flags(tmp_path, **SETTINGS), log, faults=slow)
+    processes = launched.start_trainers(tiny_flags(tmp_path, **SETTINGS), log, faults=slow)
     until(marker.exists)
     statuses = stop(processes, signal.SIGTERM)
     assert assert_stopped(tmp_path, log, "SIGTERM", statuses) == 9
-    assert final_state(tmp_path)["counters"]["evaluated_step"] == 0
+    assert newest_state(tmp_path)["counters"]["evaluated_step"] == 0
     assert_goes_on(tmp_path, whole)
 
 
@@ -127,8 +135,8 @@ def test_a_signal_in_the_last_evaluation_loses_nothing(whole: Path, tmp_path: Pa
     log, marker = tmp_path / "log", tmp_path / "evaluating"
     slow = [("slow_evaluation", {"marker": str(marker), "seconds": 1.0})]
     settings = SETTINGS | {"eval_interval": 1000}
-    train(tmp_path / "whole", **settings)
-    processes = launched.start(flags(tmp_path, **settings), log, faults=slow)
+    train_in_process(tmp_path / "whole", **settings)
+    processes = launched.start_trainers(tiny_flags(tmp_path, **settings), log, faults=slow)
     until(marker.exists)
     assert_stopped(tmp_path, log, "SIGTERM", stop(processes, signal.SIGTERM))
     assert_goes_on(tmp_path, tmp_path / "whole", eval_interval=1000)
@@ -139,8 +147,8 @@ def test_a_signal_in_the_last_evaluation_loses_nothing(whole: Path, tmp_path: Pa
 def test_a_signal_in_a_save_lets_it_finish(whole: Path, tmp_path: Path) -> None:
     log, marker = tmp_path / "log", tmp_path / "saving"
     slow = [("slow_save", {"marker": str(marker), "seconds": 0.2})]
-    words = flags(tmp_path, **SETTINGS | {"save_interval": 5})
-    processes = launched.start(words, log, faults=slow)
+    words = tiny_flags(tmp_path, **SETTINGS | {"save_interval": 5})
+    processes = launched.start_trainers(words, log, faults=slow)
     until(marker.exists)
     statuses = stop(processes, signal.SIGTERM)
     assert 5 <= assert_stopped(tmp_path, log, "SIGTERM", statuses) <= 6
@@ -154,9 +162,9 @@ def test_a_signal_during_tokenization_leaves_nothing_half_made(
 ) -> None:
     log = tmp_path / "log"
     tmp_path.joinpath("corpus.jsonl").touch()
-    write_corpus(tmp_path / "corpus.jsonl", texts(100_000))
-    words = flags(tmp_path, **SETTINGS)
-    processes = launched.start(words, log, num_ranks)
+    write_corpus(tmp_path / "corpus.jsonl", short_documents(100_000))
+    words = tiny_flags(tmp_path, **SETTINGS)
+    processes = launched.start_trainers(words, log, num_ranks)
     until(lambda: list(tmp_path.glob("cache/.building-*/tokens.bin")))
     since = time.monotonic()
     for process in processes[1:]:
@@ -172,8 +180,8 @@ def test_a_signal_during_tokenization_leaves_nothing_half_made(
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    words = flags(tmp_path, **SETTINGS)
-    processes = launched.start(words, log, faults=[("slow", {"seconds": 30})])
+    words = tiny_flags(tmp_path, **SETTINGS)
+    processes = launched.start_trainers(words, log, faults=[("slow_updates", {"seconds": 30})])
     until(lambda: log.exists() and "run: 2 x" in log.read_text())
     time.sleep(1)
     os.kill(processes[0].pid, signal.SIGINT)
@@ -195,13 +203,13 @@ def started(tmp_path: Path, words: list[str], **options: object) -> subprocess.P
 
 def long_flags(folder: Path, **changes: object) -> list[str]:
     """A run that lasts until it is stopped."""
-    return flags(folder, **SETTINGS | {"epochs": 2000, "eval_interval": 10**6} | changes)
+    return tiny_flags(folder, **SETTINGS | {"epochs": 2000, "eval_interval": 10**6} | changes)
 
 
 def test_a_signal_to_the_whole_group_reaches_loader_processes_and_still_saves(
     tmp_path: Path,
 ) -> None:
-    process = started(tmp_path, command(long_flags(tmp_path, num_workers=2)))
+    process = started(tmp_path, training_command(long_flags(tmp_path, num_workers=2)))
     until(reached(tmp_path, 3))
     os.killpg(process.pid, signal.SIGTERM)
     assert_stopped(tmp_path, tmp_path / "log", "SIGTERM", [process.wait(timeout=GRACE)])
@@ -213,25 +221,25 @@ def test_a_signal_to_the_whole_group_reaches_loader_processes_and_still_saves(
 def test_a_signal_to_torchrun_stops_its_ranks_and_the_file_tells_what_torchrun_hides(
     tmp_path: Path, name: str
 ) -> None:
-    words = command(long_flags(tmp_path, num_workers=1, accumulation_steps=2), num_ranks=2)
+    words = training_command(long_flags(tmp_path, num_workers=1, accumulation_steps=2), num_ranks=2)
     process = started(tmp_path, words)
     until(reached(tmp_path, 3))
-    children = descendants(process.pid)
+    children = descendant_pids(process.pid)
     process.send_signal(getattr(signal, name))
     status = process.wait(timeout=GRACE)
     assert status != 75, "torchrun tells it by now: the file is no longer needed"
     said = read_run_state(tmp_path / "checkpoints")
     assert (said["status"], said["code"]) == ("interrupted", 75), (tmp_path / "log").read_text()
-    assert said["step"] == final_state(tmp_path)["step"]
+    assert said["step"] == newest_state(tmp_path)["step"]
     until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
 
 
 @pytest.mark.slow
 def test_nohup_keeps_a_run_going(tmp_path: Path) -> None:
-    process = started(tmp_path, ["nohup", *command(long_flags(tmp_path))])
+    process = started(tmp_path, ["nohup", *training_command(long_flags(tmp_path))])
     until(reached(tmp_path, 3))
     process.send_signal(signal.SIGHUP)
-    last = records(tmp_path)[-1]["step"]
+    last = read_metrics(tmp_path)[-1]["step"]
     until(reached(tmp_path, last + 20))
     process.send_signal(signal.SIGTERM)
     assert_stopped(tmp_path, tmp_path / "log", "SIGTERM", [process.wait(timeout=GRACE)])
@@ -243,7 +251,7 @@ def test_a_lost_terminal_saves_although_nothing_can_be_printed(tmp_path: Path) -
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
-        os.execv(sys.executable, command(long_flags(tmp_path)))
+        os.execv(sys.executable, training_command(long_flags(tmp_path)))
     reading = subprocess.Popen(["cat"], stdin=terminal, stdout=subprocess.DEVNULL)
     until(reached(tmp_path, 3))
     reading.kill()
@@ -255,13 +263,13 @@ def test_a_lost_terminal_saves_although_nothing_can_be_printed(tmp_path: Path) -
     assert os.waitstatus_to_exitcode(ended[1]) == 75 and ended[0] == pid
     said = read_run_state(tmp_path / "checkpoints")
     assert said["status"] == "interrupted" and "SIGHUP" in said["reason"]
-    assert said["step"] == final_state(tmp_path)["step"]
+    assert said["step"] == newest_state(tmp_path)["step"]
 
 
 @pytest.mark.slow
 def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
     """``train_pretrain.py | head``: who watched is gone, training goes on."""
-    words = command(flags(tmp_path, **SETTINGS))
+    words = training_command(tiny_flags(tmp_path, **SETTINGS))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(words, cwd=ROOT, **pipes) as process:
         process.stdout.readline()
@@ -274,13 +282,15 @@ def test_a_closed_pipe_does_not_end_a_run(tmp_path: Path) -> None:
 
 def test_the_state_file_says_what_a_run_does_and_how_it_ended(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    processes = launched.start(flags(tmp_path, **SETTINGS), log, faults=[("slow", {"seconds": 1})])
+    processes = launched.start_trainers(
+        tiny_flags(tmp_path, **SETTINGS), log, faults=[("slow_updates", {"seconds": 1})]
+    )
     until(reached(tmp_path, 1))
     said = read_run_state(tmp_path / "checkpoints")
     assert (said["status"], said["code"], said["pid"]) == ("running", None, processes[0].pid)
-    launched.end(processes)
+    launched.kill_all(processes)
     assert read_run_state(tmp_path / "checkpoints")["status"] == "running"  # nobody could tell
-    output = train(tmp_path, **SETTINGS, from_resume=1)
+    output = train_in_process(tmp_path, **SETTINGS, from_resume=1)
     assert "the last run here ended without a word" in output
     content = json.loads((tmp_path / "checkpoints" / "run_state.json").read_text())
     assert (content["status"], content["code"], content["reason"]) == ("complete", 0, "")
@@ -290,4 +300,4 @@ def test_the_state_file_says_what_a_run_does_and_how_it_ended(tmp_path: Path) ->
 
 def train_refused(folder: Path) -> int:
     """A new run where a complete one is."""
-    return launched.wait(launched.start(flags(folder, **SETTINGS), folder / "log"))[0]
+    return launched.run_trainers(tiny_flags(folder, **SETTINGS), folder / "log")[0]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import train_pretrain
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from tests.gradients import ROWS, step, toy_data, toy_model, toy_run, window_gradient
-from tests.running import records, run, train
+from tests.running import read_metrics, run_command, train_in_process
 from trainer.optimizer import build_optimizer, load_optimizer
 from trainer.trainer_utils import get_lr, get_model_params
 
@@ -66,7 +66,7 @@ def test_ranks_give_the_gradient_of_one_batch(
     toy_data(tmp_path)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words += ["--nproc_per_node", str(num_ranks), "-m", "tests.gradient_of_ranks", str(tmp_path)]
-    done = run([*words, *(str(number) for split in splits for number in split)])
+    done = run_command([*words, *(str(number) for split in splits for number in split)])
     assert done.returncode == 0, done.stderr
     for (batch_size, accumulation_steps), one_by_one in zip(splits, (False, True), strict=True):
         found = torch.load(tmp_path / f"{batch_size}x{accumulation_steps}.pt")
@@ -124,8 +124,8 @@ def test_lr_falls_from_its_peak_to_a_tenth() -> None:
 
 
 def test_the_rate_follows_rows_over_all_epochs(tmp_path: Path) -> None:
-    train(tmp_path, epochs=2, learning_rate=1e-3)
-    logged = [r for r in records(tmp_path) if "loss" in r]
+    train_in_process(tmp_path, epochs=2, learning_rate=1e-3)
+    logged = [r for r in read_metrics(tmp_path) if "loss" in r]
     rows = [0] + [r["rows"] for r in logged]
     for before, record in zip(rows, logged, strict=False):
         assert record["lr"] == pytest.approx(get_lr(before, rows[-1], 1e-3), rel=1e-12)
@@ -171,9 +171,9 @@ def test_parameters_are_counted_in_all_and_per_token() -> None:
 def test_a_tiny_model_learns(tmp_path: Path, use_moe: int, packing: int) -> None:
     """Also in bfloat16, the default."""
     settings = {"epochs": 6, "learning_rate": 5e-3, "dtype": "bfloat16", "eval_interval": 10}
-    train(tmp_path, use_moe=use_moe, packing=packing, max_seq_len=64, **settings)
-    losses = [r["loss"] for r in records(tmp_path) if "loss" in r]
+    train_in_process(tmp_path, use_moe=use_moe, packing=packing, max_seq_len=64, **settings)
+    losses = [r["loss"] for r in read_metrics(tmp_path) if "loss" in r]
     assert losses[0] == pytest.approx(math.log(6400), abs=0.15)
     assert losses[-1] < losses[0] - 2
-    held_out = [r["heldout_loss"] for r in records(tmp_path) if "heldout_loss" in r]
+    held_out = [r["heldout_loss"] for r in read_metrics(tmp_path) if "heldout_loss" in r]
     assert held_out[-1] < held_out[0]
