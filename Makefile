@@ -11,6 +11,7 @@ TRAINS = killed_run or readme_s_first_command or training_continues
 .PHONY: check test
 
 check:
+	ruff format --check .
 	ruff check .
 	pyrefly check
 	$(PYTHON) -m pytest $(QUICK:%=tests/test_%.py) -k "not ($(TRAINS))"

@@ -70,15 +70,23 @@ def build_parser() -> Parser:
     add("--text_column", default="text", help="with --data_path: the field that holds the text")
     add("--max_seq_len", type=int, default=512, help="with --data_path: tokens per row")
     add("--batch_size", type=int, default=16, help="with --data_path: rows per forward pass")
-    add("--bad_records", choices=["stop", "skip"], default="stop",
-        help="with --data_path: what to do with a record that cannot be read")
+    add(
+        "--bad_records",
+        choices=["stop", "skip"],
+        default="stop",
+        help="with --data_path: what to do with a record that cannot be read",
+    )
     add("--cache_dir", default=DEFAULT_CACHE_DIR, help="with --data_path: folder of token caches")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--max_new_tokens", type=int, default=100, help="maximum length of a continuation")
     add("--temperature", type=float, default=TEMPERATURE, help="0: always the most probable token")
-    add("--top_p", type=float, default=0.9,
-        help="sample from the most probable tokens with this much probability together")
+    add(
+        "--top_p",
+        type=float,
+        default=0.9,
+        help="sample from the most probable tokens with this much probability together",
+    )
     add("--top_k", type=int, default=50, help="sample from this many tokens at most; 0: all")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions")
     add("--seed", type=int, default=42, help="the same seed gives the same text")
@@ -104,8 +112,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.repetition_penalty <= 0:
         problems.append(f"--repetition_penalty is {args.repetition_penalty}, expected above 0")
     if args.inference_rope_scaling and args.data_path:
-        problems.append("--inference_rope_scaling applies to prompts only; --data_path measures "
-                        "the model at the positions it was trained on")
+        problems.append(
+            "--inference_rope_scaling applies to prompts only; --data_path measures "
+            "the model at the positions it was trained on"
+        )
     problems += device_problems(args.device)
     if problems:
         raise SettingsError("; ".join(problems) + ".")
@@ -162,8 +172,12 @@ def measure(
 ) -> None:
     """Print the model's loss on all documents of --data_path, and bits per byte by language."""
     data = PretrainDataset(
-        args.data_path, tokenizer, args.max_seq_len, cache_dir=args.cache_dir,
-        bad_records=args.bad_records, text_column=args.text_column
+        args.data_path,
+        tokenizer,
+        args.max_seq_len,
+        cache_dir=args.cache_dir,
+        bad_records=args.bad_records,
+        text_column=args.text_column,
     )
     nats, num_labels, num_bytes, by_language = 0.0, 0.0, 0, []
     for language, part in data.by_language(tokenizer).items():
@@ -198,8 +212,10 @@ def sampling(temperature: float, top_p: float, top_k: int = 50) -> dict:
 
 
 def continue_prompts(
-    args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str]
+    args: argparse.Namespace,
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
 ) -> None:
     """Print each prompt and its continuation while it is generated. Raises: GenerationError."""
     qwen = generating_model(model)
@@ -210,9 +226,12 @@ def continue_prompts(
         print(prompt, end="", flush=True)
         start = time.monotonic()
         out = qwen.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
-            repetition_penalty=args.repetition_penalty, streamer=streamer,
-            **sampling(args.temperature, args.top_p, args.top_k)
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=args.max_new_tokens,
+            repetition_penalty=args.repetition_penalty,
+            streamer=streamer,
+            **sampling(args.temperature, args.top_p, args.top_k),
         )
         seconds = time.monotonic() - start
         print(f"[{(out.shape[1] - ids.shape[1]) / seconds:.0f} tokens/s]\n")

@@ -249,7 +249,7 @@ def build_run(
     Raises: SettingsError, CheckpointError."""
     weight = args.from_weight if state is None else "none"
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
-    dtype, num_ranks = getattr(torch, args.dtype), distributed.world_size()
+    dtype, num_ranks = args.torch_dtype, distributed.world_size()
     model.attends_within = not args.dropout and can_attend_within(device, dtype, config.head_dim)
     rounding = args.rounding_settings(num_ranks)
     if state is not None:

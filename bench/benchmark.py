@@ -31,7 +31,16 @@ from transformers import PreTrainedTokenizerBase
 
 import train_pretrain
 from bench.measuring import (
-    OURS, NoGuard, Parts, built_with, drawn_outputs, parser, redraw, surroundings, train, words
+    OURS,
+    NoGuard,
+    Parts,
+    built_with,
+    drawn_outputs,
+    parser,
+    redraw,
+    surroundings,
+    train,
+    words,
 )
 from dataset.lm_dataset import IGNORE, Batch, PretrainDataset
 from dataset.records import find_files, read_documents
@@ -75,8 +84,10 @@ class PlainAdamW(torch.optim.AdamW):
 
 def plain_adamw(run: Run) -> None:
     """The same parameters and weight decay with an AdamW that is not fused."""
-    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]}
-              for group in run.optimizer.param_groups]
+    groups = [
+        {"params": group["params"], "weight_decay": group["weight_decay"]}
+        for group in run.optimizer.param_groups
+    ]
     run.optimizer = PlainAdamW(groups, betas=BETAS, foreach=False)
 
 
@@ -141,8 +152,9 @@ class LoopingExperts(MoEFeedForward):
                 at, nth = chosen.nonzero(as_tuple=True)
                 own = tokens[at]
                 gate = linear(own, experts.gate_proj[i])
-                out = linear(experts.act(gate) * linear(own, experts.up_proj[i]),
-                             experts.down_proj[i])
+                out = linear(
+                    experts.act(gate) * linear(own, experts.up_proj[i]), experts.down_proj[i]
+                )
                 y.index_add_(0, at, (out * weight[at, nth, None]).to(y.dtype))
         rows = x.shape[:2]
         return y.view_as(x), probs.view(*rows, -1), used.view(*rows, -1)
@@ -191,18 +203,29 @@ def open_padded(
 ) -> Padded:
     """The documents of --data_path as padded rows, made on the host."""
     return Padded(
-        args.data_path, tokenizer, args.max_seq_len, packing=False, seed=args.seed,
-        cache_dir=args.cache_dir
+        args.data_path,
+        tokenizer,
+        args.max_seq_len,
+        packing=False,
+        seed=args.seed,
+        cache_dir=args.cache_dir,
     )
 
 
 def padded_flags(on_cuda: bool) -> dict[str, object]:
     """MiniMind's settings: 256 rows an update, 32 at once, nothing compiled, no warm-up."""
     return {
-        "packing": 0, "max_seq_len": PADDED_LENGTH, "batch_size": 32, "accumulation_steps": 8,
-        "micro_batch_size": 32, "use_compile": 0, "num_workers": 8 if on_cuda else 0,
+        "packing": 0,
+        "max_seq_len": PADDED_LENGTH,
+        "batch_size": 32,
+        "accumulation_steps": 8,
+        "micro_batch_size": 32,
+        "use_compile": 0,
+        "num_workers": 8 if on_cuda else 0,
         "dtype": "bfloat16" if on_cuda else "float32",
-        "optimizer": "adamw", "lr_schedule": "cosine", "warmup_ratio": 0,
+        "optimizer": "adamw",
+        "lr_schedule": "cosine",
+        "warmup_ratio": 0,
     }
 
 
@@ -291,8 +314,10 @@ class Turn(NoGuard):
         if time.perf_counter() >= self.until:
             self.times.read()
             self.report(
-                seconds=time.perf_counter() - self.began, tokens=self.tokens,
-                positions=self.positions, waited=self.times.waited
+                seconds=time.perf_counter() - self.began,
+                tokens=self.tokens,
+                positions=self.positions,
+                waited=self.times.waited,
             )
         return outcome
 
@@ -357,18 +382,30 @@ def measure(args: argparse.Namespace, preset: str) -> list[dict]:
     """Start every variant, then let them take turns. Returns: one result a variant."""
     seconds = args.seconds or SECONDS[args.device.split(":")[0]]
     chosen = [
-        variant for variant in variants(args.device.startswith("cuda"), preset == "moe")
+        variant
+        for variant in variants(args.device.startswith("cuda"), preset == "moe")
         if not args.only or any(part in variant.name for part in args.only)
     ]
     results, living = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(chosen):
-            flags = {
-                "preset": preset, "device": args.device, "seed": 1, "epochs": 10**6,
-                "save_dir": Path(folder) / str(number), "cache_dir": Path(folder) / "cache",
-                "log_interval": 10, "save_interval": 10**9, "eval_interval": 10**9,
-                "heldout_fraction": 0, "optimizer": "adamw",
-            } | variant.flags | ({"data_path": args.data_path} if args.data_path else {})
+            flags = (
+                {
+                    "preset": preset,
+                    "device": args.device,
+                    "seed": 1,
+                    "epochs": 10**6,
+                    "save_dir": Path(folder) / str(number),
+                    "cache_dir": Path(folder) / "cache",
+                    "log_interval": 10,
+                    "save_interval": 10**9,
+                    "eval_interval": 10**9,
+                    "heldout_fraction": 0,
+                    "optimizer": "adamw",
+                }
+                | variant.flags
+                | ({"data_path": args.data_path} if args.data_path else {})
+            )
             result = {"name": variant.name, "turns": [], "cold": variant.cold}
             results.append(result)
             child = Child(variant, words(flags), result)

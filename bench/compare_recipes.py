@@ -40,8 +40,15 @@ HELD_OUT = 0.05  # of the documents, the last ones
 ASIDE_TOKENS = 2**17  # of them that are looked at: every n-th document
 AT_ONCE = 32  # of their rows
 OUR_FLAGS = {
-    "cpu": {"optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0, "decay_ratio": 0.6,
-            "learning_rate": 8e-3, "batch_size": 8, "accumulation_steps": 1},
+    "cpu": {
+        "optimizer": "muon",
+        "lr_schedule": "wsd",
+        "warmup_ratio": 0,
+        "decay_ratio": 0.6,
+        "learning_rate": 8e-3,
+        "batch_size": 8,
+        "accumulation_steps": 1,
+    },
     "cuda": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 2e-3},
 }
 
@@ -108,8 +115,10 @@ class Watch(NoGuard):
         run.budget = Budget(self.seconds, clock=self.clock, begun=self.begun)
         with self.standing_still():
             data = PretrainDataset(
-                [self.kept_aside], load_tokenizer(run.args.tokenizer_path), PADDED_LENGTH,
-                cache_dir=run.args.cache_dir
+                [self.kept_aside],
+                load_tokenizer(run.args.tokenizer_path),
+                PADDED_LENGTH,
+                cache_dir=run.args.cache_dir,
             )
             every = max(1, data.num_tokens // ASIDE_TOKENS)
             self.aside = data.for_evaluation(data.documents[::every])
@@ -138,18 +147,24 @@ class Watch(NoGuard):
         seconds = self.clock() - self.begun
         with self.standing_still():
             rows = range(len(self.aside))
-            batches = (self.aside.__getitems__([*rows[i : i + AT_ONCE]])
-                       for i in range(0, len(rows), AT_ONCE))
+            batches = (
+                self.aside.__getitems__([*rows[i : i + AT_ONCE]])
+                for i in range(0, len(rows), AT_ONCE)
+            )
             with self.run.autocast:
                 nats, _ = held_out_nats(self.run.model, batches)
             score = bits_per_byte(nats, self.aside.num_text_bytes)
-        self.pipe.send({"seconds": seconds, "tokens": self.tokens, "updates": self.updates,
-                        "bits_per_byte": score})
+        self.pipe.send(
+            {
+                "seconds": seconds,
+                "tokens": self.tokens,
+                "updates": self.updates,
+                "bits_per_byte": score,
+            }
+        )
 
 
-def child(
-    pipe: Connection, trial: Trial, flags: list[str], kept_aside: str, looks: int
-) -> None:
+def child(pipe: Connection, trial: Trial, flags: list[str], kept_aside: str, looks: int) -> None:
     """Train with the recipe of this trial, and send the points of its curve."""
     watch = Watch(pipe, trial, kept_aside, looks)
     signal.signal(signal.SIGTSTP, watch.pause)
@@ -160,19 +175,32 @@ def run_trial(trial: Trial, args: argparse.Namespace, parts: tuple[Path, Path]) 
     """Fill in the trial's points."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {
-            "preset": args.preset, "device": args.device, "seed": trial.seed,
-            "max_minutes": trial.minutes, "data_path": parts[0], "save_dir": folder,
-            "cache_dir": parts[0].parent / "cache", "log_interval": 10**6,
-            "save_interval": 10**9, "eval_interval": 10**9, "heldout_fraction": 0,
+            "preset": args.preset,
+            "device": args.device,
+            "seed": trial.seed,
+            "max_minutes": trial.minutes,
+            "data_path": parts[0],
+            "save_dir": folder,
+            "cache_dir": parts[0].parent / "cache",
+            "log_interval": 10**6,
+            "save_interval": 10**9,
+            "eval_interval": 10**9,
+            "heldout_fraction": 0,
         } | trial.flags
         trial.points += reports(
-            f"{trial.name}, seed {trial.seed}", child, trial, words(flags), str(parts[1]),
-            args.looks
+            f"{trial.name}, seed {trial.seed}",
+            child,
+            trial,
+            words(flags),
+            str(parts[1]),
+            args.looks,
         )
     last = trial.final
-    print(f"{trial.name}, seed {trial.seed}, {trial.minutes:g} minutes: {last['updates']:,} "
-          f"updates, {last['tokens']:,} tokens, {last['bits_per_byte']:.4f} bits/byte",
-          file=sys.stderr)
+    print(
+        f"{trial.name}, seed {trial.seed}, {trial.minutes:g} minutes: {last['updates']:,} "
+        f"updates, {last['tokens']:,} tokens, {last['bits_per_byte']:.4f} bits/byte",
+        file=sys.stderr,
+    )
     return trial
 
 
@@ -198,7 +226,8 @@ def report(args: argparse.Namespace, padded: list[Trial], ours: list[Trial]) -> 
     tokens = statistics.mean(trial.final["tokens"] for trial in padded)
     lines = [
         "| recipe | minutes | updates | tokens | bits/byte, seeds | share of the padded's tokens "
-        "| share of its time | as good |", "|---|---|---|---|---|---|---|---|",
+        "| share of its time | as good |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple, list[Trial]] = {}
     for trial in [*padded, *ours]:
@@ -214,8 +243,10 @@ def report(args: argparse.Namespace, padded: list[Trial], ours: list[Trial]) -> 
     longest = [t for t in ours if t.minutes == max(t.minutes for t in ours)]
     for unit, whole in (("tokens", tokens), ("seconds", 60 * args.minutes)):
         shares = [needed(trial, target, unit) / whole for trial in longest]
-        lines.append(f"\nThe longest of ours passed the padded recipe's {target:.4f} within "
-                     f"{', '.join(f'{s:.3f}' for s in shares)} of its {unit}.")
+        lines.append(
+            f"\nThe longest of ours passed the padded recipe's {target:.4f} within "
+            f"{', '.join(f'{s:.3f}' for s in shares)} of its {unit}."
+        )
     return "\n".join(lines)
 
 
@@ -254,8 +285,16 @@ def main() -> None:
     padded, ours = [], []
     if args.only != "ours":
         base = padded_flags(on_cuda)
-        first = [tried(f"padded, rate {rate:g}", base | {"learning_rate": rate}, args.minutes,
-                       args.seeds[0], True) for rate in args.padded_rates]
+        first = [
+            tried(
+                f"padded, rate {rate:g}",
+                base | {"learning_rate": rate},
+                args.minutes,
+                args.seeds[0],
+                True,
+            )
+            for rate in args.padded_rates
+        ]
         best = min(first, key=lambda trial: trial.final["bits_per_byte"])
         padded = [tried(best.name, best.flags, args.minutes, s, True) for s in args.seeds]
     if args.only != "padded":

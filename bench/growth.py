@@ -123,11 +123,19 @@ def exchange_cost(num_ranks: int) -> dict[str, float]:
                 file.write(json.dumps({"text": f"a document of some words {i} " * 20}) + "\n")
         for epochs in (1, 2):
             flags = {
-                "preset": "demo", "device": "cpu", "data_path": corpus, "epochs": epochs,
+                "preset": "demo",
+                "device": "cpu",
+                "data_path": corpus,
+                "epochs": epochs,
                 "optimizer": "adamw",
-                "overwrite": 1, "heldout_fraction": 0, "save_interval": 10**9,
-                "eval_interval": 10**9, "log_interval": 10**9, "cache_dir": f"{folder}/cache",
-                "save_dir": f"{folder}/out", "checkpoint_dir": f"{folder}/checkpoints",
+                "overwrite": 1,
+                "heldout_fraction": 0,
+                "save_interval": 10**9,
+                "eval_interval": 10**9,
+                "log_interval": 10**9,
+                "cache_dir": f"{folder}/cache",
+                "save_dir": f"{folder}/out",
+                "checkpoint_dir": f"{folder}/checkpoints",
             }
             run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             run += [f"--nproc_per_node={num_ranks}", "train_pretrain.py", *words(flags)]

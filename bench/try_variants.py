@@ -21,8 +21,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bench.measuring import (
-    OURS, NoGuard, built_with, drawn_outputs, is_output, parser, redraw, reports, surroundings,
-    train, words
+    OURS,
+    NoGuard,
+    built_with,
+    drawn_outputs,
+    is_output,
+    parser,
+    redraw,
+    reports,
+    surroundings,
+    train,
+    words,
 )
 from model.model_minimind import IGNORE, next_token_nats, shifted
 from trainer.run import Run
@@ -96,13 +105,20 @@ def trial(variant: str, seed: int, corpus: Path, recipe: list[str]) -> dict:
     """One run in a process of its own, and what came out of it."""
     name = f"{variant}, seed {seed}"
     with tempfile.TemporaryDirectory() as folder:
-        flags = recipe + words({
-            "data_path": corpus, "cache_dir": corpus.parent / "cache", "save_dir": folder,
-            "seed": seed, "eval_interval": 10**9,
-        })
+        flags = recipe + words(
+            {
+                "data_path": corpus,
+                "cache_dir": corpus.parent / "cache",
+                "save_dir": folder,
+                "seed": seed,
+                "eval_interval": 10**9,
+            }
+        )
         (found,) = reports(name, child, variant, flags)
-    print(f"{name}: {found['updates']} updates, {found['bits_per_byte']:.4f} bits/byte",
-          file=sys.stderr)
+    print(
+        f"{name}: {found['updates']} updates, {found['bits_per_byte']:.4f} bits/byte",
+        file=sys.stderr,
+    )
     return {"variant": variant, "seed": seed, **found}
 
 
@@ -112,8 +128,10 @@ def report(trials: list[dict]) -> str:
     for t in trials:
         by_variant.setdefault(t["variant"], {})[t["seed"]] = t["bits_per_byte"]
     base = by_variant[AS_IT_IS]
-    lines = ["| variant | bits/byte, seeds | against as it is: mean | lowest to highest |",
-             "|---|---|---|---|"]
+    lines = [
+        "| variant | bits/byte, seeds | against as it is: mean | lowest to highest |",
+        "|---|---|---|---|",
+    ]
     for variant, scores in by_variant.items():
         gaps = [score - base[seed] for seed, score in scores.items()]
         lines.append(
@@ -128,8 +146,9 @@ def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--data_path", required=True, type=Path, help="JSONL")
     cli.add_argument("--documents", type=int, default=1600, help="of it, at equal distances")
-    cli.add_argument("--variants", nargs="+", default=VARIANTS, metavar="NAME",
-                     help="names, or flags in quotes")
+    cli.add_argument(
+        "--variants", nargs="+", default=VARIANTS, metavar="NAME", help="names, or flags in quotes"
+    )
     cli.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     cli.add_argument("--recipe", default=RECIPE, help="flags of every run")
     args = cli.parse_args()
@@ -142,8 +161,7 @@ def main() -> None:
         corpus.write_bytes(b"".join(lines[:: max(1, len(lines) // args.documents)]))
         variants = dict.fromkeys([AS_IT_IS, *args.variants])
         recipe = [*shlex.split(args.recipe), "--device", args.device]
-        trials = [trial(v, s, corpus, recipe)
-                  for s in args.seeds for v in variants]
+        trials = [trial(v, s, corpus, recipe) for s in args.seeds for v in variants]
     print(surroundings(args, "bench.try_variants"))
     print(f"\n{trials[0]['updates']} updates each: {args.recipe}\n\n{report(trials)}")
 

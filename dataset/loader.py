@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,7 +41,7 @@ def load_batches(
     )
 
 
-def as_is(batch: Batch) -> Batch:
+def as_is(batch: Any) -> Any:
     """For DataLoader(collate_fn=...): ``PretrainDataset.__getitems__`` has collated already."""
     return batch
 

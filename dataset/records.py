@@ -26,7 +26,11 @@ MAX_LINE_BYTES = 16 * 2**20  # newline included; a longer line has most likely l
 TEXT_COLUMN = "text"
 WHITESPACE = b" \t\r\n"  # as JSON defines it; bytes.strip() would also drop control characters
 JSON_TYPES: dict[type, str] = {
-    list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"
+    list: "array",
+    dict: "object",
+    str: "string",
+    bool: "boolean",
+    type(None): "null",
 }
 OTHER_ENCODINGS = {  # by byte order mark
     codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is the beginning of this one
@@ -317,14 +321,20 @@ FORMATS = {
     "parquet": Format(read_parquet, is_text=False, has_columns=True, signature=b"PAR1"),
 }
 ENDINGS = tuple(
-    f".{name}{compressed}" for name, form in FORMATS.items()
+    f".{name}{compressed}"
+    for name, form in FORMATS.items()
     for compressed in ("", *(f".{ending}" for ending in COMPRESSIONS if form.is_text))
 )
 NOT_TEXT = {  # the first bytes of a file -> what it is, and what to do about it
-    **{form.signature: f"{name}; end its name in .{name}"
-       for name, form in FORMATS.items() if form.signature},
-    **{compression.signature: f"{compression.name}; end its name in .{ending}"
-       for ending, compression in COMPRESSIONS.items()},
+    **{
+        form.signature: f"{name}; end its name in .{name}"
+        for name, form in FORMATS.items()
+        if form.signature
+    },
+    **{
+        compression.signature: f"{compression.name}; end its name in .{ending}"
+        for ending, compression in COMPRESSIONS.items()
+    },
     **{mark: f"{name}; convert it to UTF-8" for mark, name in OTHER_ENCODINGS.items()},
 }
 

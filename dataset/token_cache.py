@@ -32,9 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dataset.records import (
-    FORMATS, TEXT_COLUMN, DataError, endings_of, find_files, read_documents
-)
+from dataset.records import FORMATS, TEXT_COLUMN, DataError, endings_of, find_files, read_documents
 
 FORMAT = 2  # part of every cache's name: raise it when the meaning of the files changes
 BATCH_BYTES = 2 * 2**20  # of text encoded per call: enough for all cores, little to hold in memory
@@ -110,10 +108,12 @@ class TokenCache:
             return torch.from_file(str(folder / name), shared=False, size=size, dtype=dtype)
 
         return cls(
-            folder=folder, meta=meta, tokens=mapped("tokens.bin", meta["num_tokens"], id_type),
+            folder=folder,
+            meta=meta,
+            tokens=mapped("tokens.bin", meta["num_tokens"], id_type),
             offsets=mapped("offsets.bin", num + 1, torch.int64),
             num_bytes=mapped("bytes.bin", num, torch.int64),
-            hashes=mapped("hashes.bin", num, torch.int32)
+            hashes=mapped("hashes.bin", num, torch.int32),
         )
 
     def ids(self, document: int) -> Tensor:
@@ -213,8 +213,11 @@ class Counts:
 
 
 def write_cache(
-    folder: Path, files: list[Path], text_column: str, tokenizer: PreTrainedTokenizerBase,
-    bad: BadRecords
+    folder: Path,
+    files: list[Path],
+    text_column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: BadRecords,
 ) -> dict[str, Any]:
     """Tokenize ``files`` into ``folder``, a few batches in memory at a time. Returns: counts."""
     fits_two_bytes = max(tokenizer.get_vocab().values()) < 2**16
@@ -343,9 +346,11 @@ def size_and_mtime(path: Path) -> tuple[int, int]:
 
 
 def build_token_cache(
-    data_path: str | Path | list[str], tokenizer: PreTrainedTokenizerBase,
-    cache_dir: str | Path = DEFAULT_CACHE_DIR, bad_records: str = "stop",
-    text_column: str = TEXT_COLUMN
+    data_path: str | Path | list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | Path = DEFAULT_CACHE_DIR,
+    bad_records: str = "stop",
+    text_column: str = TEXT_COLUMN,
 ) -> TokenCache:
     """The cache of these files and this tokenizer, which is built if it does not exist yet.
 

@@ -14,15 +14,33 @@ class MiniMindConfig(PretrainedConfig):
     model_type = "minimind"
 
     def __init__(
-        self, hidden_size: int = 768, num_hidden_layers: int = 8, use_moe: bool | int = False, *,
-        vocab_size: int = 6400, num_attention_heads: int = 8, num_key_value_heads: int = 4,
-        head_dim: int | None = None, intermediate_size: int | None = None, hidden_act: str = "silu",
-        dropout: float = 0.0, max_position_embeddings: int = 32768, rms_norm_eps: float = 1e-6,
-        rope_theta: float = 1e6, inference_rope_scaling: bool = False,
-        initializer_range: float = 0.02, num_experts: int = 4, num_experts_per_tok: int = 1,
-        moe_intermediate_size: int | None = None, norm_topk_prob: bool = True,
-        router_aux_loss_coef: float = 5e-4, bos_token_id: int = 1, eos_token_id: int = 2,
-        pad_token_id: int = 0, tie_word_embeddings: bool = True, **kwargs
+        self,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 8,
+        use_moe: bool | int = False,
+        *,
+        vocab_size: int = 6400,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int = 4,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+        hidden_act: str = "silu",
+        dropout: float = 0.0,
+        max_position_embeddings: int = 32768,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1e6,
+        inference_rope_scaling: bool = False,
+        initializer_range: float = 0.02,
+        num_experts: int = 4,
+        num_experts_per_tok: int = 1,
+        moe_intermediate_size: int | None = None,
+        norm_topk_prob: bool = True,
+        router_aux_loss_coef: float = 5e-4,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        pad_token_id: int = 0,
+        tie_word_embeddings: bool = True,
+        **kwargs,
     ) -> None:
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -46,8 +64,10 @@ class MiniMindConfig(PretrainedConfig):
         self.router_aux_loss_coef = router_aux_loss_coef
         self._check(head_dim)
         common: dict[str, Any] = {
-            "bos_token_id": bos_token_id, "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id, "tie_word_embeddings": tie_word_embeddings,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "tie_word_embeddings": tie_word_embeddings,
         }
         super().__init__(**common, **kwargs)
 

@@ -25,8 +25,12 @@ MOE_SIZES = (  # likewise, in Qwen3MoeConfig
     "router_aux_loss_coef",
 )
 YARN = {  # extends 2,048 positions 16 times, as in MiniMind
-    "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 2048,
-    "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0,
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 2048,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "attention_factor": 1.0,
 }
 TOLERANCE = 1e-3  # relative difference of logits; rounding alone causes about 1e-6
 NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 24, 8  # in the comparison
@@ -117,8 +121,13 @@ def compare(model: TrainedModel, qwen: QwenModel) -> None:
     ids = torch.randint(model.config.vocab_size, (1, num_prompt_tokens), generator=generator)
     ids = ids.to(model.device)
     out = qwen.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW_TOKENS,
-        min_new_tokens=NUM_NEW_TOKENS, output_logits=True, return_dict_in_generate=True
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NUM_NEW_TOKENS,
+        min_new_tokens=NUM_NEW_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     expected = model(out.sequences[:, :-1]).logits  # (1, T, V)
     if not torch.isfinite(expected).all():

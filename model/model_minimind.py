@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from transformers.activations import ACT2FN
 
 from model.config import MiniMindConfig
@@ -117,8 +116,13 @@ class Attention(nn.Module):
             q, k, v = q.to(wide), k.to(wide), v.to(wide)
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible.mask, is_causal=visible.mask is None,
-                dropout_p=self.dropout if self.training else 0.0, enable_gqa=True
+                q,
+                k,
+                v,
+                attn_mask=visible.mask,
+                is_causal=visible.mask is None,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=True,
             )
         return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -277,9 +281,7 @@ class MiniMindModel(nn.Module):
         self.rotary = RotaryEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, input_ids: Tensor, visible: Visibility
-    ) -> tuple[Tensor, list[list[Tensor]]]:
+    def forward(self, input_ids: Tensor, visible: Visibility) -> tuple[Tensor, list[list[Tensor]]]:
         """input_ids (B, T) -> hidden states (B, T, D), and each block's routing, see ``Block``."""
         x = self.dropout(self.embed_tokens(input_ids))
         rope = self.rotary(visible.positions)
@@ -381,8 +383,11 @@ class MiniMindForCausalLM(nn.Module):
         return generating_model(self).generate(*args, **kwargs)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None,
-        document_starts: Tensor | None = None, max_documents: int | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        max_documents: int | None = None,
     ) -> CausalLMOutput:
         """Score the next token at each position; with labels, compute the losses as well.
 

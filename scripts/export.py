@@ -22,8 +22,13 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel,
-    PretrainedConfig, PreTrainedTokenizerBase
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -69,11 +74,15 @@ def write_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedToke
     if config.use_moe:
         older["num_experts"] = config.num_experts
     amend(folder / "config.json", older)
-    amend(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],  # 4 would add token_type_ids
-        "padding_side": "left",  # a batch of prompts continues at their ends
-    }, without=("backend", "is_local", "local_files_only"))
+    amend(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],  # 4 would add token_type_ids
+            "padding_side": "left",  # a batch of prompts continues at their ends
+        },
+        without=("backend", "is_local", "local_files_only"),
+    )
     for file in folder.iterdir():  # safetensors makes its files readable by their owner only
         file.chmod((folder / "config.json").stat().st_mode)
 
@@ -214,8 +223,12 @@ def build_parser() -> Parser:
     way.add_argument("--from", dest="source", choices=["hf"], help="import from this format")
     eval_llm.add_weight_flags(parser)
     parser.add_argument("--output", type=Path, help="with --to: the new folder or file")
-    parser.add_argument("--gguf_type", choices=["f16", "q8_0"], default="f16",
-                        help="of matrices: two bytes per weight, or about one")
+    parser.add_argument(
+        "--gguf_type",
+        choices=["f16", "q8_0"],
+        default="f16",
+        help="of matrices: two bytes per weight, or about one",
+    )
     parser.add_argument("--input", type=Path, help="with --from: the folder to read")
     parser.add_argument("--save_weight", default="imported", help="with --from: name to save under")
     return parser

@@ -76,8 +76,11 @@ def kind_of(name: str, weight: Tensor, gguf_type: str) -> gguf.GGMLQuantizationT
 
 
 def write_gguf(
-    path: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, hf: Path,
-    gguf_type: str
+    path: Path,
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    hf: Path,
+    gguf_type: str,
 ) -> None:
     """Write the file. ``hf``: a folder written by --to hf, for its tokenizer.json.
 
@@ -133,10 +136,12 @@ def add_tokenizer(
     writer.add_tokenizer_pre(pre_tokenizer_name(described))
     writer.add_token_list(entries)
     writer.add_token_types(kinds)
-    writer.add_token_merges([
-        merge if isinstance(merge, str) else " ".join(merge)
-        for merge in described["model"]["merges"]
-    ])
+    writer.add_token_merges(
+        [
+            merge if isinstance(merge, str) else " ".join(merge)
+            for merge in described["model"]["merges"]
+        ]
+    )
     for kind in ("bos", "eos", "pad"):
         if (token_id := getattr(tokenizer, f"{kind}_token_id")) is not None:
             getattr(writer, f"add_{kind}_token_id")(token_id)
@@ -146,8 +151,10 @@ def add_tokenizer(
 
 
 def check_gguf(
-    path: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[Tensor]
+    path: Path,
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Tensor],
 ) -> str:
     """Read the file back, and compare its tokens, its tensors and a model built from them.
 

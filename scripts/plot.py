@@ -118,8 +118,9 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
         panel = figure.add_subplot(math.ceil(len(shown) / columns), columns, number)
         for name, records in runs.items():
             tokens, values = curve(records, key)
-            panel.plot(tokens, values, label=name, linewidth=1.2,
-                       marker="." if len(values) < 20 else None)
+            panel.plot(
+                tokens, values, label=name, linewidth=1.2, marker="." if len(values) < 20 else None
+            )
         panel.set_title(PANELS[key], fontsize=10)
         panel.set_xlabel("tokens seen")
         panel.grid(alpha=0.3)

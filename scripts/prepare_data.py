@@ -45,20 +45,23 @@ def report(cache: TokenCache, tokenizer: PreTrainedTokenizerBase) -> str:
     num_bytes = int(cache.num_bytes.sum())
     num_copies, copied_tokens = duplicates(cache)
     padding, truncated = padded_waste(lengths)
-    return "\n".join([
-        f"documents   {num:,}; skipped: {cache.meta['num_empty']:,} without text, "
-        f"{cache.meta['num_bad']:,} bad records",
-        f"tokens      {num_tokens:,} from {num_bytes:,} bytes, {num_bytes / num_tokens:.2f} bytes "
-        f"per token; control tokens in the text: {cache.meta['num_control_tokens']:,}",
-        f"length      {num_tokens / num:,.0f} tokens on average, median {int(lengths.median()):,}, "
-        f"maximum {int(lengths.max()):,}",
-        *histogram(lengths),
-        f"text        {shares_of_kinds(cache, tokenizer)}",
-        f"duplicates  {num_copies:,} documents are exact copies of another, "
-        f"{copied_tokens / num_tokens:.1%} of the tokens",
-        f"padded      rows of {PADDED_ROW} with one document each would be {padding:.0%} padding "
-        f"and lose {truncated:.0%} of the tokens; packed rows have no padding and lose none",
-    ])
+    return "\n".join(
+        [
+            f"documents   {num:,}; skipped: {cache.meta['num_empty']:,} without text, "
+            f"{cache.meta['num_bad']:,} bad records",
+            f"tokens      {num_tokens:,} from {num_bytes:,} bytes, {num_bytes / num_tokens:.2f} "
+            f"bytes per token; control tokens in the text: {cache.meta['num_control_tokens']:,}",
+            f"length      {num_tokens / num:,.0f} tokens on average, median "
+            f"{int(lengths.median()):,}, maximum {int(lengths.max()):,}",
+            *histogram(lengths),
+            f"text        {shares_of_kinds(cache, tokenizer)}",
+            f"duplicates  {num_copies:,} documents are exact copies of another, "
+            f"{copied_tokens / num_tokens:.1%} of the tokens",
+            f"padded      rows of {PADDED_ROW} with one document each would be {padding:.0%} "
+            f"padding and lose {truncated:.0%} of the tokens; packed rows have no padding and lose "
+            f"none",
+        ]
+    )
 
 
 def histogram(lengths: Tensor) -> Iterator[str]:
@@ -136,14 +139,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data_path", nargs="+", required=True,
-                        help=f"files, folders, patterns: {', '.join(ENDINGS)}")
-    parser.add_argument("--text_column", default=TEXT_COLUMN,
-                        help="the field of JSONL or column of parquet that holds the text")
+    parser.add_argument(
+        "--data_path",
+        nargs="+",
+        required=True,
+        help=f"files, folders, patterns: {', '.join(ENDINGS)}",
+    )
+    parser.add_argument(
+        "--text_column",
+        default=TEXT_COLUMN,
+        help="the field of JSONL or column of parquet that holds the text",
+    )
     parser.add_argument("--tokenizer_path", default="model", help="any transformers tokenizer")
     parser.add_argument("--cache_dir", default=DEFAULT_CACHE_DIR, help="folder of token caches")
-    parser.add_argument("--bad_records", choices=["stop", "skip"], default="stop",
-                        help="what to do with a record that cannot be read")
+    parser.add_argument(
+        "--bad_records",
+        choices=["stop", "skip"],
+        default="stop",
+        help="what to do with a record that cannot be read",
+    )
     parser.add_argument("--report", action="store_true", help="also describe the corpus")
     return parser
 

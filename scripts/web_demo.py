@@ -49,9 +49,12 @@ class Continuer:
             setup_seed(seed)
             try:
                 self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-                    streamer=streamer, stopping_criteria=[lambda *_: stopped.is_set()],
-                    **eval_llm.sampling(temperature, top_p)
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    streamer=streamer,
+                    stopping_criteria=[lambda *_: stopped.is_set()],
+                    **eval_llm.sampling(temperature, top_p),
                 )
             except Exception as error:  # raised again below: the page does not see this thread
                 failed.append(error)
@@ -88,8 +91,7 @@ def build_page(continuer: Continuer) -> Any:
         with gradio.Row():
             settings = [
                 gradio.Slider(1, 512, value=100, step=1, label="Maximum tokens"),
-                gradio.Slider(0, 2, value=eval_llm.TEMPERATURE,
-                              label="Temperature (0: greedy)"),
+                gradio.Slider(0, 2, value=eval_llm.TEMPERATURE, label="Temperature (0: greedy)"),
                 gradio.Slider(0.05, 1, value=0.9, label="Top p"),
                 gradio.Number(42, precision=0, label="Seed"),
             ]

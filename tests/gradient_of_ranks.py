@@ -1,6 +1,6 @@
 """Run by torchrun in test_training: the gradient of one window, computed by several ranks.
 
-    gradient_of_ranks.py FOLDER [BATCH_SIZE ACCUMULATION_STEPS]...
+gradient_of_ranks.py FOLDER [BATCH_SIZE ACCUMULATION_STEPS]...
 """
 
 import sys

@@ -65,16 +65,22 @@ def step(run: Run, window: list) -> tuple[Outcome, int]:
 
 
 def window_gradient(
-    folder: Path, batch_size: int, accumulation_steps: int, use_moe: bool,
-    micro_batch_size: int | None = None
+    folder: Path,
+    batch_size: int,
+    accumulation_steps: int,
+    use_moe: bool,
+    micro_batch_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Gradient of the epoch's only window by parameter, and its mean losses under "losses"."""
     data = toy_data(folder)
     model = toy_model(use_moe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     run = toy_run(
-        data, model, batch_size=batch_size, accumulation_steps=accumulation_steps,
-        micro_batch_size=micro_batch_size
+        data,
+        model,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        micro_batch_size=micro_batch_size,
     )
     ((window, num_rows),) = train_pretrain.windows(run, data)
     assert num_rows == len(data) == ROWS

@@ -286,8 +286,11 @@ def free_port() -> int:
 
 
 def start_trainers(
-    argv: list[str], log: Path, num_ranks: int = 1, faults: list[tuple] = (),
-    environment: dict[str, str] | None = None
+    argv: list[str],
+    log: Path,
+    num_ranks: int = 1,
+    faults: list[tuple] = (),
+    environment: dict[str, str] | None = None,
 ) -> list[BaseProcess]:
     """Start the program, on ranks as torchrun would; what they print goes to ``log``."""
     context = multiprocessing.get_context("forkserver")
@@ -300,9 +303,9 @@ def start_trainers(
     processes = []
     for rank in range(num_ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
-        processes.append(context.Process(
-            target=trainer_main, args=(argv, shared | own, str(log), list(faults))
-        ))
+        processes.append(
+            context.Process(target=trainer_main, args=(argv, shared | own, str(log), list(faults)))
+        )
         processes[-1].start()
     STARTED.extend(processes)
     return processes

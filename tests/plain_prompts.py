@@ -41,9 +41,12 @@ def is_right(prompt: PlainPrompt, continuation: str) -> bool:
     What the prompt names itself is no answer: "Q: Paris is the capital of? A: Paris ..."."""
     first = re.split(r"(?<=[.。！!?？])|\n", continuation.strip())[0]
     others = {
-        answer for other in PROMPTS for answer in other.answers
+        answer
+        for other in PROMPTS
+        for answer in other.answers
         if (other.kind, other.text.isascii()) == (prompt.kind, prompt.text.isascii())
-        and answer not in prompt.answers and answer.lower() not in prompt.text.lower()
+        and answer not in prompt.answers
+        and answer.lower() not in prompt.text.lower()
     }
     place = first_place(prompt.answers, first)
     return place < float("inf") and place <= first_place(tuple(others), first)

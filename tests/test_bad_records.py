@@ -110,8 +110,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.mark.parametrize(("bad", "found"), BAD.values(), ids=BAD)
 @pytest.mark.parametrize(("place", "end"), PLACES.values(), ids=PLACES)
 def test_a_bad_record_is_named_and_stops_the_build_or_alone_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: dict[str, bytes],
-    bad: bytes, found: str, place: int, end: bytes
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    good: dict[str, bytes],
+    bad: bytes,
+    found: str,
+    place: int,
+    end: bytes,
 ) -> None:
     monkeypatch.setattr(records, "MAX_LINE_BYTES", LIMIT)
     path, where = file_with(tmp_path, bad, place, end)
@@ -139,12 +144,16 @@ def test_all_bad_records_are_counted_and_the_first_three_reported(
     assert contents(cache) == good
     assert cache.meta["num_bad"] == 5
     offset = len(GOOD[0]) + 6
-    places = ["1.jsonl line 1 (byte 0): ", f"1.jsonl line 4 (byte {offset:,}): ",
-              "2.jsonl line 2 (byte "]
+    places = [
+        "1.jsonl line 1 (byte 0): ",
+        f"1.jsonl line 4 (byte {offset:,}): ",
+        "2.jsonl line 2 (byte ",
+    ]
     examples = cache.meta["bad_examples"]
     assert len(examples) == 3
-    assert all(e.startswith(f"{tmp_path}/{place}")
-               for e, place in zip(examples, places, strict=True)), examples
+    assert all(
+        e.startswith(f"{tmp_path}/{place}") for e, place in zip(examples, places, strict=True)
+    ), examples
 
 
 def test_a_file_of_bad_records_only_is_refused_even_if_they_may_be_skipped(tmp_path: Path) -> None:
@@ -373,8 +382,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_cache_is_made_again_with_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str,
-    damage: Callable[[Path], None]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], None]
 ) -> None:
     path, _ = file_with(tmp_path, b"bad", 1, b"\n")
     folder = build(tmp_path, path, mode="skip").folder

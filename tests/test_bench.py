@@ -11,8 +11,17 @@ import torch
 
 from bench import compare_recipes, growth, try_variants
 from bench.benchmark import (
-    PADDED, LoopingExperts, Padded, Variant, looping_experts, muon_in_a_loop, padded_flags,
-    plain_adamw, table, train_variant, variants
+    PADDED,
+    LoopingExperts,
+    Padded,
+    Variant,
+    looping_experts,
+    muon_in_a_loop,
+    padded_flags,
+    plain_adamw,
+    table,
+    train_variant,
+    variants,
 )
 from bench.measuring import NoGuard, train
 from dataset.lm_dataset import PretrainDataset
@@ -20,12 +29,18 @@ from tests.helpers import shipped_tokenizer, tiny_model, write_jsonl
 from tests.running import read_metrics, short_documents, tiny_flags, train_in_process
 from trainer.optimizer import build_optimizer, step_if_finite
 
-SMALL = {"max_seq_len": 32, "batch_size": 2, "accumulation_steps": 2, "micro_batch_size": 2,
-         "num_workers": 0}
+SMALL = {
+    "max_seq_len": 32,
+    "batch_size": 2,
+    "accumulation_steps": 2,
+    "micro_batch_size": 2,
+    "num_workers": 0,
+}
 COMPILES = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the compiler's own warnings
 VARIANTS = {  # those for CUDA run on a CPU as well
     f"{variant.name}, {'moe' if use_moe else 'dense'}": (variant, use_moe)
-    for use_moe in (False, True) for on_cuda in (True, False)
+    for use_moe in (False, True)
+    for on_cuda in (True, False)
     for variant in variants(on_cuda, use_moe)
 }
 
@@ -43,9 +58,9 @@ class Pipe:
         return 0.0 if len(self.heard) < 3 else None
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=COMPILES if "compiled" in name else []) for name in VARIANTS
-])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=COMPILES if "compiled" in name else []) for name in VARIANTS]
+)
 def test_each_variant_of_the_benchmark_takes_turns(tmp_path: Path, name: str) -> None:
     variant, use_moe = VARIANTS[name]
     given = {"use_compile": 0} | variant.flags | SMALL
@@ -91,8 +106,10 @@ def test_experts_in_a_loop_compute_what_stacked_ones_do() -> None:
 def test_an_optimizer_in_a_loop_moves_weights_as_ours_does(kind: str, change: object) -> None:
     ours = tiny_model()
     theirs = deepcopy(ours)
-    runs = [SimpleNamespace(model=model, optimizer=build_optimizer(model, 1e-2, kind,
-            torch.float32)) for model in (ours, theirs)]
+    runs = [
+        SimpleNamespace(model=model, optimizer=build_optimizer(model, 1e-2, kind, torch.float32))
+        for model in (ours, theirs)
+    ]
     change(runs[1])
     assert type(runs[1].optimizer) is not type(runs[0].optimizer)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -110,8 +127,10 @@ def test_an_optimizer_in_a_loop_moves_weights_as_ours_does(kind: str, change: ob
 
 def test_padded_rows_are_those_that_the_trainer_pads_but_for_what_is_cut(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [*short_documents(20), "long " * 200])
-    sets = [kind([str(corpus)], shipped_tokenizer(), 128, packing=False, cache_dir=str(tmp_path))
-            for kind in (Padded, PretrainDataset)]
+    sets = [
+        kind([str(corpus)], shipped_tokenizer(), 128, packing=False, cache_dir=str(tmp_path))
+        for kind in (Padded, PretrainDataset)
+    ]
     rows = [*range(22)]  # the last is past the end: all padding
     padded, own = (data.__getitems__(rows) for data in sets)
     is_cut = own.input_ids[:, -1] > 2
@@ -189,9 +208,9 @@ def test_growth_measures_an_update() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "arguments"), [
-    ("corpus", {"num_documents": 1000}), ("exchange", {"num_ranks": 2}),
-])
+@pytest.mark.parametrize(
+    ("what", "arguments"), [("corpus", {"num_documents": 1000}), ("exchange", {"num_ranks": 2})]
+)
 def test_growth_measures_a_corpus_and_an_exchange(what: str, arguments: dict) -> None:
     assert all(value >= 0 for value in growth.measured(what, **arguments).values())
 

@@ -61,8 +61,11 @@ def serving(folder: Path, *words: object) -> Iterator[str]:
     log = (folder / "server.log").open("w")
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     process = subprocess.Popen(
-        [sys.executable, *map(str, words), "--port", str(port)], cwd=ROOT, stdout=log, stderr=log,
-        env=env | {"PYTHONUNBUFFERED": "1"}
+        [sys.executable, *map(str, words), "--port", str(port)],
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
+        env=env | {"PYTHONUNBUFFERED": "1"},
     )
     try:
         until(lambda: answers(port) or process.poll() is not None)
@@ -113,8 +116,10 @@ def test_a_closed_page_stops_generation_and_errors_reach_the_page() -> None:
 
 def test_without_gradio_one_line_says_what_to_install(tmp_path: Path) -> None:
     save_weights(tmp_path / "pretrain_32.pth", tiny_model(vocab_size=6400), {})
-    code = ("import sys; sys.modules['gradio'] = None; from scripts.web_demo import main; "
-            f"sys.exit(main(['--save_dir', {str(tmp_path)!r}]))")
+    code = (
+        "import sys; sys.modules['gradio'] = None; from scripts.web_demo import main; "
+        f"sys.exit(main(['--save_dir', {str(tmp_path)!r}]))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: the page needs gradio: pip install gradio\n"
@@ -130,9 +135,11 @@ def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
     path = tmp_path / "pretrain_32.pth"
     save_weights(path, model, {})
     model.load_state_dict(read_weights(path))
-    expected = list(Continuer(generating_model(model), shipped_tokenizer()).text(
-        "Berlin ist", 100, eval_llm.TEMPERATURE, 0.9, 42
-    ))[-1]
+    expected = list(
+        Continuer(generating_model(model), shipped_tokenizer()).text(
+            "Berlin ist", 100, eval_llm.TEMPERATURE, 0.9, 42
+        )
+    )[-1]
     words = ["-m", "scripts.web_demo", "--weight", path, "--device", "cpu"]
     with serving(tmp_path, *words) as address:
         browser.get(address)
@@ -156,10 +163,30 @@ def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
 @needs_browser
 def test_swanlab_s_dashboard_shows_the_loss_of_a_run(tmp_path: Path, browser: Any) -> None:
     pytest.importorskip("swanboard")
-    words = ["train_pretrain.py", "--preset", "demo", "--hidden_size", 16, "--num_hidden_layers", 1,
-             "--epochs", 1, "--batch_size", 64, "--log_interval", 2, "--device", "cpu",
-             "--save_dir", tmp_path, "--checkpoint_dir", tmp_path, "--use_wandb",
-             "--cache_dir", tmp_path / "cache"]
+    words = [
+        "train_pretrain.py",
+        "--preset",
+        "demo",
+        "--hidden_size",
+        16,
+        "--num_hidden_layers",
+        1,
+        "--epochs",
+        1,
+        "--batch_size",
+        64,
+        "--log_interval",
+        2,
+        "--device",
+        "cpu",
+        "--save_dir",
+        tmp_path,
+        "--checkpoint_dir",
+        tmp_path,
+        "--use_wandb",
+        "--cache_dir",
+        tmp_path / "cache",
+    ]
     env = {k: v for k, v in os.environ.items() if k != "SWANLAB_API_KEY"} | {"HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=env
@@ -168,10 +195,13 @@ def test_swanlab_s_dashboard_shows_the_loss_of_a_run(tmp_path: Path, browser: An
     watch = ["-c", "from swanlab.cli import cli; cli()", "watch", tmp_path / "swanlog"]
     with serving(tmp_path, *watch) as address:
         browser.get(address)
-        run = until(lambda: [
-            link for link in browser.find_elements("css selector", "a")
-            if "pretrain" in link.text
-        ])[0]
+        run = until(
+            lambda: [
+                link
+                for link in browser.find_elements("css selector", "a")
+                if "pretrain" in link.text
+            ]
+        )[0]
         run.click()
         chart = "//*[normalize-space(text())='loss']/ancestor::*[.//canvas][1]"
         drawn = until(lambda: browser.find_elements("xpath", f"{chart}//canvas"))[0]

@@ -169,7 +169,8 @@ def dealt(num_rows: int, batch_size: int, skip: int, world_size: int) -> list[li
     """All ranks' batches, in the order in which windows take them."""
     ranks = [
         SkipBatchSampler(range(num_rows), batch_size, skip, rank=rank, world_size=world_size)
-        for rank in range(world_size)]
+        for rank in range(world_size)
+    ]
     assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks]
     rounds = itertools.zip_longest(*ranks)
     return [batch for one_round in rounds for batch in one_round if batch is not None]
@@ -234,8 +235,13 @@ def test_a_document_stays_on_its_side_when_the_corpus_grows(tmp_path: Path) -> N
 
 
 def test_documents_are_separated_by_language(tmp_path: Path) -> None:
-    texts = ["Paris is the capital of France", "巴黎是法国的首都", "for i in range(9): print(i)",
-             "用 print 函数可以输出 a、b、c", "The word 中 stands for the middle of something here"]
+    texts = [
+        "Paris is the capital of France",
+        "巴黎是法国的首都",
+        "for i in range(9): print(i)",
+        "用 print 函数可以输出 a、b、c",
+        "The word 中 stands for the middle of something here",
+    ]
     data = open_rows(tmp_path, texts)
     parts = data.by_language(shipped_tokenizer())
     found = {name: part.documents.tolist() for name, part in parts.items()}
@@ -438,6 +444,7 @@ def test_memory_does_not_grow_with_the_corpus(
 
 
 # ---------------------------------------------------------------------------------- bad input
+
 
 def test_what_other_programs_write_is_accepted(tmp_path: Path) -> None:
     lines = ['\ufeff{"text": "one"}', "\r", "  ", '{"id": 7, "text": "t\u2028wo"}\r', "", "\t"]

@@ -38,23 +38,26 @@ def test_no_prompt_stands_with_its_answer_in_the_sample_more_than_once() -> None
 def test_what_counts_as_stated() -> None:
     said = {p.text: p for p in PROMPTS}
     france, asked = said["The capital of France is"], said["What is the capital of France?"]
-    assert num_stated(france, "We know that the capital of France is \"Paris\".") == 1
+    assert num_stated(france, 'We know that the capital of France is "Paris".') == 1
     assert num_stated(france, "The capital of France is called Paris.") == 0
     assert num_stated(asked, "Q: What is the capital of France?\nA: Paris is its capital.") == 1
     assert num_stated(asked, "Paris! What is the capital of France?") == 0
 
 
-@pytest.mark.parametrize(("prompt", "continuation", "right"), [
-    ("The capital of France is", " Paris.", True),
-    ("The capital of France is", " Parisian", True),  # a word may go on, as bakes does for bake
-    ("The capital of France is", " Rome, not Paris.", False),
-    ("The capital of France is", " Lyon.\nParis is the capital.", False),
-    ("What is the capital of France?", "\nThe capital of France is Paris.\nWhat", True),
-    ("Paris is the capital of", " China. France is", False),
-    ("What does a monkey like to eat?", " A monkey likes bananas.", True),
-    ("埃及在哪个洲？", "\n埃及在非洲。", True),
-    ("埃及在哪个洲？", "亚洲。非洲", False),
-])
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "right"),
+    [
+        ("The capital of France is", " Paris.", True),
+        ("The capital of France is", " Parisian", True),  # a word may go on, as bakes does for bake
+        ("The capital of France is", " Rome, not Paris.", False),
+        ("The capital of France is", " Lyon.\nParis is the capital.", False),
+        ("What is the capital of France?", "\nThe capital of France is Paris.\nWhat", True),
+        ("Paris is the capital of", " China. France is", False),
+        ("What does a monkey like to eat?", " A monkey likes bananas.", True),
+        ("埃及在哪个洲？", "\n埃及在非洲。", True),
+        ("埃及在哪个洲？", "亚洲。非洲", False),
+    ],
+)
 def test_what_counts_as_right(prompt: str, continuation: str, right: bool) -> None:
     assert is_right(next(p for p in PROMPTS if p.text == prompt), continuation) == right
 
@@ -100,8 +103,10 @@ def num_right(folder: Path, **drawn: float) -> int:
         setup_seed(int(drawn.get("seed", args.seed)))
         ids = encode_prompt(tokenizer, prompt.text)
         out = qwen.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40,
-            **eval_llm.sampling(temperature, args.top_p, args.top_k)
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=40,
+            **eval_llm.sampling(temperature, args.top_p, args.top_k),
         )
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         num += is_right(prompt, text)

@@ -152,7 +152,8 @@ def test_a_resume_with_other_settings_names_each_of_them(
     rows = [line.split("  ") for line in error.splitlines()[1:]]
     cells = [[cell.strip() for cell in row if cell] for row in rows]
     assert cells == [
-        ["setting", "saved", "given"], ["learning_rate", "0.001", "0.002"],
+        ["setting", "saved", "given"],
+        ["learning_rate", "0.001", "0.002"],
         ["rows per update", "8", "12"],
     ]
     with (tmp_path / "corpus.jsonl").open("a") as corpus:

@@ -10,8 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
-    Qwen3ForCausalLM, Qwen3MoeForCausalLM
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 
 from model.model_minimind import MiniMindForCausalLM
@@ -100,8 +105,9 @@ def test_the_folder_holds_settings_and_no_code(tmp_path: Path, use_moe: bool) ->
 @DENSE_AND_MOE
 def test_a_batch_of_prompts_continues_as_each_does_alone(tmp_path: Path, use_moe: bool) -> None:
     folder, model = exported(tmp_path, use_moe=use_moe)
-    theirs, tokenizer = (auto.from_pretrained(folder)
-                         for auto in (AutoModelForCausalLM, AutoTokenizer))
+    theirs, tokenizer = (
+        auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
     prompts = [prompt for prompt in PROMPTS if "<|" not in prompt]
     out = theirs.float().generate(
         **tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=12, do_sample=False
@@ -143,8 +149,16 @@ def test_weights_tuned_in_transformers_can_be_imported(tmp_path: Path, use_moe: 
     theirs(ids, labels=ids).loss.backward()
     torch.optim.SGD(theirs.parameters(), lr=0.1).step()
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "tuned")
-    words = ["--from", "hf", "--input", tmp_path / "tuned", "--save_weight", "tuned", "--save_dir",
-             tmp_path]
+    words = [
+        "--from",
+        "hf",
+        "--input",
+        tmp_path / "tuned",
+        "--save_weight",
+        "tuned",
+        "--save_dir",
+        tmp_path,
+    ]
     assert export.main([str(word) for word in words]) == 0
     back, _ = saved(tmp_path / "other", use_moe=use_moe)
     path = tmp_path / f"tuned_64{'_moe' * use_moe}.pth"
@@ -197,8 +211,17 @@ def test_missing_and_existing_paths_are_errors(
     assert str(nowhere) in refused(capsys, "--from", "hf", "--input", nowhere)
     folder = tmp_path / "hf"
     assert export.main(["--to", "hf", "--weight", str(path), "--output", str(folder)]) == 0
-    line = refused(capsys, "--from", "hf", "--input", folder, "--save_dir", tmp_path,
-                   "--save_weight", "pretrain")
+    line = refused(
+        capsys,
+        "--from",
+        "hf",
+        "--input",
+        folder,
+        "--save_dir",
+        tmp_path,
+        "--save_weight",
+        "pretrain",
+    )
     assert "pretrain_64.pth exists" in line
 
 
@@ -220,8 +243,9 @@ def test_an_export_that_differs_is_not_kept(
     else:
         gguf = pytest.importorskip("gguf")
         quantize = gguf.quantize
-        monkeypatch.setattr(gguf, "quantize", lambda x, kind: quantize(
-            x * 1.5 if x.shape == (64, 96) else x, kind))
+        monkeypatch.setattr(
+            gguf, "quantize", lambda x, kind: quantize(x * 1.5 if x.shape == (64, 96) else x, kind)
+        )
     line = refused(capsys, "--to", to, "--weight", path, "--output", tmp_path / "new" / "export")
     assert to == "gguf" or "error: the logits of the exported weights for" in line
     assert list((tmp_path / "new").iterdir()) == []
@@ -241,13 +265,21 @@ def test_the_gguf_package_reads_every_tensor_and_token(
     fields = {name: field.contents() for name, field in reader.fields.items()}
     arch = "qwen3moe" if use_moe else "qwen3"
     expected = {
-        "general.architecture": arch, f"{arch}.block_count": 2, f"{arch}.context_length": 256,
-        f"{arch}.embedding_length": 64, f"{arch}.attention.head_count": 4,
-        f"{arch}.attention.head_count_kv": 2, f"{arch}.attention.key_length": 16,
-        f"{arch}.rope.freq_base": 1e6, "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0,
-        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
+        "general.architecture": arch,
+        f"{arch}.block_count": 2,
+        f"{arch}.context_length": 256,
+        f"{arch}.embedding_length": 64,
+        f"{arch}.attention.head_count": 4,
+        f"{arch}.attention.head_count_kv": 2,
+        f"{arch}.attention.key_length": 16,
+        f"{arch}.rope.freq_base": 1e6,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
     }
     expected |= {f"{arch}.expert_count": 4, f"{arch}.expert_used_count": 1} if use_moe else {}
     assert {name: fields[name] for name in expected} == expected
@@ -261,9 +293,13 @@ def test_the_gguf_package_reads_every_tensor_and_token(
     assert {i for i, k in enumerate(kinds) if k == gguf.TokenType.CONTROL} == special
     weights = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     ours, close = model.state_dict(), {"f16": 0.0, "q8_0": 0.01}[kind]
-    stems = {"attn_q": "self_attn.q_proj", "attn_output": "self_attn.o_proj",
-             "attn_q_norm": "self_attn.q_norm", "attn_norm": "input_layernorm",
-             "ffn_norm": "post_attention_layernorm"}
+    stems = {
+        "attn_q": "self_attn.q_proj",
+        "attn_output": "self_attn.o_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
     stems |= {"ffn_gate_inp": "mlp.gate"} if use_moe else {"ffn_down": "mlp.down_proj"}
     for theirs, stem in stems.items():
         weight = weights[f"blk.1.{theirs}.weight"]

@@ -26,9 +26,17 @@ from trainer.guard.run_folder import read_run_state
 GOLDEN = ROOT / "tests" / "golden"
 # What made the golden state; --data_path and --tokenizer_path are in its folder.
 GOLDEN_FLAGS = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 32, "max_seq_len": 32, "epochs": 1, "dropout": 0.1, "save_interval": 4,
-    "tokenizer_path": GOLDEN / "tokenizer", "data_path": GOLDEN / "corpus.jsonl"
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 32,
+    "max_seq_len": 32,
+    "epochs": 1,
+    "dropout": 0.1,
+    "save_interval": 4,
+    "tokenizer_path": GOLDEN / "tokenizer",
+    "data_path": GOLDEN / "corpus.jsonl",
 }
 
 
@@ -101,9 +109,7 @@ def test_a_disk_that_becomes_full_ends_the_run_and_more_room_lets_it_go_on_exact
 
 
 @pytest.mark.parametrize("code", ["EIO", "ENOSPC"])
-def test_a_disk_error_in_a_save_is_told_and_costs_nothing_before(
-    tmp_path: Path, code: str
-) -> None:
+def test_a_disk_error_in_a_save_is_told_and_costs_nothing_before(tmp_path: Path, code: str) -> None:
     """One that passes is survived by the second attempt."""
     whole, log = tmp_path / "whole", tmp_path / "log"
     train_in_process(whole, epochs=1)
@@ -119,8 +125,11 @@ def test_out_of_memory_says_how_the_same_updates_fit(tmp_path: Path) -> None:
     assert launched.run_trainers(tiny_flags(tmp_path), log, faults=fault) == [7]
     error = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert len(error) == 1
-    assert re.search("out of memory: .* The same updates need less with --micro_batch_size "
-                     r"\d+ \(now \d+\); --from_resume 1 resumes from the last save\.", error[0])
+    assert re.search(
+        "out of memory: .* The same updates need less with --micro_batch_size "
+        r"\d+ \(now \d+\); --from_resume 1 resumes from the last save\.",
+        error[0],
+    )
     assert read_run_state(tmp_path / "checkpoints")["code"] == 7
 
 
@@ -128,10 +137,16 @@ def test_disk_use_is_bounded_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     """Never more than the states kept and one in the making, and what a kill left is removed."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    strangers = [folder / name for name in (
-        "notes.tmp", ".other_32_resume_00000001_.1-00000000.part", "other_32.pth",
-        f"pretrain_320_resume_00000001_{'0' * 32}.safetensors", ".pretrain_32_resume_1.part.keep",
-    )]
+    strangers = [
+        folder / name
+        for name in (
+            "notes.tmp",
+            ".other_32_resume_00000001_.1-00000000.part",
+            "other_32.pth",
+            f"pretrain_320_resume_00000001_{'0' * 32}.safetensors",
+            ".pretrain_32_resume_1.part.keep",
+        )
+    ]
     for stranger in strangers:
         stranger.write_text("not ours")
     own = folder / ".pretrain_32_resume_00000007_.4711-0123abcd.part"
@@ -141,7 +156,9 @@ def test_disk_use_is_bounded_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert all(stranger.read_text() == "not ours" for stranger in strangers)
     assert len(list(folder.glob("pretrain_32_resume_*"))) == 2
     assert {p.name for p in folder.iterdir()} - {s.name for s in strangers} == {
-        ".lock", "run_state.json", *(p.name for p in list_states(folder, "pretrain_32"))
+        ".lock",
+        "run_state.json",
+        *(p.name for p in list_states(folder, "pretrain_32")),
     }
 
 

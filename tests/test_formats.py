@@ -18,8 +18,13 @@ from scripts import prepare_data
 from tests.helpers import ROOT, shipped_tokenizer, write_jsonl
 
 TEXTS = [
-    "The capital of France is Paris.", "中国的首都是北京。\n水结成冰的温度是零度。", "a\tb  c",
-    "    indented\n    twice", "emoji 🙂 and naïve café", "<|im_end|> inside", "x" * 3000,
+    "The capital of France is Paris.",
+    "中国的首都是北京。\n水结成冰的温度是零度。",
+    "a\tb  c",
+    "    indented\n    twice",
+    "emoji 🙂 and naïve café",
+    "<|im_end|> inside",
+    "x" * 3000,
 ]
 
 
@@ -102,8 +107,11 @@ def test_a_folder_a_pattern_and_a_list_mean_their_files_in_order(
     )
     (folder / "notes.md").write_text("not data")
     names = [folder / "a.jsonl", folder / "b/c.txt", folder / "b/d.jsonl.gz"]
-    given = {"folder": str(folder), "pattern": str(folder / "**" / "*.[jt]*"),
-             "names": [str(name) for name in names]}[how]
+    given = {
+        "folder": str(folder),
+        "pattern": str(folder / "**" / "*.[jt]*"),
+        "names": [str(name) for name in names],
+    }[how]
     assert find_files(given) == names
     assert files_of(built(given, tmp_path)) == files_of(twin)
 
@@ -129,10 +137,34 @@ def test_the_same_bytes_under_another_ending_are_other_documents(tmp_path: Path)
 
 def test_a_run_reads_parquet_and_another_column(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", TEXTS * 3, "content")
-    words = [sys.executable, "train_pretrain.py", "--preset", "demo", "--data_path", path,
-             "--text_column", "content", "--hidden_size", 16, "--num_hidden_layers", 1,
-             "--max_seq_len", 16, "--epochs", 1, "--heldout_fraction", 0.1, "--save_dir", tmp_path,
-             "--checkpoint_dir", tmp_path, "--cache_dir", tmp_path / "cache", "--device", "cpu"]
+    words = [
+        sys.executable,
+        "train_pretrain.py",
+        "--preset",
+        "demo",
+        "--data_path",
+        path,
+        "--text_column",
+        "content",
+        "--hidden_size",
+        16,
+        "--num_hidden_layers",
+        1,
+        "--max_seq_len",
+        16,
+        "--epochs",
+        1,
+        "--heldout_fraction",
+        0.1,
+        "--save_dir",
+        tmp_path,
+        "--checkpoint_dir",
+        tmp_path,
+        "--cache_dir",
+        tmp_path / "cache",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pretrain_16.pth").exists() and "21 documents" in done.stdout
@@ -180,7 +212,7 @@ def test_bad_rows_and_paragraphs_are_named_by_place(tmp_path: Path) -> None:
     assert [text for text, _ in read_documents(rows, found.append)] == ["one", "three"]
     lines = write_jsonl(tmp_path / "a.jsonl", ["one"])
     found_in_line = message(lines, text_column="content")
-    assert f'no "content"; its keys: \'text\'. {expected_line("content")}' in found_in_line
+    assert f"no \"content\"; its keys: 'text'. {expected_line('content')}" in found_in_line
     assert 'with a string "content": {"content": "..."}.' in found_in_line
     assert 'has no column "content"; its columns: id, text.' in message(rows, text_column="content")
     assert 'its column "id" is of int64' in message(rows, text_column="id")
@@ -194,8 +226,10 @@ def test_a_text_without_blank_lines_does_not_fill_the_memory(
     path.write_text("short\n\n" + "a line of the long one\n" * 50 + "\nlast\n")
     found: list[str] = []
     assert [text for text, _ in read_documents(path, found.append)] == ["short", "last"]
-    assert found == [f"{path} line 3 (byte 7): more than 100 bytes without a blank line. "
-                     f"Expected one between two documents."]
+    assert found == [
+        f"{path} line 3 (byte 7): more than 100 bytes without a blank line. "
+        f"Expected one between two documents."
+    ]
 
 
 def test_a_long_line_of_text_is_not_cut_after_a_byte_order_mark_or_blanks(
@@ -210,13 +244,16 @@ def test_a_long_line_of_text_is_not_cut_after_a_byte_order_mark_or_blanks(
         assert found[0].startswith(f"{path} line 1 (byte 0): more than 100 bytes without")
 
 
-@pytest.mark.parametrize(("kind", "package", "name"), [
-    ("jsonl.zst", "backports.zstd", "backports.zstd"), ("parquet", "pyarrow", "pyarrow"),
-])
+@pytest.mark.parametrize(
+    ("kind", "package", "name"),
+    [("jsonl.zst", "backports.zstd", "backports.zstd"), ("parquet", "pyarrow", "pyarrow")],
+)
 def test_a_missing_package_is_one_line(tmp_path: Path, kind: str, package: str, name: str) -> None:
     path = write_as(kind, tmp_path / "data")
-    code = (f"import sys; sys.modules[{package!r}] = None; from scripts.prepare_data import main; "
-            f"sys.exit(main(['--data_path', {str(path)!r}]))")
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from scripts.prepare_data import main; "
+        f"sys.exit(main(['--data_path', {str(path)!r}]))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 3
     assert done.stderr.endswith(f"pip install {name}\n") and done.stderr.count("\n") == 1
@@ -250,8 +287,14 @@ def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
 def test_kinds_of_text_are_distinguished() -> None:
     assert prepare_data.kinds_of_text("只有中文。") == {"Chinese": 15, "English": 0}
     assert prepare_data.kinds_of_text("Plain words, and a number: 5.")["code"] == 0
-    for code in ("    return x;", "$ sudo apt install vim", "if (a == b) {", "x = f(1)",
-                 "import os", "ls -la /usr/share/doc"):
+    for code in (
+        "    return x;",
+        "$ sudo apt install vim",
+        "if (a == b) {",
+        "x = f(1)",
+        "import os",
+        "ls -la /usr/share/doc",
+    ):
         assert prepare_data.kinds_of_text(code)["English"] == 0, code
     both = prepare_data.kinds_of_text("中文 with English words")
     assert both == {"Chinese": 6, "English": 19}

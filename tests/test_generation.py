@@ -211,9 +211,7 @@ def test_the_model_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compared) == 1
 
 
-def test_out_of_memory_is_not_blamed_on_transformers(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -9,7 +9,6 @@ import torch
 import train_pretrain
 from model.documents import can_attend_within
 from tests import launched
-from tests.test_dataset import open_rows
 from tests.running import (
     assert_same,
     metrics_without_times,
@@ -19,6 +18,7 @@ from tests.running import (
     train_and_kill,
     train_in_process,
 )
+from tests.test_dataset import open_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -212,10 +212,15 @@ def joined(entries: bytes, directory: bytes, more: bytes = b"") -> bytes:
     """A zip file that ends as torch's do: for large ones, and once more for small ones."""
     num, size, offset = directory.count(b"PK\1\2"), len(directory), len(entries)
     end = offset + size + len(more)
-    return entries + directory + more + (
-        struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, num, num, size, offset)
-        + struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
-        + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, num, num, size, offset, 0)
+    return (
+        entries
+        + directory
+        + more
+        + (
+            struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, num, num, size, offset)
+            + struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+            + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, num, num, size, offset, 0)
+        )
     )
 
 
@@ -471,16 +476,17 @@ def overlapping() -> bytes:
 
 
 BOMBS = {  # of weights, of states; each with what the message says
-    bomb: "does not compress", bomb_with_two_directories: "not what torch.save writes",
-    one_entry_by_many_names: "overlap", conversion: "asks to import",
-    many_of_one: "reference", overlapping: "invalid",
+    bomb: "does not compress",
+    bomb_with_two_directories: "not what torch.save writes",
+    one_entry_by_many_names: "overlap",
+    conversion: "asks to import",
+    many_of_one: "reference",
+    overlapping: "invalid",
 }
 
 
 @pytest.mark.parametrize("make", BOMBS)
-def test_a_small_file_cannot_take_much_memory(
-    tmp_path: Path, make: Callable[[], bytes]
-) -> None:
+def test_a_small_file_cannot_take_much_memory(tmp_path: Path, make: Callable[[], bytes]) -> None:
     for folder in ("checkpoints", "out"):
         (tmp_path / folder).mkdir()
     if make in (many_of_one, overlapping):
@@ -498,13 +504,20 @@ def test_a_small_file_cannot_take_much_memory(
 
 
 MALFORMED = {  # states; what their message says
-    "nothing": b"", "seven_bytes": bytes(7), "zeros": bytes(64), "text": b"not a state at all",
-    "header_beyond_the_end": by_hand({}, length=2**20), "header_huge": by_hand({}, length=2**63),
-    "header_not_json": by_hand(b"x" * 64), "header_a_list": by_hand(b"[1, 2]"),
+    "nothing": b"",
+    "seven_bytes": bytes(7),
+    "zeros": bytes(64),
+    "text": b"not a state at all",
+    "header_beyond_the_end": by_hand({}, length=2**20),
+    "header_huge": by_hand({}, length=2**63),
+    "header_not_json": by_hand(b"x" * 64),
+    "header_a_list": by_hand(b"[1, 2]"),
     "no_json": by_hand({"w": entry(1, end=4)}, bytes(4)),
     "json_of_floats": by_hand({"json": entry(1, end=4)}, bytes(4)),
-    "json_not_utf8": of_json(b"\xff\xfe{}"), "json_cut": of_json(b'{"format": 3'),
-    "json_a_list": of_json(b"[1, 2]"), "json_a_number": of_json(b"7"),
+    "json_not_utf8": of_json(b"\xff\xfe{}"),
+    "json_cut": of_json(b'{"format": 3'),
+    "json_a_list": of_json(b"[1, 2]"),
+    "json_a_number": of_json(b"7"),
     "json_deep": of_json(b"[" * 10**6 + b"]" * 10**6),
     "json_long_number": of_json(b'{"format": ' + b"9" * 10**5 + b"}"),
     "json_half_a_pair": of_json(b'{"format": 3, "x": "\\ud800"}'),
@@ -651,11 +664,13 @@ TENSORS = {  # each in a process of its own: it may write where it likes
     "generator_empty": (put(torch.zeros(0, dtype=torch.uint8), "rng", 0, "torch"), "size"),
     "generator_of_floats": (put(torch.zeros(5056), "rng", 0, "torch"), "ByteTensor|size"),
     "generator_of_ones": (
-        put(torch.full((5056,), 255, dtype=torch.uint8), "rng", 0, "torch"), "random generators"
+        put(torch.full((5056,), 255, dtype=torch.uint8), "rng", 0, "torch"),
+        "random generators",
     ),
     "generator_behind_its_end": (put(generator(624, 624), "rng", 0, "torch"), "random generators"),
     "generator_before_its_start": (
-        put(generator(624, 624 - 2**32), "rng", 0, "torch"), "random generators"
+        put(generator(624, 624 - 2**32), "rng", 0, "torch"),
+        "random generators",
     ),
 }
 
@@ -720,7 +735,7 @@ VALUES = {
     "python_dict": (put({}, "rng", 0, "python"), "python is a dict"),
     "python_keeps_text": (
         lambda state: put((*state["rng"][0]["python"][:2], "x"), "rng", 0, "python")(state),
-        "random generators"
+        "random generators",
     ),
     "cuda_text": (put("x", "rng", 0, "cuda"), "cuda is a str"),
     "generators_none": (put(None, "rng"), "rng is a NoneType"),
@@ -777,7 +792,7 @@ VALUES = {
         f"no_{part}": (without(part), f"lacks {part}")
         for part in (
             *("model", "optimizer", "scaler", "settings", "rounding", "progress", "latest"),
-            *("records", "rollbacks", "plan", "rng", "wandb_id", "step")
+            *("records", "rollbacks", "plan", "rng", "wandb_id", "step"),
         )
     },
 }
@@ -800,8 +815,12 @@ def test_weights_that_torch_warns_of_are_refused(folder: Path) -> None:
 
 
 SETTINGS = {
-    "seed": 43, "rows per update": 0, "content of data_path": "a\nb\x1b[31m", "dtype": None,
-    "max_seq_len": LONG, "odd": 1,
+    "seed": 43,
+    "rows per update": 0,
+    "content of data_path": "a\nb\x1b[31m",
+    "dtype": None,
+    "max_seq_len": LONG,
+    "odd": 1,
 }
 
 
@@ -815,9 +834,7 @@ def test_crafted_settings_are_refused_as_those_of_another_run(
 
 
 @pytest.mark.parametrize("rows", [-8, 2.5, "8", 10**18 + 1, None])
-def test_crafted_rows_per_update_are_refused(
-    folder: Path, trained: Path, rows: object
-) -> None:
+def test_crafted_rows_per_update_are_refused(folder: Path, trained: Path, rows: object) -> None:
     """In a process of its own: they could be counted up to."""
     put_state(folder, changed(trained, put(rows, "settings", "rows per update")))
     error = refused_resume(folder, expected_status=2, apart=True)
@@ -907,7 +924,8 @@ def test_nothing_is_copied_into_the_run_before_all_is_checked(
 
     monkeypatch.setattr(Guard, "begin", watched)
     last = {
-        "weights": weight(torch.zeros(1)), "rows": put(99, "progress", "rows_seen"),
+        "weights": weight(torch.zeros(1)),
+        "rows": put(99, "progress", "rows_seen"),
         "moments": put(torch.zeros(1), "optimizer", "state", 23, "exp_avg_sq"),
         "scaler": put({"scale": 1.0}, "scaler"),
         "generators": put((3, (1, 2), None), "rng", 0, "python"),
@@ -975,8 +993,14 @@ def test_crafted_weights_are_refused(folder: Path, case: str) -> None:
 
 
 DESCRIPTIONS = {
-    "hidden_size": 10**9, "num_hidden_layers": 10**5, "vocab_size": -5, "num_attention_heads": "x",
-    "num_key_value_heads": 0, "max_position_embeddings": 10**12, "hidden_act": "odd", "to_dict": 3,
+    "hidden_size": 10**9,
+    "num_hidden_layers": 10**5,
+    "vocab_size": -5,
+    "num_attention_heads": "x",
+    "num_key_value_heads": 0,
+    "max_position_embeddings": 10**12,
+    "hidden_act": "odd",
+    "to_dict": 3,
 }
 
 
@@ -991,9 +1015,7 @@ def test_a_description_that_does_not_fit_its_weights_is_refused(folder: Path, na
     assert NAME in error_of(*here(words, program=eval_llm))
 
 
-def test_weights_of_another_model_are_refused_with_the_first_five_differences(
-    folder: Path
-) -> None:
+def test_weights_of_another_model_are_refused_with_the_first_five_differences(folder: Path) -> None:
     own = weights_of(folder)
     names = [name for name in own if ".layers.1." in name]
     assert len(names) == 11
@@ -1001,12 +1023,18 @@ def test_weights_of_another_model_are_refused_with_the_first_five_differences(
     misshapen = {name: value[:1] if ".layers.1." in name else value for name, value in own.items()}
     shapes = {name: (1, *own[name].shape[1:]) for name in names}
     for content, expected in (
-        ({name: value for name, value in own.items() if name not in names},
-         [f"{name} is missing" for name in names[:5]]),
-        (own | {name: value for name, value in renamed.items() if ".other." in name},
-         [name.replace(".layers.1.", ".other.") + " is not in this model" for name in names[:5]]),
-        (misshapen, [f"{name} is {shapes[name]}, not {tuple(own[name].shape)}"
-                     for name in names[:5]]),
+        (
+            {name: value for name, value in own.items() if name not in names},
+            [f"{name} is missing" for name in names[:5]],
+        ),
+        (
+            own | {name: value for name, value in renamed.items() if ".other." in name},
+            [name.replace(".layers.1.", ".other.") + " is not in this model" for name in names[:5]],
+        ),
+        (
+            misshapen,
+            [f"{name} is {shapes[name]}, not {tuple(own[name].shape)}" for name in names[:5]],
+        ),
     ):
         put_weights(folder, content)
         words = tiny_flags(folder, epochs=1, save_weight="new", from_weight="odd")
@@ -1021,22 +1049,47 @@ EDGES = (0, 1, 2, 7, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 
 FIELDS = {
     b"PK\3\4": ((6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)),
     b"PK\1\2": (
-        (8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (34, 2), (38, 4),
-        (42, 4)
+        (8, 2),
+        (10, 2),
+        (16, 4),
+        (20, 4),
+        (24, 4),
+        (28, 2),
+        (30, 2),
+        (32, 2),
+        (34, 2),
+        (38, 4),
+        (42, 4),
     ),
     b"PK\6\6": ((4, 8), (16, 4), (20, 4), (24, 8), (32, 8), (40, 8), (48, 8)),
     b"PK\6\7": ((4, 4), (8, 8), (16, 4)),
     b"PK\5\6": ((4, 2), (6, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2)),
 }
 IMPORTS = (
-    "torch._utils _rebuild_sparse_tensor", "torch._utils _rebuild_qtensor", "torch Tensor",
-    "torch._utils _rebuild_meta_tensor_no_storage", "torch._utils _rebuild_wrapper_subclass",
-    "torch._utils _rebuild_parameter", "torch._utils _rebuild_nested_tensor", "torch Size",
-    "torch._utils _rebuild_device_tensor_from_cpu_tensor", "torch._utils _rebuild_tensor_v3",
-    "torch.storage UntypedStorage", "torch ComplexDoubleStorage", "torch QInt8Storage",
-    "torch LongStorage", "torch BoolStorage", "torch HalfStorage", "torch.cuda FloatStorage",
-    "collections Counter", "builtins bytearray", "__builtin__ set", "_codecs encode",
-    "posix system", "os mkdir", "builtins eval",
+    "torch._utils _rebuild_sparse_tensor",
+    "torch._utils _rebuild_qtensor",
+    "torch Tensor",
+    "torch._utils _rebuild_meta_tensor_no_storage",
+    "torch._utils _rebuild_wrapper_subclass",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_nested_tensor",
+    "torch Size",
+    "torch._utils _rebuild_device_tensor_from_cpu_tensor",
+    "torch._utils _rebuild_tensor_v3",
+    "torch.storage UntypedStorage",
+    "torch ComplexDoubleStorage",
+    "torch QInt8Storage",
+    "torch LongStorage",
+    "torch BoolStorage",
+    "torch HalfStorage",
+    "torch.cuda FloatStorage",
+    "collections Counter",
+    "builtins bytearray",
+    "__builtin__ set",
+    "_codecs encode",
+    "posix system",
+    "os mkdir",
+    "builtins eval",
 )
 
 
@@ -1069,12 +1122,22 @@ def with_other_entries(data: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.randint(1, 3)):
         one, other = draw.choices(list(entries), k=2)
         short = entries[one][: draw.randrange(len(entries[one]) + 1)]
-        entries |= draw.choice((
-            {one: entries[other], other: entries[one]}, {one: entries[other]}, {one: b""},
-            {one: short}, {one: entries[one] + draw.randbytes(64)}, {one + "x": entries[one]},
-            {one.upper(): entries[one]}, {"../" + one: entries[one]}, {"byteorder": b"big"},
-            {".storage_alignment": b"1"}, {"version": b"99"}, {"constants.pkl": b"x"}
-        ))
+        entries |= draw.choice(
+            (
+                {one: entries[other], other: entries[one]},
+                {one: entries[other]},
+                {one: b""},
+                {one: short},
+                {one: entries[one] + draw.randbytes(64)},
+                {one + "x": entries[one]},
+                {one.upper(): entries[one]},
+                {"../" + one: entries[one]},
+                {"byteorder": b"big"},
+                {".storage_alignment": b"1"},
+                {"version": b"99"},
+                {"constants.pkl": b"x"},
+            )
+        )
         if draw.random() < 0.1 and len(entries) > 1:
             del entries[one]
     return archive(entries, draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))
@@ -1241,8 +1304,14 @@ def fuzz(
     def opened(seed: int, numbers: range, seconds: float) -> tuple[int, float]:
         """Returns: how many mutations there were, and which share still could be opened."""
         status = in_a_process(
-            open_mutations, data, request.param, seed, numbers, seconds, str(tmp_path),
-            timeout=seconds + 60
+            open_mutations,
+            data,
+            request.param,
+            seed,
+            numbers,
+            seconds,
+            str(tmp_path),
+            timeout=seconds + 60,
         )
         last, opened = map(int, (tmp_path / "log").read_text().split())
         assert status == 0, f"seed {seed}, mutation {last}: exit status {status}, see above"

@@ -214,8 +214,9 @@ def test_from_one_rank_to_two_four_three_and_one_the_updates_stay_the_same(
     assert not re.search("saved with.* accumulation_steps", log)
     assert "the same run except for rounding" in log
     losses = [r["loss"] for r in read_metrics(folder) if "loss" in r]
-    for found, reference in zip(losses, (r["loss"] for r in read_metrics(alone) if "loss" in r),
-                                strict=True):
+    for found, reference in zip(
+        losses, (r["loss"] for r in read_metrics(alone) if "loss" in r), strict=True
+    ):
         assert found == pytest.approx(reference, rel=0.05)  # other dropout on other ranks
 
 
@@ -244,8 +245,15 @@ def test_any_chain_of_ranks_and_kills_deals_each_row_once_and_in_order() -> None
             updates = dice.randint(1, 9)  # before the next kill
             padded = -(-num_rows // batch) * batch
             ranks = [
-                iter(SkipBatchSampler(range(padded), batch, len(trained) // batch, rank=rank,
-                                      world_size=world_size))
+                iter(
+                    SkipBatchSampler(
+                        range(padded),
+                        batch,
+                        len(trained) // batch,
+                        rank=rank,
+                        world_size=world_size,
+                    )
+                )
                 for rank in range(world_size)
             ]
             for _ in range(updates * rows_per_update // (world_size * batch)):
@@ -283,9 +291,10 @@ def test_going_back_past_a_spike_skips_the_named_updates_and_goes_on(
     assert sorted(found) == [step for step in every if step == 7 or step > 9]
     assert all(found[step] == every[step] for step in found)
     assert newest_state(cut)["rollbacks"] == [[6, "8:10"]]
-    assert newest_state(cut)["progress"]["rows_seen"] == newest_state(reference)["progress"][
-        "rows_seen"
-    ]
+    assert (
+        newest_state(cut)["progress"]["rows_seen"]
+        == newest_state(reference)["progress"]["rows_seen"]
+    )
     assert len(list((cut / "checkpoints").glob("*_resume_*"))) == 2
 
 

@@ -43,12 +43,21 @@ def test_operations_per_token_are_those_of_a_hand_count() -> None:
     assert found == pytest.approx(0.402e9, rel=2e-3)
 
 
-@pytest.mark.parametrize(("name", "teraflops"), [
-    ("NVIDIA H200", 989), ("NVIDIA H20", 148), ("NVIDIA H100 80GB HBM3", 989),
-    ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
-    ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 D", 147),
-    ("NVIDIA GeForce GTX 1080", None),
-])
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 D", 147),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
 def test_a_device_s_peak_is_found_by_its_name(
     monkeypatch: pytest.MonkeyPatch, name: str, teraflops: int | None
 ) -> None:
@@ -156,12 +165,17 @@ def test_held_out_loss_is_told_by_language_and_for_all_together(tmp_path: Path) 
     assert f", zh {shown['zh']:.4f}, en {shown['en']:.4f}" in output
     tokenizer = AutoTokenizer.from_pretrained("model")
     data = PretrainDataset(
-        str(tmp_path / "corpus.jsonl"), tokenizer, 32, cache_dir=str(tmp_path / "cache"),
-        heldout_fraction=0.3
+        str(tmp_path / "corpus.jsonl"),
+        tokenizer,
+        32,
+        cache_dir=str(tmp_path / "cache"),
+        heldout_fraction=0.3,
     )
     kept = [documents[d] for d in data.is_held_out.nonzero().flatten().tolist()]
-    num_bytes = {"zh": sum(len(t.encode()) for t in kept if "句" in t),
-                 "en": sum(len(t.encode()) for t in kept if "句" not in t)}
+    num_bytes = {
+        "zh": sum(len(t.encode()) for t in kept if "句" in t),
+        "en": sum(len(t.encode()) for t in kept if "句" not in t),
+    }
     assert min(num_bytes.values()) > 0
     bits = sum(shown[name] * num_bytes[name] for name in num_bytes)
     assert last["heldout_bits_per_byte"] == pytest.approx(bits / sum(num_bytes.values()))
@@ -243,20 +257,32 @@ def test_no_preset_is_warned_of(preset: str) -> None:
     assert said_by({"preset": preset}) == ""
 
 
-@pytest.mark.parametrize(("changes", "updates", "said"), [
-    ({"learning_rate": 0.1}, 5000, "--learning_rate 0.1 is high for a width of 768: above 0.003"),
-    ({"learning_rate": 1e-3}, 5000, "AdamW at --learning_rate 0.001 without a warm-up"),
-    ({"epochs": 5}, 5000, "5 passes over the data"),
-    ({}, 62, "only 62 updates"),
-])
+@pytest.mark.parametrize(
+    ("changes", "updates", "said"),
+    [
+        (
+            {"learning_rate": 0.1},
+            5000,
+            "--learning_rate 0.1 is high for a width of 768: above 0.003",
+        ),
+        ({"learning_rate": 1e-3}, 5000, "AdamW at --learning_rate 0.001 without a warm-up"),
+        ({"epochs": 5}, 5000, "5 passes over the data"),
+        ({}, 62, "only 62 updates"),
+    ],
+)
 def test_usual_mistakes_are_told_before_the_run(changes: dict, updates: int, said: str) -> None:
     assert said in said_by(changes, updates)
 
 
-@pytest.mark.parametrize("changes", [
-    {"learning_rate": 5e-4}, {"learning_rate": 1e-3, "warmup_ratio": 0.05},
-    {"learning_rate": 1e-3, "optimizer": "muon"},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 5e-4},
+        {"learning_rate": 1e-3, "warmup_ratio": 0.05},
+        {"learning_rate": 1e-3, "optimizer": "muon"},
+    ],
+    ids=str,
+)
 def test_a_warm_up_is_asked_for_only_where_it_helps(changes: dict) -> None:
     assert said_by(changes) == ""
 

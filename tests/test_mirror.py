@@ -22,8 +22,8 @@ import torch
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
 from tests.helpers import ROOT
-from trainer.guard import mirror as module
 from trainer.errors import CheckpointError, Interrupted
+from trainer.guard import mirror as module
 from trainer.guard.mirror import Mirror, MirrorError, fetch_newest, mirror_problems
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -302,8 +302,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_there_warns_and_copying_goes_on_when_there_is_space(
-    tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
-    small_disk: Path
+    tmp_path: Path,
+    mirrored: Callable,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    small_disk: Path,
 ) -> None:
     monkeypatch.setattr(module, "PAUSES", (0.05,))
     (small_disk / "other").write_bytes(bytes(2 * MEGABYTE))
@@ -338,8 +341,13 @@ def test_a_damaged_state_there_is_named_and_the_one_before_it_fetched(
 
 @pytest.mark.parametrize(
     "url",
-    ["sftp://user:hunter2@host/x", "s3://AKIA:hunter2/a@bucket/x", "ftp://u:hunter2/x@host:21/x",
-     "https://host/x?token=hunter2", "sftp://host:22/x?a=b&Secret_Key=hunter2"],
+    [
+        "sftp://user:hunter2@host/x",
+        "s3://AKIA:hunter2/a@bucket/x",
+        "ftp://u:hunter2/x@host:21/x",
+        "https://host/x?token=hunter2",
+        "sftp://host:22/x?a=b&Secret_Key=hunter2",
+    ],
 )
 def test_a_password_in_the_address_is_refused_and_not_repeated(url: str) -> None:
     problems = mirror_problems(url)
@@ -447,8 +455,9 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
         f"AuthorizedKeysFile {folder}/.ssh/id_ed25519.pub\nStrictModes no\nUsePAM no\n"
         "PermitRootLogin yes\nSubsystem sftp internal-sftp\n"
     )
-    server = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "config")],
-                              stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [SSHD, "-D", "-e", "-f", str(folder / "config")], stderr=subprocess.DEVNULL
+    )
     wait_until(lambda: answers(port))
     yield port, folder
     server.terminate()
@@ -468,8 +477,11 @@ def address(port: int, folder: Path) -> str:
 
 
 def test_states_travel_over_ssh_with_the_key_in_the_usual_place(
-    tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
-    at_home: int
+    tmp_path: Path,
+    mirrored: Callable,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    at_home: int,
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 300_000)  # several, the last one short
     one = mirrored(address(at_home, tmp_path / "new" / "there"))
@@ -483,8 +495,12 @@ def test_states_travel_over_ssh_with_the_key_in_the_usual_place(
 
 @pytest.mark.parametrize("allowed", [1, 3])  # MB: while it is sent; while it is read back
 def test_a_connection_cut_in_the_middle_costs_a_warning_and_a_second_try(
-    tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
-    at_home: int, allowed: int
+    tmp_path: Path,
+    mirrored: Callable,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    at_home: int,
+    allowed: int,
 ) -> None:
     monkeypatch.setattr(module, "PAUSES", (0.5,))
     path = save(tmp_path, 1200, 2 * MEGABYTE)
@@ -513,8 +529,11 @@ def test_a_connection_cut_while_a_state_is_fetched_is_made_again(
 
 @pytest.mark.slow
 def test_a_server_that_stops_answering_counts_as_gone_after_a_while(
-    tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
-    at_home: int
+    tmp_path: Path,
+    mirrored: Callable,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    at_home: int,
 ) -> None:
     monkeypatch.setattr(module, "TIMEOUT_SECONDS", 1)
     monkeypatch.setattr(module, "PAUSES", (0.01,))
@@ -528,8 +547,13 @@ def test_a_server_that_stops_answering_counts_as_gone_after_a_while(
 
 @pytest.mark.parametrize("refused", [True, False])  # else it is accepted and cut at once
 def test_a_server_that_is_not_there_is_one_line(
-    tmp_path: Path, mirrored: Callable, lines: list[str], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], at_home: int, refused: bool
+    tmp_path: Path,
+    mirrored: Callable,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at_home: int,
+    refused: bool,
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own, which no run has
     with contextlib.closing(Proxy(at_home, 0)) as proxy:
@@ -563,8 +587,13 @@ def test_a_process_ends_although_its_copy_hangs(tmp_path: Path, at_home: int) ->
     path = save(tmp_path, 1, 2 * MEGABYTE)
     with contextlib.closing(Proxy(at_home, MEGABYTE, hang=True)) as proxy:
         words = [address(proxy.port, tmp_path / "there"), str(path)]
-        done = subprocess.run([sys.executable, "-c", HANGING, *words], cwd=ROOT, timeout=60,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", HANGING, *words],
+            cwd=ROOT,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
         assert proxy.connections == 1
     assert done.returncode == 0 and done.stderr == ""
     warning, times = done.stdout.splitlines()

@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import (
-    PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from dataset.lm_dataset import PretrainDataset
 from model import documents
 from model.documents import can_attend_within, document_bounds
-from model.model_minimind import (
-    MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_loss
-)
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_loss
 from tests.helpers import perturbed, shipped_tokenizer, tiny_config, tiny_model, write_jsonl
 from tests.running import short_documents
 from trainer.trainer_utils import get_model_params
@@ -54,7 +56,8 @@ def qwen_of(model: MiniMindForCausalLM) -> PreTrainedModel:
             experts = f"model.layers.{i}.mlp.experts."
             gate, up, down = (
                 torch.stack([state.pop(f"{experts}{e}.{part}.weight") for e in range(4)])
-                for part in PROJECTIONS)
+                for part in PROJECTIONS
+            )
             state[experts + "gate_up_proj"] = torch.cat((gate, up), dim=1)
             state[experts + "down_proj"] = down
         twin = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
@@ -64,15 +67,19 @@ def qwen_of(model: MiniMindForCausalLM) -> PreTrainedModel:
     return twin.eval()
 
 
-@pytest.mark.parametrize("changes", [
-    {},
-    {"num_attention_heads": 8, "num_key_value_heads": 8},
-    {"num_attention_heads": 8, "num_key_value_heads": 1},
-    {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24, "rope_theta": 1e4},
-    {"use_moe": True},
-    {"use_moe": True, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
-    {"use_moe": True, "num_experts_per_tok": 2, "norm_topk_prob": False},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_attention_heads": 8, "num_key_value_heads": 8},
+        {"num_attention_heads": 8, "num_key_value_heads": 1},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24, "rope_theta": 1e4},
+        {"use_moe": True},
+        {"use_moe": True, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+        {"use_moe": True, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_logits_equal_those_of_qwen3_with_the_same_weights(changes: dict) -> None:
     model, ids = tiny_model(**changes), random_ids(3, 40)
@@ -120,12 +127,19 @@ def test_the_head_is_the_embedding() -> None:
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
 
 
-@pytest.mark.parametrize(("sizes", "millions"), [
-    ({"hidden_size": 512, "num_key_value_heads": 2, "intermediate_size": 1408}, [25.8, 25.8]),
-    ({"hidden_size": 768, "num_hidden_layers": 8, "num_key_value_heads": 4}, [63.9, 63.9]),
-    ({"num_hidden_layers": 16, "num_key_value_heads": 2, "intermediate_size": 2048}, [104, 104]),
-    ({"use_moe": True}, [198.4, 63.9]),
-], ids=["26m", "64m", "104m", "moe"])
+@pytest.mark.parametrize(
+    ("sizes", "millions"),
+    [
+        ({"hidden_size": 512, "num_key_value_heads": 2, "intermediate_size": 1408}, [25.8, 25.8]),
+        ({"hidden_size": 768, "num_hidden_layers": 8, "num_key_value_heads": 4}, [63.9, 63.9]),
+        (
+            {"num_hidden_layers": 16, "num_key_value_heads": 2, "intermediate_size": 2048},
+            [104, 104],
+        ),
+        ({"use_moe": True}, [198.4, 63.9]),
+    ],
+    ids=["26m", "64m", "104m", "moe"],
+)
 def test_presets_have_their_number_of_parameters(sizes: dict, millions: list[float]) -> None:
     """The total, and the number used per token."""
     config = MiniMindConfig(**sizes)
@@ -134,13 +148,17 @@ def test_presets_have_their_number_of_parameters(sizes: dict, millions: list[flo
     assert [round(count / 1e6, 1) for count in get_model_params(model, config)] == millions
 
 
-@pytest.mark.parametrize(("sizes", "numbers"), [
-    ({"hidden_size": 30, "num_attention_heads": 4}, ["30", "4"]),
-    ({"hidden_size": 36, "num_attention_heads": 4}, ["36", "4"]),  # an odd head_dim, 9
-    ({"num_attention_heads": 4, "num_key_value_heads": 3}, ["4", "3"]),
-    ({"use_moe": True, "num_experts_per_tok": 5}, ["5", "4"]),
-    ({"use_moe": True, "num_experts_per_tok": 0}, ["0", "4"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "numbers"),
+    [
+        ({"hidden_size": 30, "num_attention_heads": 4}, ["30", "4"]),
+        ({"hidden_size": 36, "num_attention_heads": 4}, ["36", "4"]),  # an odd head_dim, 9
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, ["4", "3"]),
+        ({"use_moe": True, "num_experts_per_tok": 5}, ["5", "4"]),
+        ({"use_moe": True, "num_experts_per_tok": 0}, ["0", "4"]),
+    ],
+    ids=str,
+)
 def test_incompatible_sizes_are_named(sizes: dict, numbers: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         tiny_config(**sizes)
@@ -304,12 +322,16 @@ def output_and_gradients(mlp: MoEFeedForward, x: Tensor, plain: bool) -> list[Te
     return [y.detach(), x.grad, *(p.grad.clone() for p in mlp.parameters())]
 
 
-@pytest.mark.parametrize(("dtype", "width", "tolerance"), [
-    (torch.float64, 48, 1e-12),  # no kernel: one product per expert
-    (torch.float32, 48, 1e-4),
-    (torch.float32, 50, 1e-4),  # a width that the kernel does not support
-    (torch.bfloat16, 48, 2e-2),
-], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "width", "tolerance"),
+    [
+        (torch.float64, 48, 1e-12),  # no kernel: one product per expert
+        (torch.float32, 48, 1e-4),
+        (torch.float32, 50, 1e-4),  # a width that the kernel does not support
+        (torch.bfloat16, 48, 2e-2),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("num_tokens", "num_used"), [(3, 1), (40, 1), (40, 2)])
 def test_stacked_experts_equal_a_loop_over_tokens(
     dtype: torch.dtype, width: int, tolerance: float, num_tokens: int, num_used: int
@@ -391,8 +413,15 @@ def test_experts_compile_in_float32_on_the_cpu() -> None:
 
 
 def attend_in_a_loop(
-    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, same: Tensor,
-    longest: int, _: int, *, window_size: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    same: Tensor,
+    longest: int,
+    _: int,
+    *,
+    window_size: tuple[int, int],
 ) -> Tensor:
     """Stands in for torch's kernel, which needs CUDA: the same result, one document at a time."""
     assert ends is same and window_size == (-1, 0) and q.shape == k.shape == v.shape
@@ -428,8 +457,10 @@ def test_attention_within_documents_gives_what_the_mask_gives(
                 model.attends_within = attends_within
                 model.zero_grad()
                 out = model(
-                    batch.input_ids, labels=batch.labels, document_starts=batch.document_starts,
-                    max_documents=batch.max_documents
+                    batch.input_ids,
+                    labels=batch.labels,
+                    document_starts=batch.document_starts,
+                    max_documents=batch.max_documents,
                 )
                 (out.loss + out.aux_loss).backward()
                 found.append([out.loss, *(p.grad.clone() for p in model.parameters())])

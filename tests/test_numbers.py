@@ -13,9 +13,9 @@ from tests import launched
 from tests.gradients import step, toy_data, toy_model, toy_run
 from tests.running import assert_same, newest_state, read_metrics, tiny_flags
 from trainer.checkpoint import list_states, read_state
+from trainer.guard.run_folder import read_run_state
 from trainer.optimizer import build_optimizer
 from trainer.run import Update, rows_of
-from trainer.guard.run_folder import read_run_state
 from trainer.trainer_utils import SkipBatchSampler
 
 SETTINGS = {"save_interval": 4, "epochs": 1}
@@ -28,17 +28,23 @@ def trained(folder: Path, *, ranks: int = 1, faults: list[tuple] = (), **changes
     return launched.run_trainers(words, log, ranks, list(faults)), log.read_text()
 
 
-CASES = list(itertools.product(
-    ["nan", "inf"], ["loss", "gradient"],
-    [("float32", 1, 0), ("float16", 1, 0), ("float32", 2, 1), ("float16", 2, 1)]
-))
+CASES = list(
+    itertools.product(
+        ["nan", "inf"],
+        ["loss", "gradient"],
+        [("float32", 1, 0), ("float16", 1, 0), ("float32", 2, 1), ("float16", 2, 1)],
+    )
+)
 QUICK = {0, 5, 10, 12, 15}  # each value, place, type and number of ranks once at least
 
 
-@pytest.mark.parametrize(("value", "where", "setting"), [
-    pytest.param(*case, marks=[] if number in QUICK else pytest.mark.slow)
-    for number, case in enumerate(CASES)
-])
+@pytest.mark.parametrize(
+    ("value", "where", "setting"),
+    [
+        pytest.param(*case, marks=[] if number in QUICK else pytest.mark.slow)
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_a_bad_update_is_left_out_counted_and_told(
     tmp_path: Path, value: str, where: str, setting: tuple[str, int, int]
 ) -> None:
@@ -113,13 +119,24 @@ def test_the_rows_of_a_rank_are_those_that_its_loader_gave(
     rows_per_update, num_rows = 12, 31
     padded = -(-num_rows // batch_size) * batch_size
     for rank in range(world_size):
-        dealt = [row for batch in SkipBatchSampler(
-            range(padded), batch_size, rank=rank, world_size=world_size
-        ) for row in batch if row < num_rows]
-        found = [row for first in range(0, num_rows, rows_per_update) for row in rows_of(
-            rank, Update(1, first, min(rows_per_update, num_rows - first), 0, torch.zeros(0)),
-            batch_size, world_size
-        )]
+        dealt = [
+            row
+            for batch in SkipBatchSampler(
+                range(padded), batch_size, rank=rank, world_size=world_size
+            )
+            for row in batch
+            if row < num_rows
+        ]
+        found = [
+            row
+            for first in range(0, num_rows, rows_per_update)
+            for row in rows_of(
+                rank,
+                Update(1, first, min(rows_per_update, num_rows - first), 0, torch.zeros(0)),
+                batch_size,
+                world_size,
+            )
+        ]
         assert found == dealt
 
 

@@ -11,8 +11,13 @@ from tests.running import assert_same, newest_state, read_metrics, train_and_kil
 from trainer import optimizer as optimizers
 from trainer.muon import orthogonalize
 from trainer.optimizer import (
-    BETAS, OPTIMIZERS, WEIGHT_DECAY, build_optimizer, expected_state, skips_bad_updates,
-    step_if_finite
+    BETAS,
+    OPTIMIZERS,
+    WEIGHT_DECAY,
+    build_optimizer,
+    expected_state,
+    skips_bad_updates,
+    step_if_finite,
 )
 from trainer.schedule import learning_rate
 
@@ -39,12 +44,17 @@ def torch_s_own(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimiz
     named = dict(model.named_parameters())
     hidden = [p for name, p in named.items() if is_hidden(name, p)]
     others = [p for name, p in named.items() if not is_hidden(name, p)]
-    groups = [{"params": [p for p in others if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-              {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return [
         torch.optim.Muon(
-            hidden, lr=rate, weight_decay=WEIGHT_DECAY, momentum=0.95,
-            adjust_lr_fn="match_rms_adamw"
+            hidden,
+            lr=rate,
+            weight_decay=WEIGHT_DECAY,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(groups, lr=rate, betas=BETAS),
     ]
@@ -150,13 +160,16 @@ def test_a_killed_run_with_muon_goes_on_to_the_last_bit(tmp_path: Path, use_moe:
 # ----------------------------------------------------------------------------------------- rates
 
 
-@pytest.mark.parametrize(("schedule", "warmup", "decay", "expected"), [
-    ("cosine", 0.0, 0.4, {0: 1, 0.25: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.5: 0.55, 1: 0.1}),
-    ("cosine", 0.2, 0.4, {0: 0.05, 0.1: 0.55, 0.19: 1, 0.2: 1, 0.6: 0.55, 1: 0.1}),
-    ("wsd", 0.0, 0.4, {0: 1, 0.3: 1, 0.6: 1, 0.7: 0.75, 0.8: 0.5, 0.9: 0.25, 1: 0}),
-    ("wsd", 0.1, 0.5, {0: 0.1, 0.04: 0.5, 0.1: 1, 0.5: 1, 0.75: 0.5, 0.95: 0.1, 1: 0}),
-    ("wsd", 0.0, 1.0, {0: 1, 0.25: 0.75, 0.5: 0.5, 1: 0}),
-])
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "decay", "expected"),
+    [
+        ("cosine", 0.0, 0.4, {0: 1, 0.25: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.5: 0.55, 1: 0.1}),
+        ("cosine", 0.2, 0.4, {0: 0.05, 0.1: 0.55, 0.19: 1, 0.2: 1, 0.6: 0.55, 1: 0.1}),
+        ("wsd", 0.0, 0.4, {0: 1, 0.3: 1, 0.6: 1, 0.7: 0.75, 0.8: 0.5, 0.9: 0.25, 1: 0}),
+        ("wsd", 0.1, 0.5, {0: 0.1, 0.04: 0.5, 0.1: 1, 0.5: 1, 0.75: 0.5, 0.95: 0.1, 1: 0}),
+        ("wsd", 0.0, 1.0, {0: 1, 0.25: 0.75, 0.5: 0.5, 1: 0}),
+    ],
+)
 def test_rates_are_those_of_the_table(
     schedule: str, warmup: float, decay: float, expected: dict[float, float]
 ) -> None:
@@ -180,15 +193,20 @@ def test_each_optimizer_leaves_out_an_update_that_is_not_finite(kind: str) -> No
     assert skips_bad_updates(OPTIMIZERS[kind])
 
 
-@pytest.mark.parametrize("build", [
-    lambda model, lr, dtype: torch.optim.NAdam(model.parameters(), lr),
-    lambda model, lr, dtype: torch.optim.RMSprop(model.parameters(), lr),
-    lambda model, lr, dtype: torch.optim.AdamW(model.parameters(), lr, fused=False),
-    lambda model, lr, dtype: torch.optim.Adafactor(model.parameters(), lr),
-    lambda model, lr, dtype: torch.optim.SGD(model.parameters(), lr, fused=False),
-    lambda model, lr, dtype: torch.optim.Muon(
-        [p for p in model.parameters() if p.ndim == 2], lr),
-], ids=["nadam", "rmsprop", "plain adamw", "adafactor", "plain sgd", "torch's muon"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model, lr, dtype: torch.optim.NAdam(model.parameters(), lr),
+        lambda model, lr, dtype: torch.optim.RMSprop(model.parameters(), lr),
+        lambda model, lr, dtype: torch.optim.AdamW(model.parameters(), lr, fused=False),
+        lambda model, lr, dtype: torch.optim.Adafactor(model.parameters(), lr),
+        lambda model, lr, dtype: torch.optim.SGD(model.parameters(), lr, fused=False),
+        lambda model, lr, dtype: torch.optim.Muon(
+            [p for p in model.parameters() if p.ndim == 2], lr
+        ),
+    ],
+    ids=["nadam", "rmsprop", "plain adamw", "adafactor", "plain sgd", "torch's muon"],
+)
 def test_one_that_would_apply_it_is_refused_when_it_is_built(
     monkeypatch: pytest.MonkeyPatch, build: object
 ) -> None:

@@ -53,8 +53,12 @@ def fine_tune(argv: list[str], killed_at: int = 0) -> int:
 
     def open_answers(config: object, tokenizer: object, device: torch.device) -> Answers:
         return Answers(
-            config.data_path, tokenizer, config.max_seq_len, seed=config.seed,
-            heldout_fraction=config.heldout_fraction, cache_dir=config.cache_dir
+            config.data_path,
+            tokenizer,
+            config.max_seq_len,
+            seed=config.seed,
+            heldout_fraction=config.heldout_fraction,
+            cache_dir=config.cache_dir,
         )
 
     return run_program(program)

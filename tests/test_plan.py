@@ -20,8 +20,8 @@ from tests.running import (
     tiny_flags,
     train_in_process,
 )
-from trainer.plan import Budget, Plan
 from trainer.guard.run_folder import read_run_state
+from trainer.plan import Budget, Plan
 
 
 class Clock:
@@ -64,9 +64,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     )
     monkeypatch.setattr(time, "monotonic", clock)
     monkeypatch.setattr(train_pretrain, "evaluate", clock.during(train_pretrain.evaluate, 9))
-    monkeypatch.setattr(
-        train_pretrain.Run, "save", clock.during(train_pretrain.Run.save, 2)
-    )
+    monkeypatch.setattr(train_pretrain.Run, "save", clock.during(train_pretrain.Run.save, 2))
     return clock
 
 
@@ -137,8 +135,13 @@ def test_a_killed_run_spends_what_is_left(
 # ---------------------------------------------------------------------------- annealing, dry runs
 
 
-STABLE = {"lr_schedule": "wsd", "decay_ratio": 0.25, "epochs": 4, "save_interval": 12,
-          "keep_states": 9}
+STABLE = {
+    "lr_schedule": "wsd",
+    "decay_ratio": 0.25,
+    "epochs": 4,
+    "save_interval": 12,
+    "keep_states": 9,
+}
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +186,15 @@ def test_annealing_earlier_ends_earlier_with_the_rate_at_its_floor(
     assert status == 0 and "complete: all" in log
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({}, "its rate is .*expected the peak of a --lr_schedule wsd run, 0.001"),
-    ({"lr_schedule": "cosine"}, "lr_schedule +wsd +cosine"),
-    ({"anneal_from": "nowhere.safetensors"}, "nowhere.safetensors is not a state. Expected"),
-    ({"decay_ratio": 1.0}, "--anneal_from needs a --decay_ratio below 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "its rate is .*expected the peak of a --lr_schedule wsd run, 0.001"),
+        ({"lr_schedule": "cosine"}, "lr_schedule +wsd +cosine"),
+        ({"anneal_from": "nowhere.safetensors"}, "nowhere.safetensors is not a state. Expected"),
+        ({"decay_ratio": 1.0}, "--anneal_from needs a --decay_ratio below 1"),
+    ],
+)
 def test_what_cannot_be_annealed_is_said(
     stable: Path, tmp_path: Path, changes: dict, said: str
 ) -> None:
@@ -205,13 +211,15 @@ def test_a_dry_run_tells_and_leaves_nothing_but_the_token_cache(tmp_path: Path) 
     assert {path for path in tmp_path.rglob("*") if "cache" not in str(path)} == before
     updates, tokens, minutes, money = re.search(
         r"dry run: ([\d,]+) updates, ([\d,]+) tokens, [\d.]+ per parameter, in ([\d.]+) minutes, "
-        r"([\d.]+) at 36 per hour", out.getvalue()
+        r"([\d.]+) at 36 per hour",
+        out.getvalue(),
     ).groups()
     assert int(updates.replace(",", "")) == 12 * 100  # 91 rows in updates of 8
     assert int(tokens.replace(",", "")) == 12 * 100 * 8 * 32
     assert float(money) == pytest.approx(float(minutes) / 60 * 36, abs=0.04)
-    assert re.search(r"s per update \(median of 5\), [\d,]+ tokens/s, peak memory [\d.]+ GiB",
-                     out.getvalue())
+    assert re.search(
+        r"s per update \(median of 5\), [\d,]+ tokens/s, peak memory [\d.]+ GiB", out.getvalue()
+    )
 
 
 def test_a_dry_run_beside_a_run_changes_nothing_of_it(stable: Path) -> None:

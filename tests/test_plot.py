@@ -16,12 +16,28 @@ def records(offset: float = 0.0) -> list[dict]:
     """The metrics of a run of 30 updates, in the form that trainer/metrics.py writes."""
     found: list[dict] = []
     for step in (10, 20, 30):
-        found.append({"step": step, "epoch": 1, "rows": 8 * step, "tokens": 900 * step,
-                      "loss": 60 / step + offset, "lr": 1e-3 / step, "grad_norm": 0.5,
-                      "tokens_per_second": 1000 + step, "eta_minutes": 0.1})
+        found.append(
+            {
+                "step": step,
+                "epoch": 1,
+                "rows": 8 * step,
+                "tokens": 900 * step,
+                "loss": 60 / step + offset,
+                "lr": 1e-3 / step,
+                "grad_norm": 0.5,
+                "tokens_per_second": 1000 + step,
+                "eta_minutes": 0.1,
+            }
+        )
         if step != 20:
-            found.append({"step": step, "heldout_loss": 70 / step + offset,
-                          "heldout_bits_per_byte": 30 / step + offset, "continuations": {"a": "b"}})
+            found.append(
+                {
+                    "step": step,
+                    "heldout_loss": 70 / step + offset,
+                    "heldout_bits_per_byte": 30 / step + offset,
+                    "continuations": {"a": "b"},
+                }
+            )
     return found
 
 
@@ -58,8 +74,10 @@ def test_the_program_writes_a_png(tmp_path: Path) -> None:
 
 
 def test_a_band_spans_its_runs_and_their_range_again(tmp_path: Path) -> None:
-    paths = [write(tmp_path / f"{i}_metrics.jsonl", records(offset))
-             for i, offset in enumerate((0.0, 0.1, 0.3))]
+    paths = [
+        write(tmp_path / f"{i}_metrics.jsonl", records(offset))
+        for i, offset in enumerate((0.0, 0.1, 0.3))
+    ]
     band = tmp_path / "band.json"
     assert plot(*paths, "--write_band", band).returncode == 0
     assert json.loads(band.read_text()) == {
@@ -104,8 +122,10 @@ def test_a_file_without_metrics_is_an_error(tmp_path: Path, text: str) -> None:
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path) -> None:
     path = write(tmp_path / "a_metrics.jsonl", records())
-    code = ("import sys; sys.modules['matplotlib'] = None; "
-            "from scripts.plot import main; sys.exit(main())")
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; "
+        "from scripts.plot import main; sys.exit(main())"
+    )
     done = plot(path, code=code)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "plots need matplotlib: pip install matplotlib\n"

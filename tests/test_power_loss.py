@@ -7,8 +7,8 @@ at any moment may leave. All of them are looked into.
 
 import contextlib
 import errno
-import itertools
 import io
+import itertools
 import os
 import random
 import re
@@ -27,8 +27,13 @@ from tests.launched import Operations
 from tests.running import assert_same
 from trainer import checkpoint
 from trainer.checkpoint import (
-    CheckpointError, digest_of_file, list_states, newest_state, remove_partial_files, save_state,
-    update_of
+    CheckpointError,
+    digest_of_file,
+    list_states,
+    newest_state,
+    remove_partial_files,
+    save_state,
+    update_of,
 )
 from trainer.weights import describes, read_weights, save_weights
 
@@ -199,9 +204,13 @@ def judge_states(
 
 
 def examine_saves(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, updates: tuple[int, ...], keep: int = 2,
-    min_generations: int | None = None, change: Callable[[list], list] = list,
-    recorder: Recorder | None = None
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    updates: tuple[int, ...],
+    keep: int = 2,
+    min_generations: int | None = None,
+    change: Callable[[list], list] = list,
+    recorder: Recorder | None = None,
 ) -> tuple[int, Counter]:
     """``examine`` what saves of states at these updates did, after a ``change`` of the record."""
     recorder = recorder or Recorder()
@@ -289,8 +298,13 @@ def test_after_a_power_loss_weights_are_those_that_their_description_speaks_of(
 def small_model(seed: int) -> torch.nn.Module:
     """Weights of 5 KB."""
     return tiny_model(
-        seed, hidden_size=8, num_hidden_layers=1, intermediate_size=8, vocab_size=16,
-        num_attention_heads=2, num_key_value_heads=1
+        seed,
+        hidden_size=8,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        vocab_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
 
 
@@ -365,8 +379,12 @@ def write_in_place(path: Path, content: bytes | Callable) -> Path:
     ],
 )
 def test_a_careless_save_does_not_get_through_the_model_of_a_power_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable | str, keep: int,
-    of_states: set[str], of_files: set[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable | str,
+    keep: int,
+    of_states: set[str],
+    of_files: set[str],
 ) -> None:
     if change == "in place":
         monkeypatch.setattr(checkpoint, "write_atomically", write_in_place)
@@ -469,7 +487,7 @@ def save_with_fault(
         assert re.fullmatch(
             rf"{os.strerror(fault.code)} while saving update 3 in {re.escape(str(folder))}: "
             rf"0\.2 MB needed, [\d,]+\.\d MB free; the newest state there is {states[0].name}",
-            str(error)
+            str(error),
         ), told
         made_room = 1 not in map(update_of, states)
         assert made_room == (fault.code != errno.EIO), told
@@ -486,7 +504,9 @@ def fail_each(folder: Path, monkeypatch: pytest.MonkeyPatch, codes: Callable[[in
     assert set(kinds) == {"open", "write", "fsync", "close", "replace", "unlink"}
     trials = [
         (number, code, lasting)
-        for number in range(len(kinds)) for code in codes(number) for lasting in (False, True)
+        for number in range(len(kinds))
+        for code in codes(number)
+        for lasting in (False, True)
     ]
     for number, code, lasting in trials:
         tried = shutil.copytree(given, folder / f"{number}_{code}_{lasting}")
@@ -518,8 +538,12 @@ def test_a_power_loss_after_an_operation_that_failed_costs_no_state(
     for number, code in itertools.product(range(len(one_save)), CODES):
         recorder = Recorder(Fault(2 * len(one_save) + number, code, lasting=False))
         found, faults = examine_saves(
-            tmp_path / f"{number}_{code}", monkeypatch, (1, 2, 3), min_generations=1,
-            change=in_one_write, recorder=recorder
+            tmp_path / f"{number}_{code}",
+            monkeypatch,
+            (1, 2, 3),
+            min_generations=1,
+            change=in_one_write,
+            recorder=recorder,
         )
         assert not faults, (number, code, faults)
         num_states += found
@@ -588,7 +612,9 @@ def fail_each_of_weights(
     assert kinds.count("replace") == 2
     trials = [
         (number, code, lasting)
-        for number in range(len(kinds)) for code in codes(number) for lasting in (False, True)
+        for number in range(len(kinds))
+        for code in codes(number)
+        for lasting in (False, True)
     ]
     for number, code, lasting in trials:
         tried = shutil.copytree(folder / "1", folder / f"{number}_{code}_{lasting}")
@@ -692,9 +718,25 @@ def test_the_kernel_sees_bytes_synced_then_the_name_then_the_folder(tmp_path: Pa
     log, folder = tmp_path / "log", tmp_path / "states"
     calls = "openat,fsync,?rename,?renameat,renameat2,?unlink,unlinkat"  # ?: not on every machine
     done = subprocess.run(
-        ["strace", "-f", "--seccomp-bpf", "-y", "-s", "500", "-o", log, "-e", f"trace={calls}",
-         sys.executable, "-c", SAVE_TWICE, folder],
-        cwd=ROOT, capture_output=True, text=True
+        [
+            "strace",
+            "-f",
+            "--seccomp-bpf",
+            "-y",
+            "-s",
+            "500",
+            "-o",
+            log,
+            "-e",
+            f"trace={calls}",
+            sys.executable,
+            "-c",
+            SAVE_TWICE,
+            folder,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if not log.exists() or not log.read_text():
         pytest.skip(f"strace may not trace here: {done.stderr}")

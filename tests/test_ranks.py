@@ -54,12 +54,17 @@ def goes_on(cut: Path, whole: Path) -> None:
     assert_equal_runs(cut, whole)
 
 
-@pytest.mark.parametrize(("how", "step"), [
-    ("SIGKILL", 8), ("SIGSTOP", 1),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("SIGKILL", 1), ("raise", 8), ("exit", 8), ("sleep", 8)
-    ))
-])
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        ("SIGKILL", 8),
+        ("SIGSTOP", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("SIGKILL", 1), ("raise", 8), ("exit", 8), ("sleep", 8))
+        ),
+    ],
+)
 def test_a_rank_that_dies_or_hangs_ends_the_job_in_time_and_is_named(
     whole: Path, tmp_path: Path, how: str, step: int
 ) -> None:
@@ -81,10 +86,14 @@ def test_a_rank_that_dies_or_hangs_ends_the_job_in_time_and_is_named(
     goes_on(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("how", "rank"), [
-    ("SIGKILL", 0), pytest.param("SIGSTOP", 1, marks=pytest.mark.slow),
-    pytest.param("SIGKILL", 1, marks=pytest.mark.slow)
-])
+@pytest.mark.parametrize(
+    ("how", "rank"),
+    [
+        ("SIGKILL", 0),
+        pytest.param("SIGSTOP", 1, marks=pytest.mark.slow),
+        pytest.param("SIGKILL", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_goes_during_a_save_is_named_and_costs_one_interval(
     whole: Path, tmp_path: Path, how: str, rank: int
 ) -> None:
@@ -127,8 +136,11 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on_exactly(
     fault = [("die_in_update", {"step": 8, "how": "SIGKILL", "rank": 1})]
     done = subprocess.run(
         torchrun(tiny_flags(tmp_path, **SETTINGS), "--standalone", "--max-restarts", "3"),
-        cwd=ROOT, capture_output=True, text=True, timeout=180,
-        env=os.environ | {"FAULTS": json.dumps(fault)}
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"FAULTS": json.dumps(fault)},
     )
     assert done.returncode == 0, done.stderr
     assert "resuming after update 6" in done.stdout
@@ -158,9 +170,17 @@ def test_what_dead_ranks_left_in_torchruns_store_misleads_nobody(
 
 def test_ranks_that_never_come_are_named(tmp_path: Path) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3",
-             "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "3",
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+    }
     words = tiny_flags(tmp_path, **SETTINGS | {"timeout": 1})
     assert launched.run_trainers(words, tmp_path / "log", environment=alone) == [8]
     assert "error: ranks [1, 2] did not join within 1 s" in (tmp_path / "log").read_text()
@@ -299,16 +319,31 @@ class TestTwoHosts:
         for node, host in enumerate(hosts):
             own = folder / f"node{node}"
             words = tiny_flags(own, **SETTINGS, from_resume=1)
-            options = ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "10.77.0.1",
-                       "--master_port", "29500"]
+            options = [
+                "--nnodes",
+                "2",
+                "--node_rank",
+                str(node),
+                "--master_addr",
+                "10.77.0.1",
+                "--master_port",
+                "29500",
+            ]
             environment = os.environ | {
-                "FAULTS": json.dumps(faults.get(node, [])), "GLOO_SOCKET_IFNAME": "eth0"
+                "FAULTS": json.dumps(faults.get(node, [])),
+                "GLOO_SOCKET_IFNAME": "eth0",
             }
             with (own / "log").open("ab") as log:
-                processes.append(subprocess.Popen(
-                    ["ip", "netns", "exec", host, *torchrun(words, *options, ranks=1)],
-                    cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
-                ))
+                processes.append(
+                    subprocess.Popen(
+                        ["ip", "netns", "exec", host, *torchrun(words, *options, ranks=1)],
+                        cwd=ROOT,
+                        stdout=log,
+                        stderr=log,
+                        env=environment,
+                        start_new_session=True,
+                    )
+                )
         return processes
 
     def wait(self, processes: list) -> list[int]:

@@ -15,8 +15,9 @@ from tests.helpers import ROOT, write_jsonl
 from tests.running import MEMORIZE_FLAGS, fact_documents, short_documents
 from trainer.flags import build_parser
 
-README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in
-                   ("README.md", "README_zh.md"))
+README, CHINESE = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")
+)
 PAGES = ["README.md", "README_zh.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 
 
@@ -47,8 +48,10 @@ def test_the_chinese_readme_has_the_same_commands_and_numbers() -> None:
     assert len(sections(CHINESE)) == len(sections(README)) > 8
     for chinese, english in zip(sections(CHINESE), sections(README), strict=True):
         assert numbers(chinese) == numbers(english), english[:80]
-    in_code = [Counter(re.findall(r"`[^`\n]+`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
-               for text in (CHINESE, README)]
+    in_code = [
+        Counter(re.findall(r"`[^`\n]+`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
+        for text in (CHINESE, README)
+    ]
     assert in_code[0].keys() - {"`batch_size x accumulation_steps x 进程数`"} <= in_code[1].keys()
 
 

@@ -11,10 +11,17 @@ from bench.compare_recipes import HELD_OUT, Trial, needed, report, split
 
 def curve(name: str, minutes: float, *points: tuple[float, int, float], seed: int = 1) -> Trial:
     """A run whose looks gave these seconds, tokens and bits per byte."""
-    return Trial(name, {}, minutes, seed, name.startswith("padded"), [
-        {"seconds": s, "tokens": t, "updates": i, "bits_per_byte": b}
-        for i, (s, t, b) in enumerate(points, 1)
-    ])
+    return Trial(
+        name,
+        {},
+        minutes,
+        seed,
+        name.startswith("padded"),
+        [
+            {"seconds": s, "tokens": t, "updates": i, "bits_per_byte": b}
+            for i, (s, t, b) in enumerate(points, 1)
+        ],
+    )
 
 
 def test_what_a_curve_needs_lies_between_its_looks() -> None:
@@ -26,8 +33,10 @@ def test_what_a_curve_needs_lies_between_its_looks() -> None:
 
 
 def test_the_report_compares_with_the_padded_recipe_s_mean() -> None:
-    padded = [curve("padded, rate 0.002", 20, (1200, 80_000, b), seed=s)
-              for s, b in enumerate((2.6, 2.8), 1)]
+    padded = [
+        curve("padded, rate 0.002", 20, (1200, 80_000, b), seed=s)
+        for s, b in enumerate((2.6, 2.8), 1)
+    ]
     ours = [curve("ours", 2, (120, 20_000, b), seed=s) for s, b in enumerate((2.5, 2.75), 1)]
     ours += [curve("ours", 20, (60, 10_000, 3.0), (1200, 90_000, 2.0))]
     lines = report(argparse.Namespace(minutes=20.0), padded, ours).splitlines()

@@ -25,22 +25,56 @@ from trainer.flags import parse_flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEFAULTS = {  # MiniMind's names, and ours
-    "preset": "64m", "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "intermediate_size": None, "dropout": 0.0, "use_moe": 0,
-    "tokenizer_path": "model", "from_weight": "none",
-    "data_path": ["dataset/pretrain_t2t_mini.jsonl"], "text_column": "text",
-    "max_seq_len": 512, "packing": 1,
-    "heldout_fraction": 0.005, "num_workers": 0, "cache_dir": "dataset/cache",
-    "epochs": 1, "batch_size": 32, "accumulation_steps": 8, "learning_rate": 5e-4,
-    "micro_batch_size": None, "optimizer": "adamw", "lr_schedule": "cosine",
-    "warmup_ratio": 0.0, "decay_ratio": 0.4, "max_minutes": None, "price_per_hour": None,
-    "dry_run": 0, "anneal_from": None,
-    "grad_clip": 1.0, "seed": 42, "max_bad_updates": 20, "bad_records": "stop", "timeout": 600,
-    "checkpoint_mirror": None, "keep_states": 2, "resume_step": None, "skip_steps": None,
-    "save_dir": "out", "save_weight": "pretrain", "checkpoint_dir": "checkpoints",
-    "save_interval": 1000, "from_resume": 0, "overwrite": 0,
-    "log_interval": 10, "eval_interval": 250, "eval_tokens": 2**18,
-    "use_wandb": False, "wandb_project": "MiniMind-Pretrain",
+    "preset": "64m",
+    "hidden_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": None,
+    "dropout": 0.0,
+    "use_moe": 0,
+    "tokenizer_path": "model",
+    "from_weight": "none",
+    "data_path": ["dataset/pretrain_t2t_mini.jsonl"],
+    "text_column": "text",
+    "max_seq_len": 512,
+    "packing": 1,
+    "heldout_fraction": 0.005,
+    "num_workers": 0,
+    "cache_dir": "dataset/cache",
+    "epochs": 1,
+    "batch_size": 32,
+    "accumulation_steps": 8,
+    "learning_rate": 5e-4,
+    "micro_batch_size": None,
+    "optimizer": "adamw",
+    "lr_schedule": "cosine",
+    "warmup_ratio": 0.0,
+    "decay_ratio": 0.4,
+    "max_minutes": None,
+    "price_per_hour": None,
+    "dry_run": 0,
+    "anneal_from": None,
+    "grad_clip": 1.0,
+    "seed": 42,
+    "max_bad_updates": 20,
+    "bad_records": "stop",
+    "timeout": 600,
+    "checkpoint_mirror": None,
+    "keep_states": 2,
+    "resume_step": None,
+    "skip_steps": None,
+    "save_dir": "out",
+    "save_weight": "pretrain",
+    "checkpoint_dir": "checkpoints",
+    "save_interval": 1000,
+    "from_resume": 0,
+    "overwrite": 0,
+    "log_interval": 10,
+    "eval_interval": 250,
+    "eval_tokens": 2**18,
+    "use_wandb": False,
+    "wandb_project": "MiniMind-Pretrain",
 }
 
 
@@ -112,10 +146,20 @@ def test_presets_have_the_promised_sizes(preset: str, sizes: tuple) -> None:
 def test_the_demo_s_recipe_is_the_one_whose_losses_the_bands_hold() -> None:
     """Each setting decides what is learnt; docs/bands/demo.json was made with these."""
     demo = {
-        "data_path": ["dataset/pretrain_sample.jsonl"], "heldout_fraction": 0.02,
-        "max_seq_len": 128, "batch_size": 8, "accumulation_steps": 1, "optimizer": "muon",
-        "learning_rate": 5e-3, "lr_schedule": "wsd", "warmup_ratio": 0.05, "decay_ratio": 0.9,
-        "epochs": 4, "log_interval": 50, "eval_interval": 500, "save_interval": 500,
+        "data_path": ["dataset/pretrain_sample.jsonl"],
+        "heldout_fraction": 0.02,
+        "max_seq_len": 128,
+        "batch_size": 8,
+        "accumulation_steps": 1,
+        "optimizer": "muon",
+        "learning_rate": 5e-3,
+        "lr_schedule": "wsd",
+        "warmup_ratio": 0.05,
+        "decay_ratio": 0.9,
+        "epochs": 4,
+        "log_interval": 50,
+        "eval_interval": 500,
+        "save_interval": 500,
     }
     args = vars(parse_flags(["--preset", "demo", "--device", "cpu"]))
     machine = {"preset", "device", "dtype", "use_compile", "hidden_size", "num_hidden_layers"}
@@ -189,9 +233,7 @@ def changes_from_outside(source: str) -> list[str]:
     """Code that mentions sys.path or assigns to an attribute of something imported."""
     nodes = [*ast.walk(ast.parse(source))]
     imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
-    imported = {
-        alias.asname or alias.name.split(".")[0] for n in imports for alias in n.names
-    }
+    imported = {alias.asname or alias.name.split(".")[0] for n in imports for alias in n.names}
 
     def is_change(node: ast.AST) -> bool:
         if isinstance(node, ast.ImportFrom):
@@ -208,16 +250,22 @@ def changes_from_outside(source: str) -> list[str]:
     return [ast.unparse(node) for node in nodes if is_change(node)]
 
 
-@pytest.mark.parametrize(("source", "found"), [
-    ("import sys\nsys.path.insert(0, 'here')", ["sys.path"]),
-    ("from sys import path\npath.append('here')", ["from sys import path"]),
-    ("import train_pretrain\ntrain_pretrain.train_step = print", ["train_pretrain.train_step"]),
-    ("def f():\n    from trainer import muon as m\n    m.Muon.step = print", ["m.Muon.step"]),
-    ("from trainer.run import Run\nRun.save, x = print, 1", ["Run.save"]),
-    ("from trainer.run import Run\nsetattr(Run, 'save', print)", ["setattr(Run, 'save', print)"]),
-    ("import os, trainer.run\ndel trainer.run.Run\nos.environ['A'] = 'b'", ["trainer.run.Run"]),
-    ("import sys\nfrom trainer.run import Run\nrun = Run()\nrun.model = sys.argv", []),
-])
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import sys\nsys.path.insert(0, 'here')", ["sys.path"]),
+        ("from sys import path\npath.append('here')", ["from sys import path"]),
+        ("import train_pretrain\ntrain_pretrain.train_step = print", ["train_pretrain.train_step"]),
+        ("def f():\n    from trainer import muon as m\n    m.Muon.step = print", ["m.Muon.step"]),
+        ("from trainer.run import Run\nRun.save, x = print, 1", ["Run.save"]),
+        (
+            "from trainer.run import Run\nsetattr(Run, 'save', print)",
+            ["setattr(Run, 'save', print)"],
+        ),
+        ("import os, trainer.run\ndel trainer.run.Run\nos.environ['A'] = 'b'", ["trainer.run.Run"]),
+        ("import sys\nfrom trainer.run import Run\nrun = Run()\nrun.model = sys.argv", []),
+    ],
+)
 def test_a_change_from_outside_is_found(source: str, found: list[str]) -> None:
     assert changes_from_outside(source) == found
 
@@ -283,8 +331,14 @@ def test_the_sample_is_varied_and_in_two_languages() -> None:
 
 
 EVENING = [
-    "train_pretrain.py", "model/config.py", "model/model_minimind.py", "dataset/lm_dataset.py",
-    "trainer/run.py", "trainer/progress.py", "trainer/schedule.py", "trainer/optimizer.py",
+    "train_pretrain.py",
+    "model/config.py",
+    "model/model_minimind.py",
+    "dataset/lm_dataset.py",
+    "trainer/run.py",
+    "trainer/progress.py",
+    "trainer/schedule.py",
+    "trainer/optimizer.py",
     "trainer/evaluation.py",
 ]
 

@@ -16,11 +16,26 @@ from trainer.flags import DECIDES, SPLITS, flag_names, parse_flags
 
 # Another value of each flag that must match, none of which the others' values depend on.
 OTHER = {
-    "epochs": 3, "learning_rate": 2e-3, "grad_clip": 0.5, "dropout": 0.2, "seed": 7,
-    "dtype": "bfloat16", "from_weight": "base", "max_seq_len": 16, "packing": 0,
-    "heldout_fraction": 0.2, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "intermediate_size": 64, "use_moe": 1,
-    "optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0.1, "decay_ratio": 0.3,
+    "epochs": 3,
+    "learning_rate": 2e-3,
+    "grad_clip": 0.5,
+    "dropout": 0.2,
+    "seed": 7,
+    "dtype": "bfloat16",
+    "from_weight": "base",
+    "max_seq_len": 16,
+    "packing": 0,
+    "heldout_fraction": 0.2,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 64,
+    "use_moe": 1,
+    "optimizer": "muon",
+    "lr_schedule": "wsd",
+    "warmup_ratio": 0.1,
+    "decay_ratio": 0.3,
 }
 NAMED = {"hidden_size", "use_moe"}  # they are part of the files' names: another run's files
 
@@ -70,14 +85,29 @@ def test_a_setting_that_decides_what_is_learnt_must_match(
     assert after == before
 
 
-@pytest.mark.parametrize("changes", [
-    {"log_interval": 3, "save_interval": 2, "eval_interval": 4, "eval_tokens": 99},
-    {"num_workers": 2, "timeout": 77, "keep_states": 5, "max_bad_updates": 1,
-     "price_per_hour": 2.5},
-    {"preset": "demo", "warmup_ratio": 0, "optimizer": "adamw", "lr_schedule": "cosine",
-     "decay_ratio": 0.4, "bad_records": "skip", "wandb_project": "other",
-     "overwrite": 0},  # the preset's own recipe would change the run
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"log_interval": 3, "save_interval": 2, "eval_interval": 4, "eval_tokens": 99},
+        {
+            "num_workers": 2,
+            "timeout": 77,
+            "keep_states": 5,
+            "max_bad_updates": 1,
+            "price_per_hour": 2.5,
+        },
+        {
+            "preset": "demo",
+            "warmup_ratio": 0,
+            "optimizer": "adamw",
+            "lr_schedule": "cosine",
+            "decay_ratio": 0.4,
+            "bad_records": "skip",
+            "wandb_project": "other",
+            "overwrite": 0,
+        },  # the preset's own recipe would change the run
+    ],
+)
 def test_settings_that_may_change_change_nothing_that_is_learnt(
     half: Path, tmp_path: Path, changes: dict
 ) -> None:
@@ -147,9 +177,12 @@ def test_another_version_of_torch_is_told(half: Path, tmp_path: Path) -> None:
     state = read_state(list_states(folder, "pretrain_32")[0])
     state["rounding"] |= {"torch": "2.11.0", "threads": "16"}
     save_state(folder, "pretrain_32", state["step"], state)
-    status, log = launched.run_trainers(
-        tiny_flags(tmp_path / "copy", dropout=0.1, from_resume=1), tmp_path / "log"
-    )[0], (tmp_path / "log").read_text()
+    status, log = (
+        launched.run_trainers(
+            tiny_flags(tmp_path / "copy", dropout=0.1, from_resume=1), tmp_path / "log"
+        )[0],
+        (tmp_path / "log").read_text(),
+    )
     assert status == 0, log
     assert "note: saved with torch 2.11.0 (now " in log and "threads 16 (now 1)" in log
 

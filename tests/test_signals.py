@@ -83,12 +83,18 @@ def stop(processes: list[BaseProcess], number: int, rank: int = 0) -> list[int]:
     return launched.wait_for_all(processes, timeout=GRACE)
 
 
-@pytest.mark.parametrize(("name", "workers"), [
-    ("SIGTERM", 2), ("SIGINT", 0), ("SIGHUP", 0),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("SIGTERM", 0), ("SIGINT", 2), ("SIGHUP", 2)
-    ))
-])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        ("SIGTERM", 2),
+        ("SIGINT", 0),
+        ("SIGHUP", 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("SIGTERM", 0), ("SIGINT", 2), ("SIGHUP", 2))
+        ),
+    ],
+)
 def test_a_signal_in_training_saves_the_update_and_stops(
     whole: Path, tmp_path: Path, name: str, workers: int
 ) -> None:
@@ -195,8 +201,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 def started(tmp_path: Path, words: list[str], **options: object) -> subprocess.Popen:
     """The real command line in a process group of its own; its output in a file."""
     with (tmp_path / "log").open("ab") as log:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                                   **options)
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, **options
+        )
     launched.STARTED.append(process)
     return process
 
@@ -215,9 +222,7 @@ def test_a_signal_to_the_whole_group_reaches_loader_processes_and_still_saves(
     assert_stopped(tmp_path, tmp_path / "log", "SIGTERM", [process.wait(timeout=GRACE)])
 
 
-@pytest.mark.parametrize("name", [
-    "SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)
-])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_to_torchrun_stops_its_ranks_and_the_file_tells_what_torchrun_hides(
     tmp_path: Path, name: str
 ) -> None:

@@ -89,7 +89,7 @@ def test_the_script_reads_text_jsonl_and_folders(trained: tuple[list[Path], Path
 
 
 def test_a_trained_tokenizer_keeps_minimind_ids_and_every_text(
-    trained: tuple[list[Path], Path]
+    trained: tuple[list[Path], Path],
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained[1])
     assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]

@@ -55,9 +55,7 @@ def test_the_micro_batch_changes_nothing_but_how_the_window_is_cut(
     assert_close(found, plain_gradient(tmp_path, use_moe=True))
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "splits"), [(2, [(2, 3), (1, 6)]), (4, [(3, 1), (1, 3)])]
-)
+@pytest.mark.parametrize(("num_ranks", "splits"), [(2, [(2, 3), (1, 6)]), (4, [(3, 1), (1, 3)])])
 def test_ranks_give_the_gradient_of_one_batch(
     tmp_path: Path, num_ranks: int, splits: list[tuple[int, int]]
 ) -> None:

@@ -22,9 +22,9 @@ def weights(use_moe: bool, change: Callable | None = None) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-@pytest.mark.parametrize(("change", "deviation"), [
-    (drawn_outputs, 0.02), (try_variants.smaller_outputs, 0.01),
-])
+@pytest.mark.parametrize(
+    ("change", "deviation"), [(drawn_outputs, 0.02), (try_variants.smaller_outputs, 0.01)]
+)
 def test_outputs_of_layers_are_drawn_and_nothing_else(
     use_moe: bool, change: Callable, deviation: float
 ) -> None:

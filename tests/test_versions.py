@@ -76,8 +76,13 @@ def test_a_program_says_so_in_one_line_and_goes_on(
 
 
 def test_ci_runs_the_lowest_transformers_that_is_admitted() -> None:
-    lowest = next(part.version for line in LINES if line.startswith("transformers")
-                  for part in Requirement(line).specifier if part.operator == ">=")
+    lowest = next(
+        part.version
+        for line in LINES
+        if line.startswith("transformers")
+        for part in Requirement(line).specifier
+        if part.operator == ">="
+    )
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert re.search(rf"transformers=={re.escape(lowest)}\b", script)
     for name in ("model", "generation", "eval", "export", "tokenizer"):

@@ -268,6 +268,11 @@ GROUPS = (ModelFlags, DataFlags, TrainingFlags, MachineFlags, FileFlags, Watchin
 class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFlags, ModelFlags):
     """All flags."""
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """--dtype; the parser chose one if none was given."""
+        return getattr(torch, str(self.dtype))
+
     def architecture(self) -> dict[str, Any]:
         """The flags that size the model, by the names of MiniMindConfig's arguments."""
         kept = {f.name for f in fields(ModelFlags)} - {"preset", "tokenizer_path", "from_weight"}

@@ -6,7 +6,7 @@ Opening a state therefore runs no code and allocates no more than the file holds
 
 import json
 from types import UnionType
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -122,7 +122,7 @@ def with_tensors(part: object, tensors: dict[str, Tensor]) -> object:
     return part
 
 
-def check_fits(found: object, expected: object, where: str) -> None:
+def check_fits(found: Any, expected: Any, where: str) -> None:
     """Check that a part of a state has the names, shapes and types of this run's own part.
 
     It is called before anything is copied: a moment of another shape could make a fused kernel
