@@ -25,7 +25,7 @@ from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig
 from trainer.device import default_device
 from trainer.flags import Parser, parse_flags
-from trainer.guard import Guard
+from trainer.guard.guard import Guard
 from trainer.metrics import Metrics
 from trainer.program import run_program
 from trainer.run import Run
