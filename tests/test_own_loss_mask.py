@@ -9,15 +9,8 @@ from pathlib import Path
 import torch
 
 from dataset.lm_dataset import IGNORE, Batch, PretrainDataset
+from tests import running
 from tests.helpers import shipped_tokenizer
-from tests.running import (
-    assert_same,
-    metrics_without_times,
-    newest_state,
-    read_metrics,
-    tiny_flags,
-    write_corpus,
-)
 from train_pretrain import Guard, build_run, train, train_step
 from trainer.flags import parse_flags
 from trainer.program import run_program
@@ -52,14 +45,9 @@ def fine_tune(argv: list[str], killed_at: int = 0) -> int:
             train(config, guard, open_answers, build_run, step)
 
     def open_answers(config: object, tokenizer: object, device: torch.device) -> Answers:
-        return Answers(
-            config.data_path,
-            tokenizer,
-            config.max_seq_len,
-            seed=config.seed,
-            heldout_fraction=config.heldout_fraction,
-            cache_dir=config.cache_dir,
-        )
+        choice = {"seed": config.seed, "heldout_fraction": config.heldout_fraction}
+        source = config.data_path, tokenizer, config.max_seq_len
+        return Answers(*source, **choice, cache_dir=config.cache_dir)
 
     return run_program(program)
 
@@ -67,21 +55,24 @@ def fine_tune(argv: list[str], killed_at: int = 0) -> int:
 def folder_with_questions(folder: Path) -> list[str]:
     folder.mkdir()
     pairs = [f"question {i} of {i % 7} => answer {i % 5}" for i in range(60)]
-    write_corpus(folder / "corpus.jsonl", pairs)
-    return tiny_flags(folder, epochs=8, learning_rate=1e-2, dropout=0.1)
+    running.write_corpus(folder / "corpus.jsonl", pairs)
+    return running.tiny_flags(folder, epochs=8, learning_rate=1e-2, dropout=0.1)
 
 
 def test_a_loss_mask_of_one_s_own_trains_and_resumes_to_the_last_bit(tmp_path: Path) -> None:
     whole, cut = folder_with_questions(tmp_path / "whole"), folder_with_questions(tmp_path / "cut")
     assert fine_tune(whole) == 0
-    learned = [r["loss"] for r in read_metrics(tmp_path / "whole") if "loss" in r]
-    assert learned[-1] < 0.6 * learned[0] and "heldout_loss" in read_metrics(tmp_path / "whole")[-1]
+    records = running.read_metrics(tmp_path / "whole")
+    learned = [record["loss"] for record in records if "loss" in record]
+    assert learned[-1] < 0.6 * learned[0] and "heldout_loss" in records[-1]
     child = multiprocessing.get_context("forkserver").Process(target=fine_tune, args=(cut, 12))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert fine_tune([*cut, "--from_resume", "1"]) == 0
     for part in ("model", "optimizer", "rng", "progress"):
-        found, expected = (newest_state(tmp_path / name)[part] for name in ("cut", "whole"))
-        assert_same(found, expected, part)
-    assert metrics_without_times(tmp_path / "cut") == metrics_without_times(tmp_path / "whole")
+        found, expected = (running.newest_state(tmp_path / name)[part] for name in ("cut", "whole"))
+        running.assert_same(found, expected, part)
+    assert running.metrics_without_times(tmp_path / "cut") == running.metrics_without_times(
+        tmp_path / "whole"
+    )
