@@ -49,8 +49,8 @@ def add_weight_flags(parser: Parser) -> argparse._ArgumentGroup:
     add = group.add_argument
     add("--weight", default="pretrain", help="name of the weights in --save_dir, or a .pth file")
     add("--save_dir", default="out", help="folder of the weights")
-    add("--hidden_size", type=int, help="needed if --save_dir holds several sizes of that name")
-    add("--use_moe", type=int, choices=[0, 1], help="0: dense, 1: with experts; likewise")
+    add("--hidden_size", type=int, help="needed if --save_dir has several sizes of that name")
+    add("--use_moe", type=int, choices=[0, 1], help="1: with experts; needed if there are both")
     add("--tokenizer_path", default="model", help="the tokenizer that the model was trained with")
     parser.set_defaults(inference_rope_scaling=False, device="cpu")
     return group

@@ -1,4 +1,4 @@
-"""What several test files need."""
+"""Small models, the bundled tokenizer and files, for tests that need no training run."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
-    """One document a line."""
+    """Write JSONL with one document per line. Returns: ``path``."""
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     path.write_bytes("".join(lines).encode("utf-8"))
     return path
@@ -24,12 +24,12 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 @cache
 def shipped_tokenizer() -> PreTrainedTokenizerBase:
-    """The tokenizer in model/: 6,400 entries, padding 0, BOS 1, EOS 2."""
+    """The tokenizer in model/: 6,400 tokens, padding 0, BOS 1, EOS 2."""
     return AutoTokenizer.from_pretrained(str(ROOT / "model"))
 
 
 def tiny_config(**changes: object) -> MiniMindConfig:
-    """Two layers of width 32, except for what ``changes`` says."""
+    """Two layers of width 32, with ``changes`` applied."""
     sizes = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -44,20 +44,20 @@ def tiny_config(**changes: object) -> MiniMindConfig:
 
 @torch.no_grad()
 def perturbed(model: MiniMindForCausalLM, deviation: float) -> MiniMindForCausalLM:
-    """The model, no longer as it begins: there layers add nothing, and norms multiply by one."""
+    """Add noise to all weights, in place: initially layers add zero and norms scale by one."""
     for weight in model.parameters():
         weight += deviation * torch.randn_like(weight)
     return model
 
 
 def tiny_model(seed: int = 0, **changes: object) -> MiniMindForCausalLM:
-    """A model in which every weight matters: none is zero, one, or too small to see."""
+    """A model in which every weight matters: none is zero, one or negligible."""
     torch.manual_seed(seed)
     return perturbed(MiniMindForCausalLM(tiny_config(**changes)).eval(), 0.2)
 
 
 def start_python(*arguments: object) -> subprocess.Popen:
-    """A Python of its own, in the repository's root."""
+    """Start a Python process in the root of the repository, with pipes for input and output."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,

@@ -1,8 +1,8 @@
-"""The real program in processes of its own, started fast, with faults that strike as told.
+"""Trainer processes with injected faults: how they are started, waited for and killed.
 
-A server process that has imported everything (see conftest.py) forks each of them, so that a start
-takes a tenth of a second rather than five. What a fault does is real: a signal, an errno, a value
-in a tensor.
+They are forked from a server process that has imported everything (see conftest.py), so a start
+takes 0.1 s rather than 5 s. The faults are real: a signal, an errno, a value in a tensor. A test
+names them in ``faults``, as pairs of a function below (see FAULTS) and its arguments.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from trainer.guard import mirror
 
 make_strict()
 
-STARTED: list = []  # what a failed test may leave behind; conftest.py ends it
-OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink")  # of trainer/checkpoint.py
+STARTED: list = []  # processes that a failed test may leave behind; conftest.py kills them
+OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink")  # in trainer/checkpoint.py
 
 
 class Operations:
-    """Stands for ``os`` in trainer/checkpoint.py: ``before`` and ``after`` see each operation."""
+    """Replaces ``os`` in trainer/checkpoint.py; calls ``before`` and ``after`` each operation."""
 
     def __init__(self, before: Callable, after: Callable = lambda *args: None) -> None:
         for name in OPERATIONS:
@@ -54,7 +54,7 @@ class Operations:
 
 
 def at_operation(number: int, strike: Callable[[str], None]) -> None:
-    """``strike`` before the so-manieth operation on files, from 0."""
+    """Call ``strike`` before the file operation with this number, from 0."""
     count = iter(range(10**9))
 
     def before(name: str, *args: object) -> None:
@@ -65,12 +65,12 @@ def at_operation(number: int, strike: Callable[[str], None]) -> None:
 
 
 def kill_at_operation(number: int) -> None:
-    """SIGKILL before an operation on files."""
+    """SIGKILL before the file operation with this number, from 0."""
     at_operation(number, lambda name: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def fail_at_operation(number: int, code: str) -> None:
-    """An operation on files fails, with this errno."""
+    """Let the file operation with this number fail with errno ``code``, for instance ENOSPC."""
 
     def strike(name: str) -> None:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
@@ -79,7 +79,7 @@ def fail_at_operation(number: int, code: str) -> None:
 
 
 def in_update(step: int, strike: Callable[[object], None], rank: int = 0) -> None:
-    """``strike(run)`` at the beginning of an update, on one rank."""
+    """Call ``strike(run)`` at the beginning of update ``step`` on one rank."""
     train_step = train_pretrain.train_step
 
     def struck(run: object, window: list, num_labels: int) -> torch.Tensor:
@@ -91,7 +91,7 @@ def in_update(step: int, strike: Callable[[object], None], rank: int = 0) -> Non
 
 
 def die_in_update(step: int, how: str, rank: int = 0) -> None:
-    """A rank ends, or stops moving, in an update."""
+    """Let a rank die, hang or fail at the beginning of update ``step``."""
 
     def strike(run: object) -> None:
         if how in ("SIGKILL", "SIGSTOP", "SIGTERM"):
@@ -109,7 +109,7 @@ def die_in_update(step: int, how: str, rank: int = 0) -> None:
 
 
 def die_in_save(how: str, rank: int = 1) -> None:
-    """A rank stops moving, or dies, while the first rank saves."""
+    """Send a rank the signal ``how`` while the first rank saves."""
     save = train_pretrain.Run.save
 
     def struck(run: object, tracker: object) -> object:
@@ -121,7 +121,9 @@ def die_in_save(how: str, rank: int = 1) -> None:
 
 
 def poison(steps: list[int], value: str, where: str, rank: int = 0) -> None:
-    """NaN or infinity in the loss or in one element of a gradient, in the last batch of updates."""
+    """Multiply the loss by ``value``, or set an element of a gradient to it.
+
+    This happens in the last batch of each update in ``steps``."""
     bad = float(value)
     train_step = train_pretrain.train_step
 
@@ -154,7 +156,7 @@ def poison(steps: list[int], value: str, where: str, rank: int = 0) -> None:
 
 
 def log_rows(path: str) -> None:
-    """Append to ``<path>.<rank>`` a line an update: its number, and each row's content."""
+    """Append a line per update to ``<path>.<rank>``: its number and a hash of each row."""
     train_step = train_pretrain.train_step
 
     def logged(run: object, window: list, num_labels: int) -> torch.Tensor:
@@ -167,7 +169,7 @@ def log_rows(path: str) -> None:
 
 
 def slow_updates(seconds: float) -> None:
-    """Each update takes so much longer."""
+    """Make each update take longer by ``seconds``."""
     train_step = train_pretrain.train_step
 
     def slowed(*args: object) -> torch.Tensor:
@@ -178,7 +180,7 @@ def slow_updates(seconds: float) -> None:
 
 
 def hold_update(step: int, marker: str) -> None:
-    """An update waits for a file to appear."""
+    """Let update ``step`` wait until the file ``marker`` exists."""
 
     def wait_for_it(run: object) -> None:
         while not Path(marker).exists():
@@ -188,13 +190,13 @@ def hold_update(step: int, marker: str) -> None:
 
 
 def start_late(rank: int, seconds: float) -> None:
-    """One rank starts so much after the others."""
+    """Let one rank start ``seconds`` after the others."""
     if distributed.rank() == rank:
         time.sleep(seconds)
 
 
 def slow_evaluation(marker: str, seconds: float) -> None:
-    """Each held-out batch takes so much longer; the first makes a file to see."""
+    """Make each held-out batch take longer; the first one creates the file ``marker``."""
     unless = evaluation.unless
 
     def slowed(stopping: Callable, items: Iterable) -> Iterator:
@@ -207,7 +209,7 @@ def slow_evaluation(marker: str, seconds: float) -> None:
 
 
 def slow_save(marker: str, seconds: float) -> None:
-    """Each sync of a file during a save takes so much longer; the first makes a file to see."""
+    """Make each fsync of a save take longer; the first one creates the file ``marker``."""
     save = train_pretrain.Run.save
 
     def before(name: str, *args: object) -> None:
@@ -223,7 +225,7 @@ def slow_save(marker: str, seconds: float) -> None:
 
 
 def stuck_loader(row: int) -> None:
-    """A loader process never comes back from a row."""
+    """Let a loader process hang when it is asked for ``row``."""
     getitems = train_pretrain.PretrainDataset.__getitems__
 
     def stuck(data: object, rows: list[int]) -> object:
@@ -235,7 +237,7 @@ def stuck_loader(row: int) -> None:
 
 
 def impatient_mirror() -> None:
-    """A mirror that fails is given up soon."""
+    """Retry and give up a failing mirror within about a second."""
     mirror.FAILING_SECONDS, mirror.PAUSES = 1, (0.1, 0.1)
 
 
@@ -262,16 +264,16 @@ FAULTS = {
 def trainer_main(
     argv: list[str], environment: dict[str, str], log: str, faults: list[tuple]
 ) -> None:
-    """What a started process runs."""
+    """The main function of a started process: install the faults, and train."""
     os.environ |= environment
-    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as a shell's Linux
+    multiprocessing.set_start_method("fork", force=True)  # for loader processes: Linux's default
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(handled, signal.SIG_DFL)  # as a shell starts it, not as pytest does
+        signal.signal(handled, signal.SIG_DFL)  # as if started by a shell, not by pytest
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, options in faults:
         FAULTS[name](**options)
@@ -279,7 +281,7 @@ def trainer_main(
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A TCP port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -292,7 +294,7 @@ def start_trainers(
     faults: list[tuple] = (),
     environment: dict[str, str] | None = None,
 ) -> list[BaseProcess]:
-    """Start the program, on ranks as torchrun would; what they print goes to ``log``."""
+    """Start a process per rank, with the environment of torchrun; ``log`` gets their output."""
     context = multiprocessing.get_context("forkserver")
     shared = {"PYTHONHASHSEED": "0"}
     if num_ranks > 1:
@@ -312,7 +314,7 @@ def start_trainers(
 
 
 def wait_for_all(processes: list[BaseProcess], timeout: float = 120) -> list[int]:
-    """Their exit statuses; a signal counts as its negative number."""
+    """Wait until all have ended. Returns: exit statuses, -N for a process ended by signal N."""
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -329,12 +331,12 @@ def run_trainers(
     faults: list[tuple] = (),
     environment: dict[str, str] | None = None,
 ) -> list[int]:
-    """Start the trainers, and wait for all. Returns: their exit statuses, see ``wait_for_all``."""
+    """Start trainers and wait for all of them. Returns: exit statuses, see ``wait_for_all``."""
     return wait_for_all(start_trainers(argv, log, num_ranks, faults, environment))
 
 
 def kill_all(processes: list[BaseProcess]) -> None:
-    """SIGKILL for those that are left."""
+    """SIGKILL those that are still alive."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
@@ -342,14 +344,14 @@ def kill_all(processes: list[BaseProcess]) -> None:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """SIGKILL for a command that leads a process group, and for all in it."""
+    """SIGKILL a command that leads a process group, with the whole group."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def kill_leftovers() -> None:
-    """End what the last test started and did not end."""
+    """Kill what the last test started and did not end."""
     kill_all(
         [process for process in STARTED if isinstance(process, BaseProcess) and process.is_alive()]
     )
@@ -359,7 +361,7 @@ def kill_leftovers() -> None:
     STARTED.clear()
 
 
-if __name__ == "__main__":  # under torchrun: faults strike before its first restart only
+if __name__ == "__main__":  # under torchrun; no faults after its first restart
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         for fault, options in json.loads(os.environ["FAULTS"]):
             FAULTS[fault](**options)

@@ -1,4 +1,7 @@
-"""Starting the real programs on tiny models, for tests that need processes."""
+"""Training runs on tiny models: started here or in new processes, killed, and compared.
+
+``train_in_process`` calls the program in this process; ``run_command``, ``train_on_ranks`` and
+``train_and_kill`` start new ones. Processes with injected faults are in launched.py."""
 
 import contextlib
 import io
@@ -39,12 +42,12 @@ TINY_FLAGS = {
 }
 
 
-TIMED = ("tokens_per_second", "eta_minutes", "minutes_spent", "mfu")
+TIMED = ("tokens_per_second", "eta_minutes", "minutes_spent", "mfu")  # differ between runs
 TIMED += tuple(f"share_{part}" for part in PARTS)
 
 
 def short_documents(num: int = 80) -> list[str]:
-    """Short documents of different lengths, none like another."""
+    """Distinct short documents of various lengths."""
     return [
         f"Document {i}: " + " ".join(f"word{i * j % 17}" for j in range(i % 19 + 1))
         for i in range(num)
@@ -52,11 +55,11 @@ def short_documents(num: int = 80) -> list[str]:
 
 
 def fact_documents() -> list[str]:
-    """What the built-in prompts ask, with the answers: a tiny model learns it by heart."""
+    """The built-in prompts with their answers, which a tiny model can memorize."""
     return [f"{prompt} {answer}." for prompt, answer in eval_llm.PROMPTS.items()]
 
 
-MEMORIZE_FLAGS = (  # sizes and rates at which it does so within seconds
+MEMORIZE_FLAGS = (  # memorizes ``fact_documents`` within seconds
     "--hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2 "
     "--intermediate_size 128 --max_seq_len 64 --batch_size 2 --accumulation_steps 1 --epochs 8 "
     "--learning_rate 5e-3 --heldout_fraction 0.02 --device cpu --dtype float32 "
@@ -64,12 +67,14 @@ MEMORIZE_FLAGS = (  # sizes and rates at which it does so within seconds
 
 
 def write_corpus(path: Path, documents: list[str] | None = None) -> Path:
-    """JSONL of ``documents``, by default of ``texts()``."""
+    """Write JSONL of ``documents``, by default ``short_documents()``. Returns: ``path``."""
     return write_jsonl(path, documents or short_documents())
 
 
 def tiny_flags(folder: Path, **changes: object) -> list[str]:
-    """TINY with ``changes``, all files inside ``folder``, as words of a command line."""
+    """TINY_FLAGS with ``changes`` as command-line arguments; all files are inside ``folder``.
+
+    Writes the corpus if there is none."""
     corpus = folder / "corpus.jsonl"
     if not corpus.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +90,7 @@ def tiny_flags(folder: Path, **changes: object) -> list[str]:
 
 
 def training_command(arguments: list[str], num_ranks: int = 1) -> list[str]:
-    """The command line that trains on so many ranks."""
+    """The command line that trains on ``num_ranks`` ranks."""
     if num_ranks == 1:
         return [sys.executable, "train_pretrain.py", *arguments]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -93,7 +98,7 @@ def training_command(arguments: list[str], num_ranks: int = 1) -> list[str]:
 
 
 def run_command(words: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run to the end, from the repository's root."""
+    """Run a command to its end in a new process, in the root of the repository."""
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
@@ -112,30 +117,30 @@ def train_on_ranks(folder: Path, num_ranks: int, **changes: object) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The metrics file, as far as it is written."""
+    """The complete records of the metrics file of a run in ``folder``; none if there is no file."""
     found = list((folder / "out").glob("*_metrics.jsonl"))
     lines = found[0].read_text(encoding="utf-8").splitlines(keepends=True) if found else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def without_times(found: list[dict]) -> list[dict]:
-    """Records but for what no two runs have alike."""
+    """Records without times and what is computed from them, which differ between runs."""
     return [{k: v for k, v in record.items() if k not in TIMED} for record in found]
 
 
 def metrics_without_times(folder: Path) -> list[dict]:
-    """The metrics file but for times."""
+    """As ``read_metrics``, without times."""
     return without_times(read_metrics(folder))
 
 
 def newest_state(folder: Path, name: str = "pretrain_32") -> dict:
-    """The newest state, but for times."""
+    """The newest state of a run in ``folder``, without times."""
     state = read_state(list_states(folder / "checkpoints", name)[0])
     return state | {"records": without_times(state["records"])}
 
 
 def assert_same(a: object, b: object, where: str = "state") -> None:
-    """Equal to the last bit, however deep."""
+    """Assert that nested structures of tensors and values are equal to the last bit."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), where
@@ -152,20 +157,20 @@ def assert_same(a: object, b: object, where: str = "state") -> None:
 
 
 def files_with_times(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file's bytes and time of change."""
+    """The time of modification and the bytes of each file, by path."""
     return {
         str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
     }
 
 
 def mark_slow_except_every(num: int, cases: Iterable) -> list:
-    """Parameters of a test: so many times fewer of them in the reduced set, all in the full one."""
+    """Parameters of a test, of which all but every ``num``-th are marked slow."""
     slow = [pytest.mark.slow]
     return [pytest.param(case, marks=slow if i % num else []) for i, case in enumerate(cases)]
 
 
 def descendant_pids(pid: int) -> list[int]:
-    """Process ids below ``pid``, parents first."""
+    """The ids of all descendants of a process, parents first."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except FileNotFoundError:
@@ -176,7 +181,9 @@ def descendant_pids(pid: int) -> list[int]:
 def train_and_kill(
     folder: Path, step: int, num_ranks: int = 1, words: list[str] | None = None, **changes: object
 ) -> int:
-    """Start training, SIGKILL a rank once ``step`` is logged; returns the last step logged."""
+    """Start training in new processes, and SIGKILL a rank once ``step`` is logged.
+
+    Returns: the last step logged."""
     with subprocess.Popen(
         training_command(words or tiny_flags(folder, **changes), num_ranks),
         cwd=ROOT,
@@ -185,8 +192,8 @@ def train_and_kill(
     ) as process:
         deadline = time.monotonic() + 120
         while not any(record["step"] >= step for record in read_metrics(folder)):
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline, "never came so far"
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the run did not get to this step in time"
             time.sleep(0.01)
         victim = process.pid if num_ranks == 1 else descendant_pids(process.pid)[-1]
         os.kill(victim, signal.SIGKILL)
