@@ -416,7 +416,9 @@ def test_a_cache_made_ahead_is_the_one_that_training_finds(
     assert prepare_data.main([*words, "--data_path", str(tmp_path / "absent.jsonl")]) == 3
     assert capsys.readouterr().err.startswith(f"error: --data_path {tmp_path / 'absent.jsonl'}")
     assert prepare_data.main([*words, "--tokenizer_path", str(tmp_path / "absent")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --tokenizer_path {tmp_path / 'absent'}: no ")
+    assert capsys.readouterr().err.startswith(
+        f"error: --tokenizer_path {tmp_path / 'absent'} holds no "
+    )
 
 
 def test_two_processes_may_build_the_same_cache_at_once(tmp_path: Path) -> None:
