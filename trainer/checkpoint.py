@@ -149,7 +149,7 @@ def remove_partial_files(folder: str | Path, name: str) -> list[Path]:
 
 
 def make_room(states: list[Path]) -> None:
-    """Remove all states but the newest good one: what a fallback is needs its bytes looked at."""
+    """Remove all states except the newest good one, which is found by its digest."""
     with contextlib.suppress(OSError):  # the save that lacks room says so
         good = next((path for path in states if digest_of_file(path) in path.name), None)
         for path in states:

@@ -1,4 +1,4 @@
-"""How long a run is: a number of rows, or the rows that fit into a number of minutes."""
+"""How long a run is: a number of rows, or as many rows as fit into a number of minutes."""
 
 import os
 import time
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-NOT_KNOWN = 2**40  # rows, until the speed was measured
+NOT_KNOWN = 2**40  # rows, until the speed is known
 NUM_CLOCK_CHECKS = 100  # re-plan about 100 times per run
 WINDOW = 0.1  # share of the time over which speed is measured
-SKIPPED = 2  # updates of a start: they compile, and fill caches
-GENERATION = 2.0  # seconds that the prompts of an evaluation may take, until one was made
+SKIPPED = 2  # first updates of a start, not measured: they compile and fill caches
+GENERATION = 2.0  # seconds assumed for an evaluation's prompts until one was measured
 
 
 class Plan(NamedTuple):
@@ -18,21 +18,21 @@ class Plan(NamedTuple):
 
     total_rows: int
     from_row: int = 0  # where the plan was last changed
-    from_share: float = 0.0  # what was done there
+    from_share: float = 0.0  # the share that was done there
 
     def share(self, rows: int) -> float:
-        """0 at the start, 1 at the end; a change of the plan leaves no step."""
+        """0 at the start, 1 at the end; continuous even where the plan changes."""
         left = self.total_rows - self.from_row
         share = self.from_share + (1 - self.from_share) * (rows - self.from_row) / max(left, 1)
         return min(share, 1.0)
 
     def changed(self, rows: int, total_rows: int) -> "Plan":
-        """From now on with another end."""
+        """The plan from ``rows`` on, with another end."""
         return Plan(max(total_rows, rows), rows, self.share(rows))
 
 
 def process_start() -> float:
-    """When this process began, by time.monotonic(): imports are paid for, too."""
+    """When this process began, by time.monotonic(): imports count as well."""
     now = time.monotonic()
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -60,32 +60,32 @@ class Budget:
         self.spent_before = 0.0  # by earlier starts
         self.begun = process_start() if begun is None else begun
         self.marks: list[tuple[float, int]] = []  # training seconds so far, updates
-        self.paused = 0.0  # seconds that went to evaluations and saves
+        self.paused = 0.0  # seconds spent on evaluations and saves
         self.lasted: dict[str, float] = {}  # seconds of the newest evaluation, and save
         self.next_look = 0.0
         self.num_updates = 0
         self.keep: Callable[[float], None] = lambda spent: None  # for a start after a kill
 
     def spent(self) -> float:
-        """Seconds, of all starts."""
+        """Seconds spent so far, by all starts."""
         return self.spent_before + self.clock() - self.begun
 
     def pause(self, part: str, seconds: float) -> None:
-        """Training stood still for an ``evaluation``, or for ``saving``."""
+        """Count seconds of an ``evaluation`` or of ``saving``, in which nothing was trained."""
         self.paused += seconds
         self.lasted[part] = seconds
 
     def due(self) -> bool:
-        """Count an update. Returns: whether it is time to plan again."""
+        """Count an update. Returns: whether it is time to re-plan."""
         self.num_updates += 1
         return self.num_updates > SKIPPED and self.spent() >= self.next_look
 
     def updates_left(
         self, step: int, eval_interval: int, save_interval: int, eval_updates: float
     ) -> int | None:
-        """How many more fit, by what the last ones took; None while that is not known.
+        """How many more updates fit, judged by the last ones; None while that is not known.
 
-        Args: eval_updates: what an evaluation costs until one was made, in updates."""
+        Args: eval_updates: an evaluation's cost in updates, until one was measured."""
         spent = self.spent()
         self.keep(spent)
         self.next_look = spent + self.seconds / NUM_CLOCK_CHECKS

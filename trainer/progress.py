@@ -1,4 +1,4 @@
-"""How far a run is: plain numbers, which its states hold as they are."""
+"""How far a run has come: plain numbers, which states hold as JSON."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -11,16 +11,16 @@ from trainer.errors import CheckpointError
 
 
 class Outcome(NamedTuple):
-    """What an update gave, summed over all ranks; on the device until somebody looks at it."""
+    """The result of an update, summed over all ranks; it stays on the device until it is read."""
 
     nats: Tensor  # () summed loss of the window's labels
     aux: Tensor  # () aux loss * labels
     expert_load: Tensor  # (E,) tokens that each expert had
     grad_norm: Tensor  # () before clipping
-    culprits: Tensor  # (world_size,) not zero for each rank whose own gradient was not finite
+    culprits: Tensor  # (world_size,) nonzero for each rank whose own gradient was not finite
 
     def flat(self) -> Tensor:
-        """(3 + E + world_size,) all of it in one tensor, to be looked at together."""
+        """(3 + E + world_size,) all of it in one tensor, for one transfer."""
         return torch.cat(
             [torch.stack((self.nats, self.aux, self.grad_norm)), self.expert_load, self.culprits]
         )
@@ -42,7 +42,7 @@ class Seen(NamedTuple):
 
 
 def to_host(outcomes: list[Outcome]) -> list[Seen]:
-    """Bring outcomes to the host, in one transfer; waits for the device."""
+    """Copy outcomes to the host in one transfer; waits for the device."""
     if not outcomes:
         return []
     num_experts = len(outcomes[0].expert_load)
@@ -61,24 +61,24 @@ def to_host(outcomes: list[Outcome]) -> list[Seen]:
 
 @dataclass
 class Progress:
-    """Counts from the run's first update on, over all its starts."""
+    """Counts since the run's first update, over all starts."""
 
     rows_seen: int = 0  # the clock
     step: int = 0  # updates done
-    tokens_seen: int = 0  # tokens learnt from: labels that carried loss
-    evaluated_step: int = 0  # after which the last evaluation was made
-    bad_updates: int = 0  # not applied, since loss or gradient was not finite
+    tokens_seen: int = 0  # labels that carried loss in updates that were applied
+    evaluated_step: int = 0  # the update after which the last evaluation was made
+    bad_updates: int = 0  # skipped because loss or gradient was not finite
     bad_in_a_row: int = 0
     interval_labels: int = 0  # since the last log line
     interval_nats: float = 0.0
     interval_aux: float = 0.0  # aux loss * labels
 
     def to_dict(self) -> dict[str, int | float]:
-        """As a state holds it."""
+        """The counts by name, as a state holds them."""
         return asdict(self)
 
     def add(self, outcome: Seen, num_labels: int) -> None:
-        """Count an update that was applied, or one that was not."""
+        """Count an update, applied or not."""
         if outcome.is_finite:
             self.bad_in_a_row = 0
             self.tokens_seen += num_labels
@@ -90,7 +90,7 @@ class Progress:
             self.bad_in_a_row += 1
 
     def close_interval(self, with_aux: bool) -> dict[str, float]:
-        """Mean losses since the last call; none if nothing was learnt."""
+        """Mean losses since the last call; empty if no update was applied."""
         losses = {}
         if self.interval_labels:
             losses["loss"] = self.interval_nats / self.interval_labels
@@ -102,7 +102,7 @@ class Progress:
     def check(
         self, saved_step: int, total_rows: int, rows_per_epoch: int, global_batch: int
     ) -> None:
-        """Raises: CheckpointError unless a run could have counted so: rows make updates.
+        """Raises: CheckpointError unless a run can have these counts: rows determine updates.
 
         Args:
             saved_step: the update in the state's own record.

@@ -1,4 +1,4 @@
-"""The run: all that an update reads or changes, how it is saved, and how it resumes."""
+"""The run: what an update reads or changes, how it is saved, and how it is restored."""
 
 import math
 import time
@@ -38,12 +38,13 @@ class Update(NamedTuple):
 
 @dataclass
 class Run:
-    """It changes only between updates, so every save can resume."""
+    """All that an update reads or changes. It changes only between updates, so every save can be
+    resumed."""
 
     args: TrainConfig
     config: MiniMindConfig
-    settings: dict  # those that decide the result; a resumed run must have the same
-    rounding: dict  # those that decide its last bits
+    settings: dict  # what decides the result; must be the same when the run is resumed
+    rounding: dict  # what decides only its last bits
     model: MiniMindForCausalLM
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -59,11 +60,11 @@ class Run:
     rollbacks: list[list] = field(default_factory=list)  # [--resume_step, --skip_steps] each
     plan: Plan = field(init=False)  # how many rows, and which share of the run is done
     budget: Budget | None = None  # what the plan follows; on all ranks, rank 0's counts
-    seconds_spent: float = 0.0  # of a budget, by earlier starts
+    seconds_spent: float = 0.0  # of the budget, by earlier starts
     rows_held_out: int = 0
-    tracker_id: str | None = None  # the tracker's run that this one is
-    can_generate: bool = True  # whether samples are made; not if transformers computes otherwise
-    micro_batch: int = field(init=False)  # rows that a device works on at once
+    tracker_id: str | None = None  # of this run in the tracker
+    can_generate: bool = True  # False once transformers was found to compute something else
+    micro_batch: int = field(init=False)  # rows per forward pass on each device
     gradients: distributed.GradientSum = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,17 +100,17 @@ class Run:
 
     @property
     def evaluation_updates(self) -> float:
-        """What an evaluation takes, in updates: about; it has no backward pass."""
+        """Roughly how many updates take as long as an evaluation, which has no backward pass."""
         return self.rows_held_out / (3 * self.global_batch)
 
     @property
     def rows_per_device(self) -> int:
-        """Rows that each rank gives to an update; fewer in the last one of an epoch."""
+        """Rows of an update on each rank; fewer in the last update of an epoch."""
         return self.args.batch_size * self.args.accumulation_steps
 
     @property
     def rounding_now(self) -> dict:
-        """With the micro-batch that was chosen, rather than the flag."""
+        """``rounding`` with the micro-batch that was chosen instead of the flag."""
         return self.rounding | {"micro_batch_size": str(self.micro_batch)}
 
     def learning_rate(self, num_rows: int) -> float:
@@ -121,7 +122,7 @@ class Run:
         )
 
     def updates_left(self) -> int:
-        """How many more the budget allows; 0 if that is not to be asked now, or by this rank."""
+        """How many more updates the budget allows; 0 between clock checks, and on other ranks."""
         if self.budget is None or not distributed.is_main_process() or not self.budget.due():
             return 0
         if self.pending:
@@ -132,7 +133,7 @@ class Run:
         return 0 if left is None else max(1, left)
 
     def plan_for(self, updates: int) -> None:
-        """End after so many more updates."""
+        """Plan to end after this many more updates."""
         per_epoch = -(-self.rows_per_epoch // self.global_batch)
         epochs, rows = divmod(self.rows_seen, self.rows_per_epoch)
         epochs, last = divmod(epochs * per_epoch + rows // self.global_batch + updates, per_epoch)
@@ -141,24 +142,24 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether all rows are consumed."""
+        """Whether all rows have been consumed."""
         return self.rows_seen >= self.total_rows
 
     def due(self, interval: int) -> bool:
-        """Whether what happens every ``interval`` updates, and at the end, happens now."""
+        """Whether something that happens every ``interval`` updates, and at the end, is due."""
         return self.step > 0 and (self.step % interval == 0 or self.is_done)
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether this update's evaluation is still to be made; a signal may have put it off."""
+        """Whether this update is still to be evaluated; a signal may have postponed it."""
         return self.due(self.args.eval_interval) and self.progress.evaluated_step < self.step
 
     def skips_next(self) -> bool:
-        """Whether --skip_steps, now or before a rollback, leaves out the next update."""
+        """Whether --skip_steps, of this start or of an earlier one, skips the next update."""
         return any(self.step + 1 in skipped_updates(skipped) for _, skipped in self.rollbacks)
 
     def advance(self, num_rows: int, num_labels: int = 0, outcome: Outcome | None = None) -> None:
-        """One update is done, or passed over if it has no outcome."""
+        """Count an update, which was skipped if it has no outcome."""
         first_row = self.rows_seen % self.rows_per_epoch
         self.progress.rows_seen += num_rows
         self.progress.step += 1
@@ -166,7 +167,7 @@ class Run:
             self.pending.append(Update(self.step, first_row, num_rows, num_labels, outcome))
 
     def read_outcomes(self) -> tuple[float | None, list[float]]:
-        """Look at the outcomes since the last call; waits for the device.
+        """Read the outcomes since the last call; waits for the device.
 
         Returns: the norm of the newest gradient, None if there was no update, and the share of
         tokens that each expert had in it.
@@ -183,7 +184,7 @@ class Run:
         return seen[-1].grad_norm, [tokens / max(sum(load), 1) for tokens in load]
 
     def _report_bad(self, update: Update, ranks: list[int]) -> None:
-        """Say which documents an update that was not applied had read. Raises: BadUpdateError."""
+        """Log which documents a bad update had read. Raises: BadUpdateError after too many."""
         ranks = ranks or ([0] if distributed.world_size() == 1 else [])
         world_size = distributed.world_size()
         rows = [r for rank in ranks for r in rows_of(rank, update, self.micro_batch, world_size)]
@@ -198,8 +199,9 @@ class Run:
             first = update.step - in_a_row + 1
             raise BadUpdateError(
                 f"{found}, as in each of the last {in_a_row:,} updates. None was applied: "
-                f"the weights are those of update {first - 1:,}. Go on with --from_resume 1 "
-                f"--skip_steps {first}:{update.step + 1}, or begin with a lower --learning_rate."
+                f"the weights are those of update {first - 1:,}. Resume with --from_resume 1 "
+                f"--skip_steps {first}:{update.step + 1}, or start again with a lower "
+                f"--learning_rate."
             )
         log(f"warning: {found}; not applied")
 
@@ -210,7 +212,7 @@ class Run:
         return losses
 
     def save(self, tracker_id: str | None) -> tuple[Path, float]:
-        """Write the state, then the weights: who has a run's weights can also resume it.
+        """Write the state, then the weights: a run whose weights exist can be resumed.
 
         Every rank calls it. Returns: the state's path, and the seconds it took.
         Raises: OSError if a disk fails; what was saved before is intact."""
@@ -238,11 +240,11 @@ class Run:
         return path, time.monotonic() - since
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's by name, without the head: that is the embedding once more."""
+        """The model's parameters by name; the head is omitted, as it is tied to the embedding."""
         return {k: v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
 
     def export(self) -> None:
-        """Write the weights and their description, unless they are those of this update."""
+        """Write the weights and their description, unless the files are those of this update."""
         path = weights_path(self.args.save_dir, self.args.save_weight, self.config)
         done = {"step": self.step, "tokens": self.progress.tokens_seen, **self.latest}
         summary = done | {"settings": self.settings}
@@ -250,10 +252,11 @@ class Run:
             save_weights(path, self.model, summary)
 
     def anneal(self) -> None:
-        """Go from the stable phase of a wsd run to its end: the rate falls from here.
+        """Leave the stable phase of a wsd run: from here the rate falls to the end.
 
-        The phase is as long as if the run had been planned so. Raises: SettingsError if the rate
-        is not at its peak."""
+        The decay is as long as if the run had been planned to this length.
+
+        Raises: SettingsError if the rate is not at its peak."""
         args, rate = self.args, self.optimizer.param_groups[0]["lr"]
         if args.lr_schedule != "wsd" or rate != args.learning_rate:
             raise SettingsError(
@@ -262,19 +265,19 @@ class Run:
             )
         stable = 1 - args.decay_ratio
         self.plan = Plan(NOT_KNOWN if self.budget else self.rows_seen, self.rows_seen, stable)
-        self.seconds_spent, self.tracker_id = 0.0, None  # those were another run's
+        self.seconds_spent, self.tracker_id = 0.0, None  # they belong to the run that saved it
         if self.budget:
             self.budget.spent_before = 0.0
         else:
             self.plan_for(math.ceil(self.step * args.decay_ratio / stable))
 
     def restore(self, state: dict) -> None:
-        """Become the run that saved ``state``, which guard/check_state.py found to fit.
+        """Become the run that saved ``state``, after guard/check_state.py has checked it.
 
         Raises: CheckpointError, with nothing copied, if its random generators cannot be used."""
         if distributed.rank() < len(state["rng"]):
             restore_rng(state["rng"][distributed.rank()])
-        else:  # a rank that was not there draws other numbers
+        else:  # the saved run had fewer ranks
             setup_seed(hash((self.args.seed, state["step"], distributed.rank())) % 2**32)
         self.model.load_state_dict(state["model"], strict=False)  # it lacks the tied matrix
         load_optimizer(self.optimizer, state["optimizer"])
@@ -293,6 +296,6 @@ def largest_divisor(number: int, limit: float) -> int:
 
 
 def rows_of(rank: int, update: Update, micro_batch: int, world_size: int) -> list[int]:
-    """The rows that a rank had in an update: micro-batches are dealt in turn."""
+    """The rows that a rank had in an update: micro-batches are dealt to ranks in turn."""
     rows = range(update.first_row, update.first_row + update.num_rows)
     return [row for i, row in enumerate(rows) if i // micro_batch % world_size == rank]
