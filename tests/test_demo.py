@@ -77,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     places = ["--save_dir", str(folder / "out"), "--cache_dir", str(folder)]
     program = [sys.executable, "train_pretrain.py", "--preset", "demo", "--device", "cpu"]
-    done = run_command([*program, *places, "--checkpoint_dir", str(folder)], timeout=1800)
+    done = run_command([*program, *places, "--checkpoint_dir", str(folder)], timeout=3600)
     assert done.returncode == 0, done.stderr
     return folder / "out"
 
