@@ -73,6 +73,8 @@ class MiniMindConfig(PretrainedConfig):
 
     def _check(self, head_dim: int | None) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}, expected at least 1.")
         if head_dim is None and self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {heads}. "

@@ -1000,7 +1000,6 @@ DESCRIPTIONS = {
     "num_key_value_heads": 0,
     "max_position_embeddings": 10**12,
     "hidden_act": "odd",
-    "to_dict": 3,
 }
 
 
@@ -1013,6 +1012,15 @@ def test_a_description_that_does_not_fit_its_weights_is_refused(folder: Path, na
     path.write_text(json.dumps(described), encoding="utf-8")
     words = ["--save_dir", str(folder / "out"), "--device", "cpu", "--prompt", "a"]
     assert NAME in error_of(*here(words, program=eval_llm))
+
+
+def test_what_a_description_holds_besides_sizes_is_ignored(folder: Path) -> None:
+    path = folder / "out" / f"{NAME}.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    own = weights.read_config(path.with_suffix(".pth"), {})
+    described["config"] |= {"to_dict": 3, "num_labels": 10**8, "kwargs": {"a": 1}}
+    path.write_text(json.dumps(described), encoding="utf-8")
+    assert weights.read_config(path.with_suffix(".pth"), {}).to_diff_dict() == own.to_diff_dict()
 
 
 def test_weights_of_another_model_are_refused_with_the_first_five_differences(folder: Path) -> None:

@@ -2,6 +2,7 @@
 and tokenizer that they belong to."""
 
 import contextlib
+import inspect
 import json
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "use_moe", "head_dim"),
     *("num_attention_heads", "num_key_value_heads"),
 )
+# What reading a description that somebody else wrote can raise.
+NO_DESCRIPTION = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> Path:
@@ -104,8 +107,11 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
     description = path.with_suffix(".json")
     if description.is_file():
         try:
-            config = MiniMindConfig(**json.loads(description.read_text(encoding="utf-8"))["config"])
-        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+            described = json.loads(description.read_text(encoding="utf-8"))["config"]
+            # Other names would become attributes, and could hide a method.
+            known = inspect.signature(MiniMindConfig).parameters.keys() - {"kwargs"}
+            config = MiniMindConfig(**{name: described[name] for name in known & described.keys()})
+        except NO_DESCRIPTION as error:
             raise CheckpointError(f"{description} does not describe a model: {error}") from None
         sizes = config_from_shapes(state, path) if state else config
         for name in SIZES:  # before a model of that size is built
