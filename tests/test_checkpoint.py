@@ -142,6 +142,26 @@ def test_a_full_disk_ends_training_in_one_line_with_the_last_state_readable(tmp_
         run_command(["umount", str(disk)])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a/b": torch.ones(1), "a": {"b": torch.ones(2)}},
+        {1: 0, "1": 1},
+        {"$tensor": "x"},
+        {"a\nb": 1},
+        {"a": "\ud800"},
+        {"a": 2**64},
+        {"a": torch.ones(1) * 1j},
+        {"a": {1, 2}},
+    ],
+)
+def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, content: dict) -> None:
+    before = save_state(tmp_path, "run_8", 1, state(1))
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        save_state(tmp_path, "run_8", 2, content)
+    assert list(tmp_path.iterdir()) == [before]
+
+
 def test_lm_checkpoint_is_minimind_s_door(tmp_path: Path) -> None:
     config = MiniMindConfig(8, 1, num_attention_heads=2, num_key_value_heads=1, vocab_size=16)
     model, optimizer = torch.nn.Linear(2, 2), None

@@ -40,7 +40,9 @@ def write_state(content: dict, file: Writable) -> None:
     """Write nested dicts and lists of tensors and plain values, one tensor at a time.
 
     Tuples are read back as lists, and names of decimal digits as integers, which is how optimizers
-    number their parameters. Raises: TypeError for a value that JSON has no form for."""
+    number their parameters.
+
+    Raises: TypeError, ValueError for what could not be read back."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(without_tensors(content, "", tensors), ensure_ascii=False)
     tensors[JSON] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -71,17 +73,25 @@ def num_bytes(content: dict) -> int:
 
 
 def without_tensors(part: object, name: str, tensors: dict[str, Tensor]) -> object:
-    """The part with references in place of its tensors, which go to ``tensors``."""
+    """The part with references in place of its tensors, which go to ``tensors``.
+
+    Raises: ValueError for what could not be read back."""
     if isinstance(part, Tensor):
+        if name in tensors or part.dtype not in DTYPES:
+            raise ValueError(f"{name} cannot be saved: another part's name, or {part.dtype}")
         tensors[name] = part
         return {REFERENCE: name}
     if isinstance(part, dict):
+        named = {str(key): value for key, value in part.items()}
+        check_names(named)
+        if len(named) < len(part) or REFERENCE in named:
+            raise ValueError(f"{name} cannot be saved: two names alike, or one is {REFERENCE}")
         return {
-            str(key): without_tensors(value, f"{name}/{key}", tensors)
-            for key, value in part.items()
+            key: without_tensors(value, f"{name}/{key}", tensors) for key, value in named.items()
         }
     if isinstance(part, list | tuple):
         return [without_tensors(value, f"{name}/{i}", tensors) for i, value in enumerate(part)]
+    check_plain(part)
     return part
 
 
@@ -102,24 +112,34 @@ def parse_state(data: bytes) -> dict:
 def with_tensors(part: object, tensors: dict[str, Tensor]) -> object:
     """The part with its tensors in place, each taken from ``tensors`` and used only there."""
     if isinstance(part, dict):
-        if part.keys() == {REFERENCE}:
+        if REFERENCE in part:
             name = part[REFERENCE]
-            if not isinstance(name, str) or name not in tensors:
+            if len(part) > 1 or not isinstance(name, str) or name not in tensors:
                 raise ValueError(f"a reference to {name!s:.40} has no tensor of its own")
             return tensors.pop(name)
-        if not all(key.isprintable() and len(key) <= 200 for key in part):
-            raise ValueError("one of its names is not one line of text")
+        check_names(part)
         return {
             int(key) if key.isdecimal() else key: with_tensors(value, tensors)
             for key, value in part.items()
         }
     if isinstance(part, list):
         return [with_tensors(value, tensors) for value in part]
+    check_plain(part)
+    return part
+
+
+def check_names(part: dict[str, object]) -> None:
+    """Raises: ValueError unless a message can show each name."""
+    if not all(key.isprintable() and len(key) <= 200 for key in part):
+        raise ValueError("one of its names is not one line of text")
+
+
+def check_plain(part: object) -> None:
+    """Raises: ValueError, OverflowError for text and numbers that nothing else could use."""
     if isinstance(part, str):
         part.encode()  # half of a surrogate pair could not be written anywhere
     if isinstance(part, int):
         part.to_bytes(8, signed=True)  # larger integers overflow where they are used
-    return part
 
 
 def check_fits(found: Any, expected: Any, where: str) -> None:

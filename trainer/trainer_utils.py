@@ -51,7 +51,8 @@ def lm_checkpoint(
         wandb: the tracker; its ``id`` is saved, so that a resumed run continues it.
         update: read the state saved after this update instead of the newest.
         keep: how many states to keep.
-        state: additional values to save; for an object with a ``state_dict``, the latter.
+        state: additional values to save: tensors, and what JSON can hold, in dicts and lists;
+            tuples come back as lists. For an object with a ``state_dict``, the latter.
     Returns: the state read (None if there is none), or the path of the state written.
     Raises: OSError if saving fails, with earlier states intact; CheckpointError if there are states
     but none is good."""
