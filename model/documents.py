@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 
 class Visibility(NamedTuple):
@@ -76,6 +75,8 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int)
 
     Args: q: (N, H, Dh); k, v: (N, K, Dh); bounds: see ``document_bounds``; longest: T.
     Returns: (N, H, Dh)."""
+    from torch.nn.attention.varlen import varlen_attn  # two seconds, which the CPU is spared
+
     shared_by = q.shape[1] // k.shape[1]  # in torch 2.11, varlen_attn has no enable_gqa
     k, v = k.repeat_interleave(shared_by, 1), v.repeat_interleave(shared_by, 1)
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))

@@ -6,12 +6,13 @@ computes something else, an error names its version and no text is generated.
 
 Shapes as in model_minimind.py."""
 
-from typing import Any, Protocol
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from model.config import MiniMindConfig
 
@@ -35,7 +36,9 @@ YARN = {  # extends 2,048 positions 16 times, as in MiniMind
 TOLERANCE = 1e-3  # relative difference of logits; rounding alone causes about 1e-6
 NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 24, 8  # in the comparison
 
-QwenModel = Qwen3ForCausalLM | Qwen3MoeForCausalLM
+# Named through the package, which imports its classes when they are used: here, at the first text.
+# That takes seconds, which no start of a program should have to wait for.
+QwenModel: TypeAlias = "transformers.Qwen3ForCausalLM | transformers.Qwen3MoeForCausalLM"
 
 
 class GenerationError(ValueError):
@@ -56,11 +59,13 @@ class TrainedModel(Protocol):
     def device(self) -> torch.device: ...
     def tensors_for_qwen(self) -> dict[str, Tensor]: ...
     def train(self, mode: bool) -> nn.Module: ...
-    def eval(self) -> "TrainedModel": ...
+    def eval(self) -> TrainedModel: ...
     def __call__(self, input_ids: Tensor) -> Any: ...
 
 
-def qwen_config(config: MiniMindConfig, stretched: bool = False) -> Qwen3Config | Qwen3MoeConfig:
+def qwen_config(
+    config: MiniMindConfig, stretched: bool = False
+) -> transformers.Qwen3Config | transformers.Qwen3MoeConfig:
     """The transformers configuration of the same network; ``stretched``: with YaRN, see above."""
     sizes = {name: getattr(config, name) for name in SIZES} | {"tie_word_embeddings": True}
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -69,18 +74,20 @@ def qwen_config(config: MiniMindConfig, stretched: bool = False) -> Qwen3Config 
         sizes["max_position_embeddings"] = 16 * 2048  # however many the model was trained with
     sizes["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
     if config.use_moe:
-        return Qwen3MoeConfig(**sizes, **{name: getattr(config, name) for name in MOE_SIZES})
-    return Qwen3Config(**sizes)
+        return transformers.Qwen3MoeConfig(
+            **sizes, **{name: getattr(config, name) for name in MOE_SIZES}
+        )
+    return transformers.Qwen3Config(**sizes)
 
 
 def build_qwen(model: TrainedModel, stretched: bool = False) -> QwenModel:
     """An instance of transformers' class that holds the model's own tensors, on its device."""
     config = qwen_config(model.config, stretched)
     with torch.device("meta"):  # its initial weights are replaced: they need no memory
-        if isinstance(config, Qwen3MoeConfig):
-            qwen = Qwen3MoeForCausalLM(config)
+        if isinstance(config, transformers.Qwen3MoeConfig):
+            qwen = transformers.Qwen3MoeForCausalLM(config)
         else:
-            qwen = Qwen3ForCausalLM(config)
+            qwen = transformers.Qwen3ForCausalLM(config)
     qwen.load_state_dict(model.tensors_for_qwen(), assign=True)
     rotary = type(qwen.model.rotary_emb)  # its tables are in no state_dict: build them here
     qwen.model.rotary_emb = rotary(config).to(model.device)
@@ -103,7 +110,8 @@ def generating_model(model: TrainedModel) -> QwenModel:
         return build_qwen(model, stretched=model.config.inference_rope_scaling)
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # its API has changed
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
+        # Its parts or its API have changed.
         reason = str(error).strip().split("\n")[0]
         raise mismatch(f"cannot run this model ({type(error).__name__}: {reason:.160})") from error
     finally:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from model.config import MiniMindConfig
 from model.documents import Visibility, attend_within, visibility
@@ -25,6 +24,7 @@ from model.generation import generating_model
 __all__ = ["MiniMindConfig", "MiniMindForCausalLM"]  # imported from here, as in MiniMind
 
 IGNORE = -100  # a label that carries no loss, as in torch.nn.CrossEntropyLoss
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}  # named as in transformers
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -135,7 +135,7 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
@@ -174,7 +174,7 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(num, width, dim))
         self.up_proj = nn.Parameter(torch.empty(num, width, dim))
         self.down_proj = nn.Parameter(torch.empty(num, dim, width))
-        self.act = ACT2FN[config.hidden_act]
+        self.act = ACTIVATIONS[config.hidden_act]
         self.register_state_dict_post_hook(Experts._unstack)
         self.register_load_state_dict_pre_hook(Experts._stack)
 

@@ -9,6 +9,7 @@ from threading import Thread
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM, TextIteratorStreamer, TextStreamer
@@ -164,7 +165,7 @@ class Moved(Qwen3ForCausalLM):
 @pytest.fixture(params=[Forgetful, Unmasked, Moved])
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transformers whose class does something else."""
-    monkeypatch.setattr(generation, "Qwen3ForCausalLM", request.param)
+    monkeypatch.setattr(transformers, "Qwen3ForCausalLM", request.param)
 
 
 def saved(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention import varlen
 from transformers import (
     PreTrainedModel,
     Qwen3Config,
@@ -20,7 +21,6 @@ from transformers import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from dataset.lm_dataset import PretrainDataset
-from model import documents
 from model.documents import can_attend_within, document_bounds
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_loss
 from tests.helpers import perturbed, shipped_tokenizer, tiny_config, tiny_model, write_jsonl
@@ -440,7 +440,7 @@ def test_attention_within_documents_gives_what_the_mask_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_moe: bool
 ) -> None:
     """Loss and gradients of whole epochs, with documents split between rows, and padding."""
-    monkeypatch.setattr(documents, "varlen_attn", attend_in_a_loop)
+    monkeypatch.setattr(varlen, "varlen_attn", attend_in_a_loop)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", short_documents())
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
