@@ -14,7 +14,7 @@ check:
 	ruff format --check .
 	ruff check .
 	pyrefly check
-	$(PYTHON) -m pytest $(QUICK:%=tests/test_%.py) -k "not ($(TRAINS))"
+	$(PYTHON) -m pytest -n auto $(QUICK:%=tests/test_%.py) -k "not ($(TRAINS))"
 
 test:
 	bash .ci/run

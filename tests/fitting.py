@@ -1,13 +1,7 @@
-"""Run by test_micro_batch, alone or by torchrun: a micro-batch chosen where memory is short.
-
-    fitting.py FOLDER FREE_MIB BELIEVED_MIB [ROWS]
-
-The last rank may take FREE_MIB more than it has; all believe in BELIEVED_MIB; if 0, they do not
-know."""
+"""Run by the ranks of the tests in test_micro_batch: rows are chosen where memory is short."""
 
 import json
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -17,8 +11,13 @@ from tests.gradients import toy_data, toy_model, toy_run
 from trainer import distributed
 from trainer.guard.micro_batch import fit_micro_batch
 
-if __name__ == "__main__":
-    folder, (free, believed, *rows) = Path(sys.argv[1]), map(int, sys.argv[2:])
+
+def main(argv: list[str]) -> int:
+    """FOLDER FREE_MIB BELIEVED_MIB [ROWS]
+
+    The last rank may take FREE_MIB more than it has; all believe in BELIEVED_MIB; if 0, they do
+    not know."""
+    folder, (free, believed, *rows) = Path(argv[0]), map(int, argv[1:])
     distributed.init_distributed_mode("cpu")
     torch.set_num_threads(1)
     data, model = toy_data(folder), toy_model()
@@ -43,3 +42,4 @@ if __name__ == "__main__":
     found = {"chosen": run.micro_batch, "tried": tried}
     (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
     distributed.close()
+    return 0

@@ -1,9 +1,5 @@
-"""Run by torchrun in test_training: the gradient of one window, computed by several ranks.
+"""Run by the ranks of a test in test_training: the gradient of one window, computed by several."""
 
-gradient_of_ranks.py FOLDER [BATCH_SIZE ACCUMULATION_STEPS]...
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -11,8 +7,10 @@ import torch
 from tests.gradients import window_gradient
 from trainer import distributed
 
-if __name__ == "__main__":
-    folder, splits = Path(sys.argv[1]), list(map(int, sys.argv[2:]))
+
+def main(argv: list[str]) -> int:
+    """FOLDER [BATCH_SIZE ACCUMULATION_STEPS]..."""
+    folder, splits = Path(argv[0]), list(map(int, argv[1:]))
     distributed.init_distributed_mode("cpu")
     torch.set_num_threads(1)
     distributed.BUCKET_BYTES = 2**12  # many buckets
@@ -44,3 +42,4 @@ if __name__ == "__main__":
             result["others on their way"] = torch.tensor(max(at_once))
             torch.save(result, folder / f"{batch_size}x{accumulation_steps}.pt")
     distributed.close()
+    return 0

@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+import transformers
 
 import train_pretrain
 from tests.strict import make_strict
@@ -27,6 +28,7 @@ from trainer import checkpoint, distributed, evaluation
 from trainer.guard import mirror
 
 make_strict()
+hasattr(transformers, "Qwen3ForCausalLM")  # imported here once, not by each run at its first text
 
 STARTED: list = []  # processes that a failed test may leave behind; conftest.py kills them
 OPERATIONS = ("open", "write", "fsync", "close", "replace", "unlink")  # in trainer/checkpoint.py
@@ -261,10 +263,13 @@ FAULTS = {
 }
 
 
+Program = Callable[[list[str]], int]  # given the command line's words; returns the exit status
+
+
 def trainer_main(
-    argv: list[str], environment: dict[str, str], log: str, faults: list[tuple]
+    program: Program, argv: list[str], environment: dict[str, str], log: str, faults: list[tuple]
 ) -> None:
-    """The main function of a started process: install the faults, and train."""
+    """The main function of a started process: install the faults, and run the program."""
     os.environ |= environment
     multiprocessing.set_start_method("fork", force=True)  # for loader processes: Linux's default
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -277,7 +282,7 @@ def trainer_main(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, options in faults:
         FAULTS[name](**options)
-    sys.exit(train_pretrain.main(argv))
+    sys.exit(program(argv))
 
 
 def free_port() -> int:
@@ -293,6 +298,7 @@ def start_trainers(
     num_ranks: int = 1,
     faults: list[tuple] = (),
     environment: dict[str, str] | None = None,
+    program: Program = train_pretrain.main,
 ) -> list[BaseProcess]:
     """Start a process per rank, with the environment of torchrun; ``log`` gets their output."""
     context = multiprocessing.get_context("forkserver")
@@ -305,9 +311,8 @@ def start_trainers(
     processes = []
     for rank in range(num_ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
-        processes.append(
-            context.Process(target=trainer_main, args=(argv, shared | own, str(log), list(faults)))
-        )
+        args = program, argv, shared | own, str(log), list(faults)
+        processes.append(context.Process(target=trainer_main, args=args))
         processes[-1].start()
     STARTED.extend(processes)
     return processes
@@ -330,9 +335,10 @@ def run_trainers(
     num_ranks: int = 1,
     faults: list[tuple] = (),
     environment: dict[str, str] | None = None,
+    program: Program = train_pretrain.main,
 ) -> list[int]:
     """Start trainers and wait for all of them. Returns: exit statuses, see ``wait_for_all``."""
-    return wait_for_all(start_trainers(argv, log, num_ranks, faults, environment))
+    return wait_for_all(start_trainers(argv, log, num_ranks, faults, environment, program))
 
 
 def kill_all(processes: list[BaseProcess]) -> None:

@@ -3,6 +3,7 @@
 plain_prompts.tsv was written before any model was asked; the sample that the demo trains on must
 not contain a prompt together with its answer."""
 
+import functools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -52,11 +53,16 @@ def is_right(prompt: PlainPrompt, continuation: str) -> bool:
     return place < float("inf") and place <= first_place(tuple(others), first)
 
 
+@functools.cache
+def without_spaces_and_quotes(text: str) -> str:
+    return re.sub(r"[\s\"“”]", "", text).lower()
+
+
 def num_stated(prompt: PlainPrompt, document: str) -> int:
     """How often a document has the prompt with its answer: at once, after a question within 40
     characters; whatever the case, spaces and quotes."""
     gap = "[^?？]{0,40}?" if prompt.is_question else ""
-    plain = re.sub(r"[\s\"“”]", "", document).lower()
-    asked = re.escape(re.sub(r"[\s\"“”]", "", prompt.text).lower())
+    plain = without_spaces_and_quotes(document)
+    asked = re.escape(without_spaces_and_quotes(prompt.text))
     answers = "|".join(re.escape(re.sub(r"\s", "", answer).lower()) for answer in prompt.answers)
     return len(re.findall(f"{asked}(?:the)?{gap}(?:{answers})", plain))

@@ -18,6 +18,7 @@ import eval_llm
 from model.generation import generating_model
 from scripts.web_demo import Continuer
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
+from tests.running import tiny_flags
 from trainer.weights import read_weights, save_weights
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -163,36 +164,11 @@ def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
 @needs_browser
 def test_swanlab_s_dashboard_shows_the_loss_of_a_run(tmp_path: Path, browser: Any) -> None:
     pytest.importorskip("swanboard")
-    words = [
-        "train_pretrain.py",
-        "--preset",
-        "demo",
-        "--hidden_size",
-        16,
-        "--num_hidden_layers",
-        1,
-        "--epochs",
-        1,
-        "--batch_size",
-        64,
-        "--log_interval",
-        2,
-        "--device",
-        "cpu",
-        "--save_dir",
-        tmp_path,
-        "--checkpoint_dir",
-        tmp_path,
-        "--use_wandb",
-        "--cache_dir",
-        tmp_path / "cache",
-    ]
+    words = [sys.executable, "train_pretrain.py", *tiny_flags(tmp_path), "--use_wandb"]
     env = {k: v for k, v in os.environ.items() if k != "SWANLAB_API_KEY"} | {"HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=env
-    )
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    watch = ["-c", "from swanlab.cli import cli; cli()", "watch", tmp_path / "swanlog"]
+    watch = ["-c", "from swanlab.cli import cli; cli()", "watch", tmp_path / "out" / "swanlog"]
     with serving(tmp_path, *watch) as address:
         browser.get(address)
         run = until(

@@ -4,13 +4,13 @@ Memory is short for real: a process may take only so much, and torch's allocator
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import fitting
 from tests.gradients import toy_data
-from tests.running import run_command
+from tests.launched import run_trainers
 from trainer.run import largest_divisor
 
 ROWS = 96  # of an update on each rank; a row takes some 10 MiB
@@ -19,13 +19,12 @@ ROWS = 96  # of an update on each rank; a row takes some 10 MiB
 def fitted(folder: Path, *numbers: int, ranks: int = 1) -> list[dict]:
     """What each rank chose and tried."""
     toy_data(folder)
-    words = [sys.executable]
-    if ranks > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = run_command([*words, "-m", "tests.fitting", str(folder), *map(str, numbers)])
-    assert done.returncode == 0, done.stderr
+    log = folder / "log"
+    log.unlink(missing_ok=True)
+    words = [str(folder), *map(str, numbers)]
+    assert run_trainers(words, log, ranks, program=fitting.main) == [0] * ranks, log.read_text()
     found = [json.loads((folder / f"rank{i}.json").read_text()) for i in range(ranks)]
-    notes = done.stdout.count("rows does not fit in memory; trying")
+    notes = log.read_text().count("rows does not fit in memory; trying")
     estimated = len(numbers) == 2 and numbers[1] > 0  # by two passes
     assert notes == len(found[0]["tried"]) - 1 - 2 * estimated
     return found
@@ -59,8 +58,9 @@ def test_without_an_estimate_the_batch_size_is_tried(tmp_path: Path) -> None:
 
 def test_not_even_one_row_is_the_allocator_s_own_error(tmp_path: Path) -> None:
     toy_data(tmp_path)
-    done = run_command([sys.executable, "-m", "tests.fitting", str(tmp_path), "4", "4", "2"])
-    assert done.returncode != 0 and "DefaultCPUAllocator" in done.stderr.splitlines()[-1]
+    words, log = [str(tmp_path), "4", "4", "2"], tmp_path / "log"
+    assert run_trainers(words, log, program=fitting.main) != [0]
+    assert "DefaultCPUAllocator" in log.read_text().splitlines()[-1]
 
 
 def test_the_largest_divisor_is_the_largest_that_divides() -> None:

@@ -1,13 +1,15 @@
 """Muon against torch's own, AdamW beside it, and the rate's schedules against their values."""
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers import tiny_model
-from tests.running import assert_same, newest_state, read_metrics, train_and_kill, train_in_process
+from tests.launched import run_trainers
+from tests.running import assert_same, newest_state, read_metrics, tiny_flags, train_in_process
 from trainer import optimizer as optimizers
 from trainer.muon import orthogonalize
 from trainer.optimizer import (
@@ -149,7 +151,9 @@ def test_the_state_is_what_is_expected_of_it() -> None:
 def test_a_killed_run_with_muon_goes_on_to_the_last_bit(tmp_path: Path, use_moe: int) -> None:
     settings = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0.2, "use_moe": use_moe}
     train_in_process(tmp_path / "whole", **settings)
-    train_and_kill(tmp_path / "cut", 7, **settings)
+    killed = [("die_in_update", {"step": 8, "how": "SIGKILL"})]
+    words, log = tiny_flags(tmp_path / "cut", **settings), tmp_path / "log"
+    assert run_trainers(words, log, faults=killed) == [-signal.SIGKILL]
     train_in_process(tmp_path / "cut", **settings, from_resume=1)
     name = "pretrain_32_moe" if use_moe else "pretrain_32"
     assert_same(newest_state(tmp_path / "cut", name), newest_state(tmp_path / "whole", name))

@@ -87,6 +87,7 @@ def speeds(kind: str) -> Iterator[float]:
 
 
 SETTINGS = {"lr_schedule": "wsd", "log_interval": 10, "save_interval": 60, "eval_interval": 100}
+SETTINGS |= {"batch_size": 1, "accumulation_steps": 1}
 
 
 @pytest.mark.parametrize("kind", ["steady", "noisy", "slower"])

@@ -283,7 +283,7 @@ def commands(text: str) -> list[str]:
 
 
 def test_ci_runs_the_readme_s_test_command() -> None:
-    command = "pip install -r requirements.txt -r requirements-dev.txt && pytest"
+    command = "pip install -r requirements.txt -r requirements-dev.txt && pytest -n auto"
     assert command in commands("\n".join(README.splitlines()[:40]))
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
