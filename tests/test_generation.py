@@ -9,7 +9,6 @@ from threading import Thread
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM, TextIteratorStreamer, TextStreamer
@@ -165,7 +164,7 @@ class Moved(Qwen3ForCausalLM):
 @pytest.fixture(params=[Forgetful, Unmasked, Moved])
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transformers whose class does something else."""
-    monkeypatch.setattr(transformers, "Qwen3ForCausalLM", request.param)
+    monkeypatch.setattr(generation.transformers, "Qwen3ForCausalLM", request.param)
 
 
 def saved(folder: Path) -> Path:
