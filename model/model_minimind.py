@@ -24,13 +24,21 @@ from model.generation import generating_model
 __all__ = ["MiniMindConfig", "MiniMindForCausalLM"]  # imported from here, as in MiniMind
 
 IGNORE = -100  # a label that carries no loss, as in torch.nn.CrossEntropyLoss
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}  # named as in transformers
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with ``x`` (any shape): autocast's if enabled, else its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def activation(name: str) -> Any:
+    """transformers' activation of this name; silu, the default, without importing all of them."""
+    if name == "silu":
+        return F.silu
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
 
 
 class RMSNorm(nn.Module):
@@ -135,7 +143,7 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
@@ -174,7 +182,7 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(num, width, dim))
         self.up_proj = nn.Parameter(torch.empty(num, width, dim))
         self.down_proj = nn.Parameter(torch.empty(num, dim, width))
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = activation(config.hidden_act)
         self.register_state_dict_post_hook(Experts._unstack)
         self.register_load_state_dict_pre_hook(Experts._stack)
 

@@ -86,12 +86,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_readme_s_prompts_are_answered_as_they_are_printed(trained: Path) -> None:
     """All ten in bfloat16, in which the README's answers were made. A CPU that lacks it trains in
-    float32, where one may be wrong, as the README's limits say."""
+    float32, where the banana's colour may be wrong, as the README's limits say."""
     words = ["--save_dir", str(trained), "--device", "cpu"]
     printed = run_command([sys.executable, "eval_llm.py", *words, "--temperature", "0"]).stdout
     known = {prompt.text: prompt for prompt in PROMPTS}
     wrong = [p for p in eval_llm.PROMPTS if not is_right(known[p], printed.partition(p)[2])]
-    assert len(wrong) <= (default_dtype("cpu") != "bfloat16"), (wrong, printed)
+    admitted = [] if default_dtype("cpu") == "bfloat16" else ["What colour is a banana?"]
+    assert wrong in ([], admitted), (wrong, printed)
 
 
 def num_right(folder: Path, **drawn: float) -> int:
