@@ -14,6 +14,8 @@ import torch
 
 from tests.strict import make_strict
 
+COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
+
 torch.set_num_threads(1)
 make_strict()
 # Before any test starts the server of processes: without it each run would import torch anew.
@@ -33,7 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_running() -> Iterator[None]:
-    """A failed test must not leave a training behind that slows the others down."""
+    """A failed test must not leave a training behind that slows the others down, nor any test its
+    folder of compiled code to the processes of later ones."""
+    before = os.environ.get(COMPILED_CODE)
     yield
+    os.environ.pop(COMPILED_CODE, None)
+    if before is not None:
+        os.environ[COMPILED_CODE] = before
     if "tests.launched" in sys.modules:
         sys.modules["tests.launched"].kill_leftovers()
