@@ -13,6 +13,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,16 +22,15 @@ from transformers import PreTrainedTokenizerBase
 from dataset.lm_dataset import Batch, PretrainDataset, SkipBatchSampler
 from dataset.loader import load_batches
 from dataset.token_cache import TokenCache, build_token_cache, special_ids
-from model.documents import can_attend_within
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.describe import describe_pass, describe_run, report_dry_run
-from trainer.device import join_ranks, keep_compiled_code, keep_freed_memory, setup_seed
+from trainer.device import join_ranks, keep_freed_memory, setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
 from trainer.flags import TrainConfig, parse_flags
+from trainer.guard.fast_paths import make_fast
 from trainer.guard.guard import Guard
-from trainer.guard.micro_batch import choose_micro_batch
 from trainer.metrics import Metrics, open_metrics
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget
@@ -40,7 +40,7 @@ from trainer.run import Run
 from trainer.step_times import StepTimes
 from trainer.weights import init_model, load_tokenizer
 
-OpenData = Callable[[TrainConfig, PreTrainedTokenizerBase, torch.device], PretrainDataset]
+OpenData = Callable[[TrainConfig, PreTrainedTokenizerBase], PretrainDataset]
 BuildRun = Callable[..., Run]
 Evaluate = Callable[[], bool]  # whether it came to the end; a signal stops it
 Step = Callable[[Run, list[Batch], int], Outcome]
@@ -66,7 +66,7 @@ def train(
     state = guard.state(model_config)
 
     # 3. Data, model, optimizer
-    data = open_data(config, tokenizer, device)
+    data = open_data(config, tokenizer)
     held_out = data.held_out(config.eval_tokens)
     run = build_run(config, model_config, data, len(held_out) if held_out else 0, state, device)
     setup_seed(config.seed + distributed.rank())  # ranks draw their own dropout
@@ -76,12 +76,7 @@ def train(
     if not guard.begin(run, state, data.cache.meta["num_bad"]):
         return
     del state  # as large as model and optimizer together
-    if config.use_compile:
-        keep_compiled_code(config.cache_dir)
-        run.model.compile_parts()
-    choose_micro_batch(
-        run, lambda num_rows: forward_backward(run, data.__getitems__([*range(num_rows)]), 1.0)
-    )
+    make_fast(run, data, partial(forward_backward, run))
     describe_pass(run)
     if config.dry_run:
         return report_dry_run(run, (window for window, _ in windows(run, data)), step)
@@ -97,7 +92,7 @@ def train(
         with metrics.outside_training("evaluation"):
             return evaluate(run, scored, tokenizer, metrics, guard.stopping)
 
-    with guard.training():
+    with guard.training(run):
         if run.evaluation_due:  # put off by the signal that stopped the last run
             if not eval_now():
                 raise guard.interrupted(run, metrics, saved=False)
@@ -211,9 +206,7 @@ def build_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Min
         raise SettingsError(str(error)) from None
 
 
-def open_data(
-    args: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> PretrainDataset:
+def open_data(args: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainDataset:
     """The rows, tokenized by one process of each machine while the others wait.
 
     Raises: DataError."""
@@ -222,7 +215,7 @@ def open_data(
         source = args.data_path, tokenizer, args.cache_dir, args.bad_records, args.text_column
         return str(build_token_cache(*source).folder)
 
-    data = PretrainDataset(
+    return PretrainDataset(
         TokenCache.open(distributed.on_each_machine(build)),
         tokenizer,
         args.max_seq_len,
@@ -230,10 +223,6 @@ def open_data(
         seed=args.seed,
         heldout_fraction=args.heldout_fraction,
     )
-    on_cuda = device.type == "cuda" and not args.num_workers
-    if on_cuda and data.num_bytes_in_use < torch.cuda.mem_get_info(device)[0] / 4:
-        data.to(device)  # rows are made where they are used: nothing there waits for this host
-    return data
 
 
 def build_run(
@@ -250,7 +239,7 @@ def build_run(
     weight = args.from_weight if state is None else "none"
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
     dtype, num_ranks = args.torch_dtype, distributed.world_size()
-    model.attends_within = not args.dropout and can_attend_within(device, dtype, config.head_dim)
+    model.model.residual_dtype = getattr(torch, args.residual_dtype)
     rounding = args.rounding_settings(num_ranks)
     if state is not None:
         args = args.keep_split(state, num_ranks)

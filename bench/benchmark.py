@@ -46,6 +46,7 @@ from dataset.lm_dataset import IGNORE, Batch, PretrainDataset
 from dataset.records import find_files, read_documents
 from model.model_minimind import MoEFeedForward
 from trainer.flags import TrainConfig
+from trainer.guard.fast_paths import ATTENTION, ROWS_ON_DEVICE
 from trainer.metrics import flops_per_token, peak_flops
 from trainer.muon import Muon
 from trainer.optimizer import BETAS
@@ -115,13 +116,6 @@ def muon_in_a_loop(run: Run) -> None:
 # -------------------------------------------------------------------------- other parts of a run
 
 
-def rows_from_the_host(
-    args: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> PretrainDataset:
-    """Rows made by the processor and copied, as if the corpus did not fit the device."""
-    return train_pretrain.open_data(args, tokenizer, torch.device("cpu"))
-
-
 def looking_at_each_loss(run: Run, window: list[Batch], num_labels: int) -> Outcome:
     """The host looks at each update's outcome, and so waits for the device."""
     outcome = train_pretrain.train_step(run, window, num_labels)
@@ -129,9 +123,9 @@ def looking_at_each_loss(run: Run, window: list[Batch], num_labels: int) -> Outc
     return outcome
 
 
-def masked_attention(run: Run) -> None:
-    """Attention that computes all pairs of a row's tokens and forgets those between documents."""
-    run.model.attends_within = False
+def without(fast_path: str, run: Run) -> None:
+    """The plain path in place of a fast one."""
+    run.fast_paths[fast_path] = "is what the benchmark leaves out"
 
 
 class LoopingExperts(MoEFeedForward):
@@ -198,9 +192,7 @@ class Padded(PretrainDataset):
         return Batch(ids, labels, None, int((labels[:, 1:] != IGNORE).sum()))
 
 
-def open_padded(
-    args: TrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> Padded:
+def open_padded(args: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Padded:
     """The documents of --data_path as padded rows, made on the host."""
     return Padded(
         args.data_path,
@@ -253,8 +245,8 @@ def variants(on_cuda: bool, use_moe: bool) -> list[Variant]:
     if on_cuda:
         found += [
             Variant("ours, 32 rows at once", {"micro_batch_size": 32}),
-            Variant("ours, rows from the host", parts=OURS._replace(open_data=rows_from_the_host)),
-            Variant("ours, attention by mask", parts=changed(masked_attention)),
+            Variant("ours, rows from the host", parts=changed(partial(without, ROWS_ON_DEVICE))),
+            Variant("ours, attention by mask", parts=changed(partial(without, ATTENTION))),
             Variant("ours, looking at each loss", parts=OURS._replace(step=looking_at_each_loss)),
         ]
     found.append(Variant("ours with Muon", {"optimizer": "muon"}))
@@ -307,7 +299,8 @@ class Turn(NoGuard):
         if self.until is None:
             self.times.read()  # waits for the device
             now = time.time()
-            self.report(first=now - self.since, first_step=now - self.ready, flops=flops(run))
+            took = {"first": now - self.since, "first_step": now - self.ready}
+            self.report(**took, flops=flops(run), rows=run.micro_batch)
             return outcome
         self.tokens += num_labels
         self.positions += sum(batch.input_ids.numel() for batch in window)
@@ -388,6 +381,7 @@ def measure(args: argparse.Namespace, preset: str) -> list[dict]:
     ]
     results, living = [], []
     with tempfile.TemporaryDirectory() as folder:
+        rows = {}  # at once, as ours chose: later ones find less memory free, and would choose less
         for number, variant in enumerate(chosen):
             flags = (
                 {
@@ -403,6 +397,7 @@ def measure(args: argparse.Namespace, preset: str) -> list[dict]:
                     "heldout_fraction": 0,
                     "optimizer": "adamw",
                 }
+                | rows
                 | variant.flags
                 | ({"data_path": args.data_path} if args.data_path else {})
             )
@@ -412,6 +407,8 @@ def measure(args: argparse.Namespace, preset: str) -> list[dict]:
             if said := child.hear():
                 living.append(child)
                 result |= said
+                if variant.name == "ours" and args.device.startswith("cuda"):
+                    rows = {"micro_batch_size": said["rows"]}
                 print(f"{variant.name}: first update after {said['first']:.1f} s", file=sys.stderr)
         for turn in range(args.turns + 1):
             for child in [*living] if turn % 2 else [*reversed(living)]:
@@ -435,8 +432,9 @@ def table(args: argparse.Namespace, results: list[dict]) -> str:
     base_speed = base and statistics.median(t["tokens"] / t["seconds"] for t in base["turns"])
     lines = [
         "| variant | useful tokens/s | lowest to highest | times the padded | useful share | MFU "
-        "| waiting for data | peak memory | to the first update | of it compiling, first pass |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| waiting for data | rows at once | peak memory | to the first update "
+        "| of it compiling, first pass |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         turns = result["turns"]
@@ -452,7 +450,8 @@ def table(args: argparse.Namespace, results: list[dict]) -> str:
         lines.append(
             f"| {result['name']} | {speed:,.0f} | {speeds[0]:,.0f} to {speeds[-1]:,.0f} | {ratio} "
             f"| {total['tokens'] / total['positions']:.0%} | {mfu} "
-            f"| {total['waited'] / total['seconds']:.1%} | {result['memory'] / 2**30:.2f} GiB "
+            f"| {total['waited'] / total['seconds']:.1%} | {result['rows']} "
+            f"| {result['memory'] / 2**30:.2f} GiB "
             f"| {start} | {result['first_step']:.1f} s |"
         )
     return "\n".join(lines)

@@ -135,7 +135,7 @@ class Watch(NoGuard):
         return outcome
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, run: Run) -> Iterator[None]:
         """All updates happen inside; at the end comes the last look."""
         yield
         self.look()

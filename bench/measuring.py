@@ -64,7 +64,7 @@ class NoGuard:
         return True
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, run: Run) -> Iterator[None]:
         """All updates happen inside."""
         yield
 

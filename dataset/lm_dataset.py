@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, T) int64, unshifted; IGNORE on a document's first token and on padding
     document_starts: Tensor | None  # (B, T) int64, see MiniMindForCausalLM.forward; None: unpacked
     num_labels: int  # labels that carry loss once shifted, i.e. at t >= 1
-    max_documents: int | None = None  # a power of two, see MiniMindForCausalLM.forward
+    max_documents: int | None = None  # an upper bound, see MiniMindForCausalLM.forward
 
     @property
     def model_inputs(self) -> dict[str, Tensor | int | None]:
@@ -105,7 +105,6 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
         self.bos, self.eos, self.pad = special_ids(tokenizer)
         self.row_length, self.stride = max_length, max_length
         self.packing, self.seed = packing, seed
-        self._moved: tuple[Tensor, Tensor] | None = None  # tokens and offsets, by ``to``
         # Hashes are uniform int32, so this share of their range is the same share of documents.
         # It does not depend on the other documents: as the corpus grows, each stays on its side.
         limit = round(heldout_fraction * 2**32) - 2**31
@@ -121,12 +120,12 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
     @property
     def _corpus(self) -> tuple[Tensor, Tensor]:
         """Tokens and offsets. As attributes they would be copied into each loader process."""
-        return self._moved or (self.cache.tokens, self.cache.offsets)
+        return self.cache.moved or (self.cache.tokens, self.cache.offsets)
 
     @property
     def was_moved(self) -> bool:
         """Whether rows are made on a device other than the host."""
-        return self._moved is not None
+        return self.cache.moved is not None
 
     @property
     def num_bytes_in_use(self) -> int:
@@ -134,10 +133,12 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
         return self.cache.tokens.nbytes + self.cache.offsets.nbytes + 12 * len(self.documents)
 
     def to(self, device: torch.device) -> "PretrainDataset":
-        """Move the corpus to a device, also for datasets derived from this one later."""
-        tokens, offsets = self._corpus
-        self._moved = tokens.to(device), offsets.to(device)
-        self._lay_out(self.order)
+        """Move the corpus to a device, for all datasets that share the cache; or back to the host,
+        where it stays on disk."""
+        self.cache.moved = None
+        if device.type != "cpu":
+            tokens, offsets = self._corpus
+            self.cache.moved = tokens.to(device), offsets.to(device)
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -150,8 +151,7 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
         lengths = self.cache.offsets[order + 1] - self.cache.offsets[order] + 2  # BOS and EOS
         self.begins = torch.zeros(len(order) + 1, dtype=torch.int64)  # in the stream
         torch.cumsum(lengths, 0, out=self.begins[1:])
-        device = self._corpus[0].device
-        self._layout = self.order.to(device), self.begins.to(device)
+        self._layout = self.order, self.begins
 
     def held_out(self, max_tokens: int) -> "PretrainDataset | None":
         """The first held-out documents, up to ``max_tokens`` but at least one, for evaluation; None
@@ -218,7 +218,10 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
     def __getitems__(self, rows: list[int]) -> Batch:
         """These B rows, made at once. Rows beyond the last are padding, so that every batch can be
         full."""
-        (tokens, offsets), (order, begins) = self._corpus, self._layout
+        tokens, offsets = self._corpus
+        if self._layout[0].device != tokens.device:  # ``to`` was called since
+            self._layout = self.order.to(tokens.device), self.begins.to(tokens.device)
+        order, begins = self._layout
         row = torch.as_tensor(rows).to(tokens.device, non_blocking=True)[:, None]  # (B, 1)
         t = torch.arange(self.row_length, device=tokens.device)  # (T,)
         last = len(order) - 1
@@ -255,7 +258,7 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
         end = (row * self.stride + self.row_length).clamp(max=self.num_tokens)
         firsts = torch.searchsorted(self.begins, end) - torch.searchsorted(self.begins, second)
         most = len(rows) + int(firsts.sum()) + 1  # each row begins with one; and padding
-        return int((end - second - firsts).sum()), 2 ** (most - 1).bit_length()
+        return int((end - second - firsts).sum()), most
 
 
 class SkipBatchSampler(Sampler[list[int]]):

@@ -79,7 +79,7 @@ def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{rules}{special_ids(tokenizer)}".encode()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenCache:
     """An open cache. Its arrays are memory-mapped: a page is read when it is first used."""
 
@@ -89,6 +89,7 @@ class TokenCache:
     offsets: Tensor  # (num_documents + 1,) int64
     num_bytes: Tensor  # (num_documents,) int64
     hashes: Tensor  # (num_documents,) int32
+    moved: tuple[Tensor, Tensor] | None = None  # tokens and offsets on a device that makes rows
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenCache":

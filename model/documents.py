@@ -3,12 +3,25 @@
 There are two implementations with the same result: a mask over all pairs of tokens in a row and, on
 newer GPUs, a kernel that skips pairs of different documents. Shapes as in model_minimind.py."""
 
-import functools
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MAX_DOCUMENTS = 2**16 - 1  # of attend_within: CUDA's limit on blocks in the grid's second dimension
+
+KERNELS = [  # not cuDNN's: what is left if all else fails should depend on as little as possible
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+_varlen_attn: Callable[..., Any] | None = None  # torch's kernel, imported when it is used
 
 
 class Visibility(NamedTuple):
@@ -28,13 +41,16 @@ def visibility(
         input_ids: (B, T) int64.
         document_starts: (B, T) int64, as in ``document_mask``; None: each row is one document.
         max_documents: as in ``document_bounds``.
-        by_bounds: whether to use ``attend_within``, see ``can_attend_within``."""
+        by_bounds: whether to use ``attend_within``, unless it cannot take so many documents."""
     index = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)  # (1, T)
     if document_starts is None:
         return Visibility(index)
     positions = index - document_starts
-    if by_bounds and max_documents is not None:
-        return Visibility(positions, bounds=document_bounds(document_starts, max_documents))
+    if by_bounds and max_documents is not None and max_documents <= MAX_DOCUMENTS:
+        load_varlen_attn()
+        bounds = document_bounds(document_starts, max_documents)
+        torch._dynamo.maybe_mark_dynamic(bounds, 0)  # one compiled graph for any number of them
+        return Visibility(positions, bounds=bounds)
     return Visibility(positions, mask=document_mask(document_starts))
 
 
@@ -52,8 +68,8 @@ def document_mask(document_starts: Tensor) -> Tensor:
 def document_bounds(document_starts: Tensor, max_documents: int) -> Tensor:
     """The boundaries between documents among the N tokens of a batch, row after row.
 
-    The shape depends on ``max_documents`` only. So one compiled graph serves every batch, and the
-    host does not wait for the device to count the documents.
+    The shape depends on ``max_documents`` only, so that the host does not wait for the device to
+    count the documents.
 
     Args:
         document_starts: (B, T) int64, as in ``document_mask``; -1 on padding.
@@ -70,46 +86,43 @@ def document_bounds(document_starts: Tensor, max_documents: int) -> Tensor:
     return F.pad(bounds, (0, unused), value=num_tokens).to(torch.int32)
 
 
+def attend_by_mask(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    """Causal attention among all tokens of a row that ``mask`` allows.
+
+    Args: q: (B, T, H, Dh); k, v: (B, T, K, Dh); mask: see ``document_mask``; dropout_p: the
+        probability of dropping an attention weight.
+    Returns: (B, T, H, Dh), on a CPU float32 or wider."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    on_cuda = q.device.type == "cuda"
+    if on_cuda:  # there, given a mask and fewer key heads, torch would write out all scores
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+    elif q.device.type == "cpu":  # where the kernel is faster in float32, see docs/LOG.md
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    with torch.autocast("cpu", enabled=False), sdpa_kernel(KERNELS):
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, is_causal=mask is None, enable_gqa=not on_cuda
+        )
+    return y.transpose(1, 2)
+
+
+def load_varlen_attn() -> None:
+    """Import torch's kernel for ``attend_within``: two seconds, which the CPU is spared."""
+    global _varlen_attn
+    if _varlen_attn is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # torch 2.11 takes fewer key heads without being told, and has no such argument.
+        told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+        _varlen_attn = partial(varlen_attn, enable_gqa=True) if told else varlen_attn
+
+
 def attend_within(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
     """Causal attention within each document; pairs of different documents are skipped.
 
     Args: q: (N, H, Dh); k, v: (N, K, Dh); bounds: see ``document_bounds``; longest: T.
-    Returns: (N, H, Dh)."""
-    from torch.nn.attention.varlen import varlen_attn  # two seconds, which the CPU is spared
-
-    shared_by = q.shape[1] // k.shape[1]  # in torch 2.11, varlen_attn has no enable_gqa
-    k, v = k.repeat_interleave(shared_by, 1), v.repeat_interleave(shared_by, 1)
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
-    assert isinstance(out, Tensor)  # a tuple only with return_aux
-    return out
-
-
-@functools.cache
-def can_attend_within(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether ``attend_within`` works on this device and gives the same result as the mask.
-
-    It is tried on a small batch, forward and backward, because the GPUs, dtypes and head sizes that
-    the kernel supports differ between releases of torch."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    starts = torch.tensor([[0] * 5 + [5] * 11, [0] * 9 + [-1] * 7], device=device)
-    generator = torch.Generator(device).manual_seed(0)  # leaves the global one alone
-    shape = (3, 2, 16, 2, head_dim)  # q, k, v; B, T, H, Dh
-    qkv = torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
-    real = (starts >= 0)[..., None, None]  # (B, T, 1, 1)
-    results = []
-    try:
-        for masked in (True, False):
-            if masked:
-                q, k, v = qkv.float().transpose(2, 3)
-                mask = document_mask(starts) | torch.eye(16, dtype=torch.bool, device=device)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-            else:
-                q, k, v = qkv.flatten(1, 2)
-                y = attend_within(q, k, v, document_bounds(starts, 8), 16).view(shape[1:])
-            y = y.float() * real
-            (gradient,) = torch.autograd.grad(y.square().sum(), qkv)
-            results.append((y, gradient.float()))
-    except RuntimeError:  # no such kernel; a wrong call raises TypeError, which is not caught
-        return False
-    return all(torch.allclose(a, b, atol=0.1, rtol=0.1) for a, b in zip(*results, strict=True))
+    Returns: (N, H, Dh), perhaps not contiguous."""
+    assert _varlen_attn is not None, "load_varlen_attn() comes first"
+    return _varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))

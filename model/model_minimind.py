@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import MiniMindConfig
-from model.documents import Visibility, attend_within, visibility
+from model.documents import Visibility, attend_by_mask, attend_within, visibility
 from model.generation import generating_model
 
 __all__ = ["MiniMindConfig", "MiniMindForCausalLM"]  # imported from here, as in MiniMind
@@ -44,7 +44,7 @@ def activation(name: str) -> Any:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32 or wider.
 
-    The output has ``product_dtype``, which spares autocast a separate cast for each product."""
+    The output has the ``product_dtype`` of its weight: autocast need not cast for each product."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -55,13 +55,24 @@ class RMSNorm(nn.Module):
         """x (..., dim) -> (..., dim)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         y = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
-        return y.to(product_dtype(x))
+        return y.to(product_dtype(self.weight))
 
 
 class ResidualLinear(nn.Linear):
     """A projection into the residual stream, initially zero: each block starts as the identity.
 
     docs/RECIPES.md has the measured gain. Source: Goyal et al. 2017, 5.1, for residual networks."""
+
+
+def joined_linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """The outputs of several layers without bias, computed as one matrix product.
+
+    It reads ``x`` once and keeps a GPU busier than narrow products do. The layers keep their own
+    weights, so that files and optimizers know nothing of it.
+
+    Args: x: (..., in). Returns: a view (..., out) for each layer."""
+    weight = torch.cat([layer.weight.to(product_dtype(x)) for layer in layers])
+    return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
 
 
 class RotaryEmbedding(nn.Module):
@@ -80,14 +91,14 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids (B or 1, T) int64 -> cosines and sines, each (B or 1, 1, T, Dh / 2)."""
-        return self.cos[position_ids].unsqueeze(1), self.sin[position_ids].unsqueeze(1)
+        """position_ids (B or 1, T) int64 -> cosines and sines, each (B or 1, T, 1, Dh / 2)."""
+        return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (i, i + Dh / 2) of x by its position's angle.
 
-    x (B, heads, T, Dh); cos and sin (B or 1, 1, T, Dh / 2) -> (B, heads, T, Dh)."""
+    x (B, T, heads, Dh); cos and sin (B or 1, T, 1, Dh / 2) -> (B, T, heads, Dh)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -111,28 +122,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visibility) -> Tensor:
         """x (B, T, D) -> (B, T, D); ``rope``: cosines and sines, as from ``RotaryEmbedding``."""
         by_head = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(by_head)).transpose(1, 2)  # (B, H, T, Dh)
-        k = self.k_norm(self.k_proj(x).view(by_head)).transpose(1, 2)  # (B, K, T, Dh)
-        v = self.v_proj(x).view(by_head).transpose(1, 2)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if visible.bounds is not None:
-            q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))
+        parts = joined_linear(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.view(by_head) for part in parts)  # (B, T, H, Dh), k and v (B, T, K, Dh)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        if visible.bounds is None:
+            y = attend_by_mask(q, k, v, visible.mask, self.dropout if self.training else 0.0)
+        else:
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
             y = attend_within(q, k, v, visible.bounds, x.shape[1])
-            return self.o_proj(y.reshape(*x.shape[:2], -1))  # not view: y may not be contiguous
-        if x.device.type == "cpu":  # where the kernel is faster in float32, see docs/LOG.md
-            wide = torch.promote_types(x.dtype, torch.float32)
-            q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=visible.mask,
-                is_causal=visible.mask is None,
-                dropout_p=self.dropout if self.training else 0.0,
-                enable_gqa=True,
-            )
-        return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.o_proj(y.to(x.dtype).reshape(*x.shape[:2], -1))  # not view: strides vary
 
 
 class FeedForward(nn.Module):
@@ -147,26 +145,73 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = joined_linear(x, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act(gate) * up)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, use_kernel: bool = True) -> Tensor:
     """Multiply each group of x's rows by a different matrix.
+
+    Below compute capability 9, torch's kernel for bfloat16 asks the device for the sizes itself.
 
     Args:
         x: (N * k, in), rows sorted by group.
         weight: (E, out, in), one matrix per group.
-        ends: (E,) int32, the index in x at which each group ends.
+        sizes: (E,) int64, the number of rows of each group.
+        use_kernel: whether to use torch's kernel for it, if there is one.
     Returns: (N * k, out)."""
     device, dtype = x.device.type, product_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
-    has_kernel = dtype == torch.bfloat16 and device != "mps"
-    has_kernel |= (device, dtype) == ("cpu", torch.float32) and not torch.compiler.is_compiling()
-    if has_kernel and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    # No kernel takes this dtype or width, so the host has to wait for the sizes.
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([rows @ matrix.T for rows, matrix in zip(x.split(sizes), weight, strict=True)])
+    if device == "cuda":
+        # On sm_100 the kernel leaves the gradient of an empty group unset (pytorch issue 172439).
+        weight = torch.where((sizes > 0)[:, None, None], weight, 0)
+    use_kernel &= all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if use_kernel and has_grouped_kernel(device, dtype):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).to(torch.int32))
+    # Without the kernel, the host has to wait for the sizes.
+    groups = zip(x.split(sizes.tolist()), weight, strict=True)
+    return torch.cat([rows @ matrix.T for rows, matrix in groups])
+
+
+def has_grouped_kernel(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies groups in one call; False here only costs speed."""
+    if device == "cpu" and dtype == torch.float32:
+        return not torch.compiler.is_compiling()
+    return dtype == torch.bfloat16 and device != "mps"
+
+
+class Dispatch(torch.autograd.Function):
+    """Copies of tokens, sorted by expert: ``tokens[order // k]``.
+
+    Autograd alone would add the gradients up by atomics, in any order; here each is fetched.
+
+    Args: tokens: (N, D); order, inverse: (N * k,) int64 permutations, of each other; k.
+    Returns: (N * k, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return tokens[order // k]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient[inverse].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class Collect(torch.autograd.Function):
+    """The way back: ``y[inverse]``. Args: y: (N * k, D); as ``Dispatch``. Returns: (N * k, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return y[inverse]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (order,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient[order], None, None
 
 
 class Experts(nn.Module):
@@ -175,6 +220,7 @@ class Experts(nn.Module):
     ``state_dict`` has MiniMind's names, a matrix per expert: ``experts.0.gate_proj.weight``, ..."""
 
     PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+    uses_kernel = True  # False: see grouped_linear
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
@@ -186,10 +232,12 @@ class Experts(nn.Module):
         self.register_state_dict_post_hook(Experts._unstack)
         self.register_load_state_dict_pre_hook(Experts._stack)
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (N * k, D), sorted by expert, ends (E,), see ``grouped_linear`` -> (N * k, D)."""
-        gate = self.act(grouped_linear(x, self.gate_proj, ends))
-        return grouped_linear(gate * grouped_linear(x, self.up_proj, ends), self.down_proj, ends)
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+        """x (N * k, D), sorted by expert, sizes (E,), see ``grouped_linear`` -> (N * k, D)."""
+        dtype = product_dtype(x)
+        both = torch.cat((self.gate_proj.to(dtype), self.up_proj.to(dtype)), dim=1)  # (E, 2F, D)
+        gate, up = grouped_linear(x, both, sizes, self.uses_kernel).chunk(2, dim=-1)
+        return grouped_linear(self.act(gate) * up, self.down_proj, sizes, self.uses_kernel)
 
     @staticmethod
     def _unstack(module: "Experts", state: dict, prefix: str, metadata: dict) -> None:
@@ -223,35 +271,38 @@ class MoEFeedForward(nn.Module):
         weight, used = probs.topk(self.num_used, dim=-1)  # (N, k)
         if self.renormalise:
             weight = weight / weight.sum(-1, keepdim=True)
-        # Sorting makes each expert's tokens contiguous: no loop, and no wait for the device.
-        order = used.flatten().argsort(stable=True)  # (N * k,)
+        # Sorted by expert, in the order of tokens: no loop, and no wait for the device.
+        slots = torch.arange(used.numel(), device=x.device)
         experts = torch.arange(self.num_experts, device=x.device)
-        ends = (used.flatten()[:, None] == experts).sum(0).cumsum(0)  # (E,)
-        y = self.experts(tokens[order // self.num_used], ends.to(torch.int32))[order.argsort()]
+        chosen = used.flatten() == experts[:, None]  # (E, N * k)
+        sizes = chosen.sum(1)  # (E,)
+        place = chosen.cumsum(1) - 1 + (sizes.cumsum(0) - sizes)[:, None]  # in its expert's rows
+        inverse = (place * chosen).sum(0)  # (N * k,), where each slot's token goes
+        order = torch.empty_like(slots).scatter(0, inverse, slots)
+        y = self.experts(Dispatch.apply(tokens, order, inverse, self.num_used), sizes)
+        y = Collect.apply(y, order, inverse)
         y = (y.view(*used.shape, -1) * weight.unsqueeze(-1)).sum(1).to(x.dtype)
         by_row = x.shape[:2]
         return y.view_as(x), probs.view(*by_row, -1), used.view(*by_row, -1)
 
 
-def balance_loss(probs: Tensor, used: Tensor, real: Tensor, num_labels: Tensor) -> Tensor:
-    """Load-balancing loss of one router: k if it spreads tokens evenly over the experts, else more.
+def balance_losses(probs: Tensor, sent: Tensor, real: Tensor, num_labels: Tensor) -> Tensor:
+    """Load-balancing loss of L routers: k for one that spreads tokens evenly over the experts.
 
     Computed within each row, so that it does not depend on which rows share a micro-batch.
 
     Args:
-        probs: (B, T, E), the router's probabilities.
-        used: (B, T, k) int64, the chosen experts.
+        probs: (L, B, T, E), the routers' probabilities.
+        sent: (L, B, T, E) float32, 1 where an expert was chosen, 0 on padding.
         real: (B, T) bool, False on padding.
         num_labels: (B,) int64, the weights of the rows in the mean.
-    Returns: (), mean over rows of E * sum over experts of (share of tokens) * (mean probability).
+    Returns: (L,), mean over rows of E * sum over experts of (share of tokens) * (mean probability).
     Source: Switch Transformers (Fedus et al. 2021), section 2.2."""
-    num_experts = probs.shape[-1]
-    real = real.unsqueeze(-1).to(probs.dtype)  # (B, T, 1)
-    num_real = real.sum(1).clamp(min=1)  # (B, 1)
+    num_real = real.sum(1).clamp(min=1).unsqueeze(-1)  # (B, 1)
     row_share = num_labels.to(probs.dtype) / num_labels.sum().clamp(min=1)  # (B,)
-    sent = (F.one_hot(used, num_experts).sum(2) * real).sum(1) / num_real  # (B, E)
-    mean_prob = (probs * real).sum(1) / num_real  # (B, E)
-    return num_experts * (row_share * (sent * mean_prob).sum(-1)).sum()
+    mean_prob = (probs * real.unsqueeze(-1)).sum(2) / num_real  # (L, B, E)
+    by_row = (sent.sum(2) / num_real * mean_prob).sum(-1)  # (L, B)
+    return probs.shape[-1] * (row_share * by_row).sum(-1)
 
 
 class Block(nn.Module):
@@ -269,17 +320,20 @@ class Block(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visibility
     ) -> tuple[Tensor, list[Tensor]]:
         """x (B, T, D) -> x (B, T, D) and, with experts, the router's probabilities and choices."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, visible))
+        y = self.self_attn(self.input_layernorm(x), rope, visible)
+        x = x + self.dropout(y).to(x.dtype)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoEFeedForward):
             y, *routing = self.mlp(normed)
         else:
             y, routing = self.mlp(normed), []
-        return x + self.dropout(y), routing
+        return x + self.dropout(y).to(x.dtype), routing
 
 
 class MiniMindModel(nn.Module):
     """Embedding, blocks, final norm."""
+
+    residual_dtype: torch.dtype | None = None  # of the stream between blocks; None: the weights'
 
     def __init__(self, config: MiniMindConfig) -> None:
         super().__init__()
@@ -291,7 +345,7 @@ class MiniMindModel(nn.Module):
 
     def forward(self, input_ids: Tensor, visible: Visibility) -> tuple[Tensor, list[list[Tensor]]]:
         """input_ids (B, T) -> hidden states (B, T, D), and each block's routing, see ``Block``."""
-        x = self.dropout(self.embed_tokens(input_ids))
+        x = self.dropout(self.embed_tokens(input_ids)).to(self.residual_dtype)
         rope = self.rotary(visible.positions)
         routings = []
         for layer in self.layers:
@@ -333,7 +387,7 @@ class MiniMindForCausalLM(nn.Module):
     The forward pass has no KV cache. Text is generated by transformers' Qwen3 class, which shares
     these weights: see ``generate`` and model/generation.py."""
 
-    attends_within = False  # True: attention by bounds; needs can_attend_within and dropout 0
+    attends_within = False  # True: by a kernel of newer GPUs, see attend_within; not with dropout
     generation_compared = False  # set by generating_model
 
     def __init__(self, config: MiniMindConfig | None = None) -> None:
@@ -351,6 +405,11 @@ class MiniMindForCausalLM(nn.Module):
         """The device that holds the weights."""
         return self.lm_head.weight.device
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``compile_parts`` was called, and not undone."""
+        return self.next_token_nats is not next_token_nats
+
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compile each block, and the loss, separately.
 
@@ -359,6 +418,12 @@ class MiniMindForCausalLM(nn.Module):
         for layer in self.model.layers:
             layer.compile(backend=backend, dynamic=False)
         self.next_token_nats = torch.compile(self.next_token_nats, backend=backend, dynamic=False)
+
+    def uncompile_parts(self) -> None:
+        """Run eagerly again."""
+        for layer in self.model.layers:
+            layer._compiled_call_impl = None  # torch has no public way back
+        self.next_token_nats = next_token_nats
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -416,11 +481,12 @@ class MiniMindForCausalLM(nn.Module):
         num_labels = (shifted(labels) != IGNORE).sum(1)  # (B,)
         out.loss = self.next_token_nats(out.logits, labels) / num_labels.sum().clamp(min=1)
         real = labels != IGNORE if document_starts is None else document_starts >= 0
-        aux_loss = hidden.new_zeros(())
+        out.aux_loss = hidden.new_zeros(())
         out.expert_load = hidden.new_zeros(self.num_experts, dtype=torch.float32)
-        for probs, used in filter(None, routings):
-            aux_loss = aux_loss + balance_loss(probs, used, real, num_labels)
-            sent = F.one_hot(used, self.num_experts).sum(2) * real.unsqueeze(-1)  # (B, T, E)
-            out.expert_load = out.expert_load + sent.sum((0, 1))
-        out.aux_loss = aux_loss * self.config.router_aux_loss_coef
+        if self.num_experts:  # all layers at once: few kernels
+            probs, used = (torch.stack(part) for part in zip(*routings, strict=True))
+            sent = F.one_hot(used, self.num_experts).sum(3) * real.unsqueeze(-1)  # (L, B, T, E)
+            losses = balance_losses(probs, sent, real, num_labels)
+            out.aux_loss = losses.sum() * self.config.router_aux_loss_coef
+            out.expert_load = sent.sum((0, 1, 2)).to(torch.float32)
         return out

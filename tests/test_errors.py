@@ -191,3 +191,18 @@ def test_the_real_program_exits_with_the_status_and_one_line(tmp_path: Path) -> 
     done = run_command([sys.executable, "train_pretrain.py", *words])
     assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
     assert "corpus.jsonl line 1 (byte 0): not valid JSON" in done.stderr
+
+
+def test_a_lost_rank_does_not_keep_the_others_from_leaving() -> None:
+    """With NCCL, an ordinary end would wait for what is on the device; here, for a thread."""
+    program = (
+        "import sys, threading\n"
+        "from trainer.errors import RankError\n"
+        "from trainer.program import run_program\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "def program():\n"
+        "    raise RankError('rank 1 is gone', may_hang=True)\n"
+        "sys.exit(run_program(program))\n"
+    )
+    done = run_command([sys.executable, "-c", program], timeout=60)
+    assert (done.returncode, done.stderr) == (8, "error: rank 1 is gone\n")

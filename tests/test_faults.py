@@ -113,7 +113,7 @@ def test_a_disk_error_in_a_save_is_told_and_costs_nothing_before(tmp_path: Path,
     """One that passes is survived by the second attempt."""
     whole, log = tmp_path / "whole", tmp_path / "log"
     train_in_process(whole, epochs=1)
-    fault = [("fail_at_operation", {"number": 40, "code": code})]
+    fault = [("fail_at_operation", {"number": 48, "code": code})]
     assert launched.run_trainers(tiny_flags(tmp_path, epochs=1), log, faults=fault) == [0]
     assert_same(newest_state(tmp_path), newest_state(whole))
     assert not list(tmp_path.rglob("*.part"))

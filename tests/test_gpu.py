@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_pretrain
-from model.documents import can_attend_within
 from tests import launched
 from tests.running import (
     assert_same,
@@ -19,6 +17,7 @@ from tests.running import (
     train_in_process,
 )
 from tests.test_dataset import open_rows
+from trainer.guard import fast_paths
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,18 +38,33 @@ def test_cuda_loses_what_the_cpu_loses(tmp_path: Path, use_moe: int) -> None:
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
-def test_the_device_attends_within_documents(head_dim: int) -> None:
-    """On cards from 2020 on (compute capability 8); older ones take the mask."""
+@pytest.mark.parametrize("use_compile", [0, 1])
+@pytest.mark.parametrize("use_moe", [0, 1])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
+def test_every_fast_path_works(
+    tmp_path: Path, head_dim: int, use_moe: int, use_compile: int
+) -> None:
+    """Attention within documents on cards from 2020 on (compute capability 8)."""
+    sizes = {"hidden_size": 4 * head_dim, "use_moe": use_moe, "use_compile": use_compile}
+    flags = CUDA | sizes | {"dtype": "bfloat16", "epochs": 1, "strict_fast_path": 1}
+    output = train_in_process(tmp_path, **flags)
     able = torch.cuda.get_device_capability() >= (8, 0)
-    assert can_attend_within(torch.device("cuda"), torch.bfloat16, head_dim) == able
+    assert ("attention within documents" in output) == able
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_a_pass_of_one_row_and_of_all_lose_the_same(tmp_path: Path, micro_batch_size: int) -> None:
+    flags = CUDA | {"dtype": "bfloat16", "hidden_size": 384}  # heads of 96
+    train_in_process(tmp_path / "default", **flags)
+    train_in_process(tmp_path / "given", **flags, micro_batch_size=micro_batch_size)
+    assert losses(tmp_path / "given") == pytest.approx(losses(tmp_path / "default"), abs=0.02)
 
 
 def test_attention_within_documents_loses_what_the_mask_loses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_in_process(tmp_path / "within", **CUDA, dtype="bfloat16")
-    monkeypatch.setattr(train_pretrain, "can_attend_within", lambda *args: False)
+    monkeypatch.setattr(fast_paths, "has_kernel_within_documents", lambda run: False)
     train_in_process(tmp_path / "masked", **CUDA, dtype="bfloat16")
     assert losses(tmp_path / "within") == pytest.approx(losses(tmp_path / "masked"), abs=0.02)
 

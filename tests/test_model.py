@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.nn.attention import varlen
 from transformers import (
     PreTrainedModel,
     Qwen3Config,
@@ -21,8 +20,9 @@ from transformers import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from dataset.lm_dataset import PretrainDataset
-from model.documents import can_attend_within, document_bounds
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_loss
+from model import documents
+from model.documents import document_bounds
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MoEFeedForward, balance_losses
 from tests.helpers import perturbed, shipped_tokenizer, tiny_config, tiny_model, write_jsonl
 from tests.running import short_documents
 from trainer.trainer_utils import get_model_params
@@ -229,6 +229,21 @@ def test_a_document_never_sees_another(use_moe: bool) -> None:
     assert (difference[starts == 6] > 1e-3).all()
 
 
+def test_the_stream_between_layers_may_be_bfloat16_with_products_in_float32() -> None:
+    """Rounded after each addition, and nowhere else."""
+    model, (ids, _, starts) = tiny_model(), packed_row()
+    exact = model(ids, document_starts=starts).logits
+    model.model.residual_dtype = torch.bfloat16
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, given, out: seen.append(out[0].dtype))
+        layer.mlp.register_forward_hook(lambda mlp, given, out: seen.append(out.dtype))
+    rounded = model(ids, document_starts=starts).logits
+    assert seen == [torch.float32, torch.bfloat16] * len(model.model.layers)
+    torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
+    assert not torch.equal(rounded, exact)
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """Compiled code is global state: remove it before and after."""
@@ -359,8 +374,9 @@ def test_balance_loss_of_a_row_equals_that_of_transformers(num_used: int, num_re
     mask = None if num_real == 30 else real
     expected = load_balancing_loss_func((logits,), 4, num_used, mask)
     probs = logits.softmax(-1)[None]
-    found = balance_loss(probs, probs.topk(num_used).indices, real, torch.tensor([7]))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    sent = F.one_hot(probs.topk(num_used).indices, 4).sum(2) * real.unsqueeze(-1)
+    found = balance_losses(probs[None], sent[None], real, torch.tensor([7]))
+    torch.testing.assert_close(found, expected[None], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -424,14 +440,15 @@ def attend_in_a_loop(
     window_size: tuple[int, int],
 ) -> Tensor:
     """Stands in for torch's kernel, which needs CUDA: the same result, one document at a time."""
-    assert ends is same and window_size == (-1, 0) and q.shape == k.shape == v.shape
+    assert ends is same and window_size == (-1, 0) and k.shape == v.shape
     assert ends[0] == 0 and ends[-1] == len(q) and (ends.diff() >= 0).all()
     assert ends.dtype == torch.int32 and ends.diff().max() <= longest
     parts = []
     for begin, end in itertools.pairwise(ends.tolist()):
         if begin < end:
             own = (part[begin:end].transpose(0, 1) for part in (q, k, v))
-            parts.append(F.scaled_dot_product_attention(*own, is_causal=True).transpose(0, 1))
+            y = F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)
+            parts.append(y.transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -440,7 +457,7 @@ def test_attention_within_documents_gives_what_the_mask_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_moe: bool
 ) -> None:
     """Loss and gradients of whole epochs, with documents split between rows, and padding."""
-    monkeypatch.setattr(varlen, "varlen_attn", attend_in_a_loop)
+    monkeypatch.setattr(documents, "_varlen_attn", attend_in_a_loop)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", short_documents())
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -468,6 +485,43 @@ def test_attention_within_documents_gives_what_the_mask_gives(
                 assert torch.allclose(masked, within, atol=1e-12)
 
 
+def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: object, **__: object):
+    """Likewise, without a loop over documents, so that it compiles."""
+    position = torch.arange(len(q), dtype=torch.int32)
+    document = torch.searchsorted(bounds, position, right=True)
+    mask = (document[:, None] == document) & (position[:, None] >= position)
+    parts = (part.transpose(0, 1) for part in (q, k, v))
+    return F.scaled_dot_product_attention(*parts, mask, enable_gqa=True).transpose(0, 1)
+
+
+@DENSE_AND_MOE
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised and hidden within dynamo
+def test_uneven_documents_compile_once_for_training_and_once_for_evaluation(
+    monkeypatch: pytest.MonkeyPatch, use_moe: bool
+) -> None:
+    monkeypatch.setattr(documents, "_varlen_attn", attend_by_bounds)
+    counters.clear()
+    model, eager = (tiny_model(use_moe=use_moe) for _ in range(2))
+    model.attends_within = eager.attends_within = True
+    model.compile_parts(backend="eager")
+    dice = torch.Generator().manual_seed(0)
+    for update in range(50):
+        begins = torch.rand(2, 40, generator=dice) < torch.rand(1, generator=dice)
+        begins[:, 0] = True
+        starts = torch.where(begins, torch.arange(40), 0).cummax(1).values
+        ids = torch.randint(96, (2, 40), generator=dice)
+        batch = {"labels": ids, "document_starts": starts, "max_documents": int(begins.sum())}
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids, **batch).loss.backward()
+        if update % 10 == 9:
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                found, expected = (m(ids, **batch).loss for m in (model, eager))
+            torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 4, "layer and loss, in training and evaluation"
+    assert not counters["graph_break"]
+
+
 def test_the_shape_of_the_bounds_depends_only_on_max_documents() -> None:
     starts = torch.tensor([[0, 0, 2, 2, -1, -1], [0, 0, 0, 0, 0, 5], [-1] * 6])
     bounds = [0, 2, 4, 6, 11, 12]  # those from 4 and from 12 are padding
@@ -475,7 +529,3 @@ def test_the_shape_of_the_bounds_depends_only_on_max_documents() -> None:
     assert document_bounds(starts, 8).tolist() == [*bounds, 18, 18, 18]
     assert document_bounds(starts, 32).tolist() == [*bounds, *[18] * 27]
     assert document_bounds(starts.to("meta"), 8).shape == (9,)
-
-
-def test_a_cpu_uses_the_mask() -> None:
-    assert not can_attend_within(torch.device("cpu"), torch.bfloat16, 96)

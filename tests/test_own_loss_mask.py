@@ -44,7 +44,7 @@ def fine_tune(argv: list[str], killed_at: int = 0) -> int:
         with Guard(config) as guard:
             train(config, guard, open_answers, build_run, step)
 
-    def open_answers(config: object, tokenizer: object, device: torch.device) -> Answers:
+    def open_answers(config: object, tokenizer: object) -> Answers:
         choice = {"seed": config.seed, "heldout_fraction": config.heldout_fraction}
         source = config.data_path, tokenizer, config.max_seq_len
         return Answers(*source, **choice, cache_dir=config.cache_dir)

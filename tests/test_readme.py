@@ -40,7 +40,7 @@ def sections(text: str) -> list[str]:
 
 
 def test_the_readme_is_as_long_as_promised() -> None:
-    assert 150 <= len(README.splitlines()) <= 230
+    assert 150 <= len(README.splitlines()) <= 250
 
 
 def test_the_chinese_readme_has_the_same_commands_and_numbers() -> None:
@@ -111,7 +111,7 @@ def test_each_command_of_the_readme_runs(
     for name in ("dataset/pretrain_t2t_mini", "my_texts", "corpus", "texts/a"):
         write_jsonl(tmp_path / f"{name}.jsonl", [*fact_documents() * 20, *short_documents(60)])
     inline = re.findall(r"`(python -m [^`]+)`", README)
-    lines = [*commands(README), *(line for line in inline if "benchmark" not in line)]
+    lines = [*commands(README), *(line for line in inline if "python -m bench" not in line)]
     ran, continued = Counter(), ""
     for line in lines:
         if "train_pretrain.py --preset demo" in line:

@@ -47,6 +47,8 @@ DEFAULTS = {  # MiniMind's names, and ours
     "accumulation_steps": 8,
     "learning_rate": 5e-4,
     "micro_batch_size": None,
+    "strict_fast_path": 0,
+    "residual_dtype": "float32",
     "optimizer": "adamw",
     "lr_schedule": "cosine",
     "warmup_ratio": 0.0,

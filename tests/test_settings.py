@@ -22,6 +22,7 @@ OTHER = {
     "dropout": 0.2,
     "seed": 7,
     "dtype": "bfloat16",
+    "residual_dtype": "bfloat16",
     "from_weight": "base",
     "max_seq_len": 16,
     "packing": 0,

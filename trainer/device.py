@@ -18,8 +18,10 @@ def join_ranks(name: str, timeout_seconds: float) -> torch.device:
     Raises: RankError if a rank is missing."""
     local_rank = init_distributed_mode(name, timeout_seconds)
     device = torch.device(name)
-    if device.type == "cuda" and world_size() > 1:
-        return torch.device("cuda", local_rank)
+    if device.type == "cuda":
+        if world_size() > 1:
+            device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device.index or 0)  # events and generators are its own
     return device
 
 

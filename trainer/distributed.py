@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from trainer.errors import RankError, exit_status_of
+from trainer.errors import RankError, exit_status_of, is_out_of_memory, reason_of
 
 T = TypeVar("T")
 MAX_WORK_SECONDS = 24 * 3600.0  # one rank may tokenize a large corpus while the others wait
@@ -169,6 +169,7 @@ def _roll_call(reason: str) -> RankError:
         f"{missing if names else 'the ranks lost their connection'} ({reason:.120}). The same "
         f"command with --from_resume 1 resumes from the last saved state.",
         prints=own == first,
+        may_hang=dist.is_initialized() and "nccl" in dist.get_backend(),
     )
 
 
@@ -274,6 +275,27 @@ def gather(value: T) -> list[T]:
     with exchange():
         dist.all_gather_object(values, value)
     return values
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Run ``work()`` on every rank.
+
+    Raises: on every rank if it failed on any: its own error where it has one, elsewhere an
+    OutOfMemoryError or a RuntimeError that names another's."""
+    result, error, failure = [], None, None
+    try:
+        result.append(work())
+    except Exception as raised:
+        if hasattr(raised, "exit_status"):  # the run ends
+            raise
+        error, failure = raised, (is_out_of_memory(raised), reason_of(raised))
+    failures = gather(failure)
+    if error:
+        raise error
+    for out_of_memory, reason in filter(None, failures):
+        kind = torch.OutOfMemoryError if out_of_memory else RuntimeError
+        raise kind(f"on another rank: {reason}")
+    return result[0]
 
 
 def broadcast(value: T) -> T:

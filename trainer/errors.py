@@ -32,13 +32,15 @@ class BadUpdateError(ValueError):
 class RankError(ValueError):
     """Another rank died or hangs, so this one cannot continue.
 
-    Args: prints: whether this rank prints the message; one does."""
+    Args:
+        prints: whether this rank prints the message; one does.
+        may_hang: whether leaving in the ordinary way may wait for the lost rank."""
 
     exit_status = 8
 
-    def __init__(self, message: str, prints: bool = True) -> None:
+    def __init__(self, message: str, prints: bool = True, may_hang: bool = False) -> None:
         super().__init__(message)
-        self.prints = prints
+        self.prints, self.may_hang = prints, may_hang
 
 
 class Interrupted(Exception):
@@ -59,6 +61,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """The kind of an error, and the first line of its message."""
+    error = getattr(error, "inner_exception", error)  # torch's compiler wraps a backend's
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {printable(lines[0]):.300}".rstrip(".")
 
 
 def exit_status_of(error: BaseException) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from model.generation import GenerationError, generating_model
@@ -30,7 +32,7 @@ def evaluate(
 
     Args:
         held_out: batches and bytes of text, by language; scored separately and all together.
-        stopping: called before each batch and prompt; if true on any rank, nothing is reported.
+        stopping: called before each batch and the prompts; if true on any rank, none is reported.
     Returns: whether the evaluation was completed, the same on every rank."""
     scores, sums = {}, list[tuple[float, int, int]]()
     for language, (batches, num_bytes) in held_out.items():
@@ -46,10 +48,10 @@ def evaluate(
             "heldout_bits_per_byte": bits_per_byte(nats, num_bytes),
         }
         scores = overall | (scores if len(sums) > 1 else {})
-    texts, prompts = {}, unless(stopping, PROMPTS)
-    if distributed.is_main_process() and run.can_generate:
+    texts = {}
+    if distributed.is_main_process() and run.can_generate and not stopping():
         try:
-            texts = continuations(run.model, tokenizer, prompts)
+            texts = continuations(run.model, tokenizer)
         except GenerationError as error:
             run.can_generate = False
             log(f"warning: {error}. Training continues without samples.")
@@ -96,17 +98,27 @@ def continuations(
     prompts: Iterable[str] = PROMPTS,
     max_new_tokens: int = 24,
 ) -> dict[str, str]:
-    """Each prompt with its greedy continuation, so that evaluations can be compared.
+    """Each prompt with its greedy continuation, so that evaluations can be compared; made in one
+    batch, since a GPU takes as long for one prompt as for all.
 
     Raises: GenerationError, see ``generating_model``."""
-    texts, qwen = {}, generating_model(model)
-    for prompt in prompts:
-        ids = encode_prompt(tokenizer, prompt).to(model.device)
-        out = qwen.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-        )
-        texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return texts
+    qwen, prompts = generating_model(model), [*prompts]
+    rows = [encode_prompt(tokenizer, prompt)[0] for prompt in prompts]
+    longest = max(map(len, rows))
+
+    def padded(rows: Iterable[Tensor], value: int) -> Tensor:
+        """(number of rows, longest) int64, padded on the left."""
+        padded = [F.pad(row, (longest - len(row), 0), value=value) for row in rows]
+        return torch.stack(padded).to(model.device)
+
+    out = qwen.generate(
+        padded(rows, model.config.pad_token_id),
+        attention_mask=padded(map(torch.ones_like, rows), 0),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return dict(zip(prompts, texts, strict=True))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

@@ -204,6 +204,13 @@ class MachineFlags:
         resume=DECIDES,
         choices=["bfloat16", "float16", "float32"],
     )
+    residual_dtype: str = flag(
+        "float32",
+        "of the stream between layers; bfloat16 saves a GPU memory and traffic",
+        resume=DECIDES,
+        older="float32",
+        choices=["float32", "bfloat16"],
+    )
     use_compile: int | None = flag(
         None, "1: compile the model; None: only on cuda", resume=SPLITS, choices=[0, 1]
     )
@@ -213,6 +220,12 @@ class MachineFlags:
         "on cuda as many as are useful and fit",
         resume=SPLITS,
         least=1,
+    )
+    strict_fast_path: int = flag(
+        0,
+        "1: end with an error if a kernel, the compiler or the like fails, instead of training "
+        "without it",
+        choices=[0, 1],
     )
     timeout: int = flag(
         600, "seconds after which an unresponsive rank or loader process counts as lost", least=1

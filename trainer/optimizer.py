@@ -101,10 +101,22 @@ def step_if_finite(
     The fused kernel decides on the device, by the flag that GradScaler also uses, so the host does
     not wait. An enabled scaler sets the flag itself, from the same gradients."""
     found_inf = (~torch.isfinite(sums.sum() + grad_norm)).to(torch.float32)
-    optimizer.found_inf = found_inf  # pyrefly: ignore[missing-attribute]  # undeclared in torch
-    scaler.step(optimizer)
+    if not getattr(optimizer, "takes_plain_steps", False):
+        optimizer.found_inf = found_inf  # pyrefly: ignore[missing-attribute]  # undeclared in torch
+        scaler.step(optimizer)
+    elif not found_inf:  # here the host waits
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+
+
+def use_plain_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's loop over tensors take the steps from now on; the state stays the same."""
+    for group in optimizer.param_groups:
+        group["fused"] = group["foreach"] = False
+    vars(optimizer)["takes_plain_steps"] = True
+    # Undeclared in torch: an enabled GradScaler now decides on the host, too.
+    vars(optimizer)["_step_supports_amp_scaling"] = False
 
 
 def expected_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:

@@ -25,6 +25,8 @@ from trainer.schedule import learning_rate
 from trainer.step_times import StepTimes
 from trainer.weights import describes, save_weights, weights_path
 
+WITHOUT = "without"  # in a state: the names of the fast paths that failed
+
 
 class Update(NamedTuple):
     """An update whose outcome nobody has looked at yet: looking waits for the device."""
@@ -63,13 +65,13 @@ class Run:
     seconds_spent: float = 0.0  # of the budget, by earlier starts
     rows_held_out: int = 0
     tracker_id: str | None = None  # of this run in the tracker
+    fast_paths: dict[str, str] = field(default_factory=dict)  # "used", or why not; see make_fast
     can_generate: bool = True  # False once transformers was found to compute something else
     micro_batch: int = field(init=False)  # rows per forward pass on each device
     gradients: distributed.GradientSum = field(init=False)
 
     def __post_init__(self) -> None:
-        given = self.args.micro_batch_size or self.args.batch_size
-        self.micro_batch = largest_divisor(self.rows_per_device, given)
+        self.reset_micro_batch()
         self.gradients = distributed.GradientSum(self.model.parameters())
         self.plan = Plan(NOT_KNOWN if self.budget else self.rows_per_epoch * self.args.epochs)
 
@@ -110,8 +112,18 @@ class Run:
 
     @property
     def rounding_now(self) -> dict:
-        """``rounding`` with the micro-batch that was chosen instead of the flag."""
-        return self.rounding | {"micro_batch_size": str(self.micro_batch)}
+        """``rounding`` with what was chosen for this machine."""
+        chosen = {"micro_batch_size": str(self.micro_batch)}
+        return self.rounding | chosen | {WITHOUT: ", ".join(self.plain_paths())}
+
+    def reset_micro_batch(self) -> None:
+        """Take as many rows per pass as the flags say."""
+        given = self.args.micro_batch_size or self.args.batch_size
+        self.micro_batch = largest_divisor(self.rows_per_device, given)
+
+    def plain_paths(self) -> list[str]:
+        """The names of the fast paths that failed."""
+        return [name for name, found in self.fast_paths.items() if found != "used"]
 
     def learning_rate(self, num_rows: int) -> float:
         """The rate of the update that takes the next ``num_rows``."""
@@ -284,6 +296,8 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.progress, self.plan = Progress(**state["progress"]), Plan(**state["plan"])
         self.latest, self.records = state["latest"], state["records"]
+        failed = filter(None, state["rounding"].get(WITHOUT, "").split(", "))
+        self.fast_paths = dict.fromkeys(failed, "failed at an earlier start of this run")
         self.rollbacks, self.tracker_id = state["rollbacks"], state["wandb_id"]
         self.seconds_spent = state["seconds_spent"]
         if self.budget:

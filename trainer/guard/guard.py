@@ -94,9 +94,10 @@ class Guard:
         return True
 
     @contextlib.contextmanager
-    def training(self) -> Generator[None]:
+    def training(self, run: Run) -> Generator[None]:
         """A context in which signals are only noted. Outside it, nothing needs to be saved, and a
         signal ends the run immediately."""
+        on_main_process(partial(self.folder.tell, fast_paths=run.fast_paths))
         self.stop.training = True
         yield
         self.stop.training = False

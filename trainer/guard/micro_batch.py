@@ -5,6 +5,7 @@ This does not change the updates, only how the rows of a window are split into m
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,16 +25,6 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def choose_micro_batch(run: Run, one_pass: Callable[[int], Tensor]) -> None:
-    """Set the run's micro-batch so that its memory suffices; what the run draws does not change.
-
-    Args: one_pass: forward and backward of so many rows. Raises: as ``fit_micro_batch``."""
-    if run.device.type != "cpu":  # there the system kills who takes too much: no try would fail
-        drawing = [run.device] if run.device.type == "cuda" else []
-        with torch.random.fork_rng(drawing):
-            fit_micro_batch(run, one_pass, free_bytes(run.device))
-
-
 def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int | None) -> None:
     """Set the run's micro-batch to ``--micro_batch_size``, or else to as many rows as are useful
     and fit. If they turn out not to fit, halve them until they do. All ranks choose the same.
@@ -42,12 +33,14 @@ def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int
         one_pass: runs forward and backward on the given number of rows.
         free_bytes: of the device, which holds the model, but no gradients or moments yet; None if
             unknown: start from the run's current micro-batch.
-    Raises: torch.OutOfMemoryError, or RuntimeError on a CPU, if not even one row fits."""
+    Raises: torch.OutOfMemoryError, or RuntimeError on a CPU, if not even one row fits; on every
+        rank if a pass fails on any."""
     rows = run.args.micro_batch_size
     if free_bytes is None:
         rows = run.micro_batch
     elif rows is None:
-        fitting = min(distributed.gather(rows_that_fit(run, one_pass, free_bytes)))
+        estimate = partial(rows_that_fit, run, one_pass, free_bytes)
+        fitting = min(distributed.gather(distributed.on_all_ranks(estimate)))
         rows = min(MAX_TOKENS // run.args.max_seq_len, fitting)
     rows = largest_divisor(run.rows_per_device, rows)
     while error := out_of_memory(run, one_pass, rows):
@@ -102,11 +95,15 @@ def bytes_taken(run: Run, one_pass: Callable[[], Tensor]) -> int:
 
 def out_of_memory(run: Run, one_pass: Callable[[int], Tensor], rows: int) -> Exception | None:
     """Try a pass, with memory reserved for the moments. Returns: its error on any rank, or None."""
-    error = None
-    try:
+
+    def attempt() -> None:
         moments = [torch.empty_like(p) for p in run.model.parameters() for _ in range(2)]
         one_pass(rows).tolist()  # waits for the device
         del moments
+
+    error = None
+    try:
+        distributed.on_all_ranks(attempt)
     except RuntimeError as raised:
         if not is_out_of_memory(raised):
             raise
@@ -115,6 +112,4 @@ def out_of_memory(run: Run, one_pass: Callable[[int], Tensor], rows: int) -> Exc
     if error is not None:
         gc.collect()
         getattr(torch, "mps" if run.device.type == "mps" else "cuda").empty_cache()
-    if distributed.totals(error is not None)[0]:
-        return error or torch.OutOfMemoryError("out of memory on another rank")
-    return None
+    return error

@@ -5,7 +5,8 @@ A supervisor reads that file, since torchrun exits with 1 whatever the ranks ret
     {"status": "running" | "interrupted" | "complete" | "failed", "code": the exit status or null,
      "run": "pretrain_768", "step": last saved update, "reason": "...", "pid": ..., "host": ...,
      "since": "2026-11-22 10:02:11", "bad_records": number of records skipped,
-     "seconds_spent": of --max_minutes, summed over all starts}
+     "seconds_spent": of --max_minutes, summed over all starts,
+     "fast_paths": {"compiled layers": "used", or why it is not, ...}}
 """
 
 import contextlib
@@ -75,6 +76,7 @@ class RunFolder:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "bad_records": 0,
             "seconds_spent": 0.0,
+            "fast_paths": {},
         }
 
     def __enter__(self) -> "RunFolder":
@@ -131,6 +133,11 @@ class RunFolder:
         self.content |= changes
         text = json.dumps(self.content, indent=1, ensure_ascii=False)
         write_atomically(self.path, text.encode())
+
+    def tell(self, **changes: object) -> None:
+        """As ``write``; but a disk that fails is left to the next save, which tries it twice."""
+        with contextlib.suppress(OSError):
+            self.write(**changes)
 
     def files(self) -> list[Path]:
         """The files of an earlier run of this name: states, newest first, and weights."""

@@ -1,0 +1,106 @@
+"""Run a program of this project on the null GPU, and report what its updates asked of the device.
+
+    python tests/null_gpu/run.py REPORT PROGRAM [FLAG ...]      # PROGRAM: train_pretrain, eval_llm
+
+The report is JSON: for each update the launches, the operations of its matrix products, and what
+made the host wait; then what was compiled, and the peak of memory. No kernel computes anything, so
+whoever compares results is told here that they are equal.
+"""
+
+import ctypes
+import importlib
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from transformers import GenerationMixin
+
+from model import generation
+from trainer.distributed import is_main_process
+from trainer.guard import fast_paths
+
+LIBRARY = ctypes.CDLL(None)  # preloaded
+
+
+def take_counts() -> dict[str, tuple[int, float]]:
+    """Calls, and bytes or operations, by name, since the last call."""
+    with tempfile.NamedTemporaryFile(mode="r") as file:
+        LIBRARY.null_gpu_write(file.name.encode())
+        LIBRARY.null_gpu_reset()
+        lines = [line.rstrip("\n").split("\t", 2) for line in file]
+    return {name: (int(calls), float(work)) for calls, work, name in lines}
+
+
+def summed(counts: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    """What is asked of an update."""
+    calls = {name: n for name, (n, _) in counts.items()}
+    return {
+        "launches": sum(n for name, n in calls.items() if name.split()[0] in ("KERNEL", "PRODUCT")),
+        "products": sum(n for name, n in calls.items() if name.startswith("PRODUCT")),
+        "product_flops": sum(w for name, (_, w) in counts.items() if name.startswith("PRODUCT")),
+        "triton": sum(n for name, n in calls.items() if name.startswith("KERNEL triton")),
+        "all_reduces": calls.get("NCCL all-reduce", 0),
+        "waits": {
+            name: n
+            for name, n in calls.items()
+            if name.startswith("WAIT") or name.endswith("device to host")
+        },
+    }
+
+
+def main() -> int:
+    """See the module's text. Returns: the program's exit status."""
+    path, name, *argv = sys.argv[1:]
+    program = importlib.import_module(name)
+    updates, between, last, waiting = [], [], {}, {}
+    if name == "train_pretrain":
+        step = program.train_step
+
+        def counted(*given: Any) -> Any:
+            between.append(summed(take_counts()))
+            outcome = step(*given)
+            counts = take_counts()
+            last.clear()
+            last.update(counts)
+            updates.append(summed(counts))
+            if updates[-1]["waits"]:
+                waiting.clear()
+                waiting.update(counts)
+            return outcome
+
+        program.train_step = counted
+    torch.equal = lambda a, b: True
+    fast_paths.check_equal = lambda *given: None
+    fast_paths.switch_experts = lambda *given: None  # the plain path asks the device for sizes
+    generation.compare = lambda *given: None
+    more = itertools.cycle([True, True, False])  # tokens after the first; a device would tell
+    GenerationMixin._has_unfinished_sequences = lambda *given, **named: next(more)
+    status = program.main(argv)
+    from torch._dynamo.utils import counters
+    from torch._inductor import metrics
+
+    report = {
+        "status": status,
+        "updates": updates,
+        "between": between,
+        "last": {name: n for name, (n, _) in sorted(last.items(), key=lambda item: -item[1][0])},
+        "waiting": {name: n for name, (n, _) in waiting.items()},
+        "graphs": counters["stats"]["unique_graphs"],
+        "compiled_bytes": metrics.num_bytes_accessed,  # of one call of each graph
+        "graph_breaks": dict(counters["graph_break"]),
+        "recompilations": {str(k): v for k, v in counters["recompiles"].items()},
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+    if is_main_process():
+        Path(path).write_text(json.dumps(report, indent=1))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
