@@ -179,7 +179,7 @@ def presets(acceptance: Acceptance) -> tuple[str, Any]:
 def resume(acceptance: Acceptance) -> tuple[str, Any]:
     """The losses of a run that goes back to a state, beside those of the run itself."""
     flags = f"--preset {acceptance.args.presets[0]} --batch_size 8 --accumulation_steps 2 "
-    flags += "--log_interval 1 --save_interval 5 --keep_states 999 --max_seq_len 128"
+    flags += "--epochs 1 --log_interval 1 --save_interval 5 --keep_states 999 --max_seq_len 128"
     acceptance.train("resumed", 90, flags)
     before = {r["step"]: r["loss"] for r in acceptance.records("resumed") if "loss" in r}
     acceptance.train("resumed", 90, f"{flags} --from_resume 1 --resume_step 5", fresh=False)

@@ -4,6 +4,7 @@ On the CPU, where a stand-in takes the place of the kernel for attention, and th
 makes rows is the CPU itself. The compiler's backend is one that compiles nothing."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,10 @@ from tests.running import (
     metrics_without_times,
     newest_state,
     read_metrics,
+    run_command,
     tiny_flags,
     train_in_process,
+    training_command,
 )
 from tests.test_model import attend_in_a_loop
 from trainer import distributed
@@ -208,3 +211,35 @@ def test_what_fails_on_one_rank_is_used_on_none(tmp_path: Path) -> None:
     assert start(program=train_with_a_broken_rank) == [0, 0], log.read_text()
     (line,) = warnings_in(log.read_text())
     assert "RuntimeError: on another rank: RuntimeError: no kernel image is available" in line
+
+
+BREAKS_THE_DEVICE = """
+import os, sys
+import pytest, torch
+import train_pretrain
+from tests import test_fast_paths
+from trainer.guard import fast_paths
+
+if fast_paths.WITHOUT not in os.environ:  # at the first start
+    test_fast_paths.fused_adamw(pytest.MonkeyPatch(), "raises")
+    fast_paths.is_lost = lambda device: True
+sys.exit(train_pretrain.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_path_that_breaks_the_device_costs_a_second_start(tmp_path: Path, num_ranks: int) -> None:
+    words = tiny_flags(tmp_path, **TINY)
+    if num_ranks == 1:
+        command = [sys.executable, "-c", BREAKS_THE_DEVICE, *words]
+    else:
+        program = tmp_path / "program.py"
+        program.write_text(f"import sys\nsys.path.insert(0, '.')\n{BREAKS_THE_DEVICE}")
+        command = training_command(words, num_ranks)
+        command[command.index("train_pretrain.py")] = str(program)
+    done = run_command(command)
+    assert done.returncode == 0, done.stderr
+    (line,) = warnings_in(done.stdout)
+    assert line.startswith(f"warning: {FUSED_OPTIMIZER} failed")
+    assert f"note: {FUSED_OPTIMIZER} failed, and the device with it" in done.stdout
+    assert newest_state(tmp_path, "pretrain_64")["rounding"]["without"] == FUSED_OPTIMIZER

@@ -9,6 +9,8 @@ resume; with --strict_fast_path 1 it is an error. All ranks try the same, and de
 
 import contextlib
 import copy
+import os
+import sys
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any, Protocol
@@ -34,6 +36,7 @@ EXPERTS = "grouped products of experts"
 MICRO_BATCH = "micro-batch chosen by memory"
 COMPILED = "compiled layers"
 
+WITHOUT = "MINIMIND_WITHOUT"  # environment variable from one start to the next
 DATA_SHARE = 1 / 4  # of a device's free memory, at most, for the corpus
 PROBE_ROWS = 2  # of the passes that compare kernels
 # Largest difference between two gradients of a parameter, relative to their norm; a wrong kernel's
@@ -66,6 +69,8 @@ def make_fast(run: Run, data: Rows, one_pass: Pass) -> None:
     Args: one_pass: adds a batch's gradients, times a factor, to the model's; returns its sums.
     Raises: SettingsError if a path fails and --strict_fast_path is 1; OutOfMemoryError if not even
         one row fits."""
+    failed = filter(None, os.environ.pop(WITHOUT, "").split(", "))
+    run.fast_paths |= dict.fromkeys(failed, "failed, and the device with it")
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         if fits_on_device(run, data):
             undo = partial(data.to, torch.device("cpu"))
@@ -95,7 +100,6 @@ def attempt(run: Run, name: str, work: Callable[[], object], undo: Callable[[], 
         if memory or hasattr(error, "exit_status"):  # no fault of the path
             raise
         reason = reason_of(error)
-        undo()
         if run.args.strict_fast_path:
             raise SettingsError(f"--strict_fast_path 1: {name} failed: {reason}") from error
         run.fast_paths[name] = reason
@@ -103,6 +107,24 @@ def attempt(run: Run, name: str, work: Callable[[], object], undo: Callable[[], 
             f"warning: {name} failed, so the run does without, more slowly: {reason}. "
             f"Please report this line as an issue."
         )
+        if any(distributed.gather(is_lost(run.device))):
+            start_again(run)
+        undo()
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether the device refuses all further work of this process, as after an illegal access."""
+    try:
+        return bool(torch.zeros(1, device=device).item())
+    except RuntimeError:
+        return True
+
+
+def start_again(run: Run) -> None:
+    """Replace this process, and every other rank's, by one that does without what failed."""
+    log("note: the device takes no more work from this process: starting again")
+    os.environ[WITHOUT] = ", ".join(run.plain_paths())
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # ------------------------------------------------------------------------------ rows, optimizer
