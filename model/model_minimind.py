@@ -389,6 +389,7 @@ class MiniMindForCausalLM(nn.Module):
 
     attends_within = False  # True: by a kernel of newer GPUs, see attend_within; not with dropout
     generation_compared = False  # set by generating_model
+    is_compiled = False  # set by compile_parts
 
     def __init__(self, config: MiniMindConfig | None = None) -> None:
         super().__init__()
@@ -405,11 +406,6 @@ class MiniMindForCausalLM(nn.Module):
         """The device that holds the weights."""
         return self.lm_head.weight.device
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether ``compile_parts`` was called, and not undone."""
-        return self.next_token_nats is not next_token_nats
-
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compile each block, and the loss, separately.
 
@@ -417,13 +413,15 @@ class MiniMindForCausalLM(nn.Module):
         soon as its backward pass is done; one graph for all would deliver them only at its end."""
         for layer in self.model.layers:
             layer.compile(backend=backend, dynamic=False)
-        self.next_token_nats = torch.compile(self.next_token_nats, backend=backend, dynamic=False)
+        self.is_compiled, self.eager_nats = True, self.next_token_nats
+        self.next_token_nats = torch.compile(self.eager_nats, backend=backend, dynamic=False)
 
     def uncompile_parts(self) -> None:
         """Run eagerly again."""
         for layer in self.model.layers:
             layer._compiled_call_impl = None  # torch has no public way back
-        self.next_token_nats = next_token_nats
+        if self.is_compiled:
+            self.is_compiled, self.next_token_nats = False, self.eager_nats
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -52,6 +52,8 @@ def main() -> None:
         Path(place, "text.jsonl").write_text("\n".join(texts))
         for preset in ("64m", "moe"):
             for card, gib in CARDS:
+                if preset == "moe" and card in ("t4", "2080ti"):
+                    continue  # experts in float16 ask the device for sizes, which a null GPU lacks
                 print(dry_run(Path(sys.argv[1]), card, gib, preset, Path(place)), flush=True)
 
 
