@@ -161,6 +161,15 @@ def test_a_fast_path_that_works_is_used(
     assert name == MICRO_BATCH or name in told["fast_paths"]
 
 
+@pytest.mark.parametrize("flags", [{"use_moe": 1}, {"use_compile": 1}], ids=str)
+def test_dropout_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict
+) -> None:
+    """It draws the same in both passes; what is compiled draws in its own way."""
+    compiler(monkeypatch, "works")
+    train_in_process(tmp_path, **TINY | flags, dropout=0.5, strict_fast_path=1)
+
+
 def test_a_resumed_run_does_without_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,12 +72,12 @@ def make_fast(run: Run, data: Rows, one_pass: Pass) -> None:
     failed = filter(None, os.environ.pop(WITHOUT, "").split(", "))
     run.fast_paths |= dict.fromkeys(failed, "failed, and the device with it")
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        if fits_on_device(run, data):
+        if all(distributed.gather(fits_on_device(run, data))):
             undo = partial(data.to, torch.device("cpu"))
             attempt(run, ROWS_ON_DEVICE, partial(move_rows, data, run.device), undo)
         undo = partial(use_plain_steps, run.optimizer)
         attempt(run, FUSED_OPTIMIZER, partial(compare_updates, run), undo)
-        if has_kernel_within_documents(run):
+        if all(distributed.gather(has_kernel_within_documents(run))):
             switch = partial(setattr, run.model, "attends_within")
             try_kernel(run, ATTENTION, switch, data, one_pass)
         if run.config.use_moe and has_grouped_kernel(run.device.type, run.args.torch_dtype):
@@ -243,7 +243,8 @@ def choose_micro_batch(run: Run, data: Rows, one_pass: Pass) -> None:
         keep_compiled_code(run.args.cache_dir)
         run.model.compile_parts()
         fit()
-        distributed.on_all_ranks(compare_compiled)
+        if not run.args.dropout:  # whose draws compiled code makes in its own way
+            distributed.on_all_ranks(compare_compiled)
 
     def compare_compiled() -> None:
         rows, part = range(run.micro_batch), largest_divisor(run.micro_batch, run.micro_batch // 8)
@@ -284,7 +285,8 @@ def residual_weights_drawn(model: nn.Module) -> Generator[None]:
 def gradients(
     run: Run, data: Rows, one_pass: Pass, rows: range, at_once: int | None = None
 ) -> dict[str, Tensor]:
-    """The sums and the gradients of a pass, ``at_once`` rows at a time."""
+    """The sums and the gradients of a pass, ``at_once`` rows at a time; dropout draws the same."""
+    torch.manual_seed(0)
     size = at_once or len(rows)
     batches = [data.__getitems__([*rows[i : i + size]]) for i in range(0, len(rows), size)]
     num_labels = max(1, sum(batch.num_labels for batch in batches))
