@@ -293,7 +293,7 @@ def balance_losses(probs: Tensor, sent: Tensor, real: Tensor, num_labels: Tensor
 
     Args:
         probs: (L, B, T, E), the routers' probabilities.
-        sent: (L, B, T, E) float32, 1 where an expert was chosen, 0 on padding.
+        sent: (L, B, T, E), 1 where an expert was chosen, 0 on padding.
         real: (B, T) bool, False on padding.
         num_labels: (B,) int64, the weights of the rows in the mean.
     Returns: (L,), mean over rows of E * sum over experts of (share of tokens) * (mean probability).
