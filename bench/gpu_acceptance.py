@@ -212,7 +212,8 @@ def benchmark(acceptance: Acceptance) -> tuple[str, Any]:
 def profile(acceptance: Acceptance) -> tuple[str, Any]:
     """Where the time of an update goes, beside the prediction for an H100."""
     path = acceptance.folder / "profile.json"
-    words = ["-m", "bench.gpu_acceptance", "--profile", str(path), *acceptance.data()[:-2]]
+    words = ["-m", "bench.gpu_acceptance", "--profile", str(path), "--data_path"]
+    words += acceptance.args.data_path
     words += ["--device", acceptance.args.device, "--presets", acceptance.args.presets[0]]
     acceptance.run(words, 120)
     found = json.loads(path.read_text())

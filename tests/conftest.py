@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,8 +14,6 @@ import pytest
 import torch
 
 from tests.strict import make_strict
-
-COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
 
 torch.set_num_threads(1)
 make_strict()
@@ -35,12 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_running() -> Iterator[None]:
-    """A failed test must not leave a training behind that slows the others down, nor any test its
-    folder of compiled code to the processes of later ones."""
-    before = os.environ.get(COMPILED_CODE)
-    yield
-    os.environ.pop(COMPILED_CODE, None)
-    if before is not None:
-        os.environ[COMPILED_CODE] = before
+    """A failed test must not leave a training behind that slows the others down, nor any test what
+    it set in the environment, such as its folder of compiled code."""
+    with mock.patch.dict(os.environ):
+        yield
     if "tests.launched" in sys.modules:
         sys.modules["tests.launched"].kill_leftovers()

@@ -21,14 +21,13 @@ from typing import NamedTuple
 import pytest
 
 from tests.helpers import ROOT, write_jsonl
+from tests.null_gpu.build import environment
 
 FOLDER = os.environ.get("NULL_GPU_FOLDER", "")
-RUN = "tests/null_gpu/run.py"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not FOLDER, reason="NULL_GPU_FOLDER is not set: see this file's text"),
 ]
-WAITS_BELOW_9 = "torch's grouped product asks for the sizes"
 
 
 class Case(NamedTuple):
@@ -37,24 +36,25 @@ class Case(NamedTuple):
     card: str
     flags: str
     most_launches: int
-    waits: str = ""  # why it may
+    most_waits: int = 0
     num_ranks: int = 1
 
 
-# Launches are those counted at the commit that wrote this line, and a tenth more.
+# At most a tenth more launches than were counted on 2026-11-26 with torch 2.11.0+cu130.
 CASES = {
     "dense": Case("h100", "", 580),
     "dense, eager": Case("h100", "--use_compile 0", 1_170),
-    "dense, float16": Case("h100", "--dtype float16", 600),
-    "dense, Muon": Case("h100", "--optimizer muon", 840),
-    "experts": Case("h100", "--preset moe", 900),
-    "experts, Muon": Case("h100", "--preset moe --optimizer muon", 1_300),
+    "dense, float16": Case("h100", "--dtype float16", 590),
+    "dense, Muon": Case("h100", "--optimizer muon", 839),
+    "experts": Case("h100", "--preset moe", 850),
+    "experts, Muon": Case("h100", "--preset moe --optimizer muon", 1_110),
     "dense, rows from loader processes": Case("h100", "--num_workers 2", 580),
-    "dense, dropout": Case("4090", "--dropout 0.1 --use_compile 0", 1_500),
+    "dense, dropout": Case("4090", "--dropout 0.1 --use_compile 0", 1_200),
     "dense, 4090": Case("4090", "", 580),
-    "experts, 4090, eager": Case("4090", "--preset moe --use_compile 0", 1_900, WAITS_BELOW_9),
-    "T4": Case("t4", "--use_compile 0", 1_900, "the loss scale is read"),
-    "two ranks": Case("h100", "", 800, num_ranks=2),
+    # Below compute capability 9, torch's grouped product asks for the sizes: 48 copies and waits.
+    "experts, 4090, eager": Case("4090", "--preset moe --use_compile 0", 1_850, most_waits=96),
+    "T4": Case("t4", "--use_compile 0", 1_190),
+    "two ranks": Case("h100", "", 790, num_ranks=2),
     "two ranks, experts, eager": Case("h100", "--preset moe --use_compile 0", 2_000, num_ranks=2),
 }
 
@@ -70,21 +70,14 @@ def start(
     folder: Path, card: str, program: str, words: list[str], num_ranks: int = 1
 ) -> tuple[str, dict]:
     """Run a program on a null GPU to its end. Returns: what it printed, and the report."""
-    library = Path(FOLDER, "lib")
-    env = os.environ | {
-        "LD_PRELOAD": f"{library}/libcuda.so.1",
-        "LD_LIBRARY_PATH": str(library),
-        "TRITON_LIBCUDA_PATH": str(library),
-        "NULL_GPU": card,
-        "NULL_GPU_COUNT": str(num_ranks),
-    }
+    env = environment(Path(FOLDER), card) | {"NULL_GPU_COUNT": str(num_ranks)}
     command = [f"{FOLDER}/venv/bin/python"]
     if num_ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         command.append(str(num_ranks))
     report = folder / "report.json"
     done = subprocess.run(
-        [*command, RUN, str(report), program, *words],
+        [*command, "-m", "tests.null_gpu.run", str(report), program, *words],
         cwd=ROOT,
         env=env,
         capture_output=True,
@@ -118,8 +111,7 @@ def test_a_run_comes_to_its_end_and_asks_little_of_the_device(
     _, *updates = report["updates"]
     assert len(updates) >= 2
     assert max(update["launches"] for update in updates) <= case.most_launches
-    if not case.waits:
-        assert [update["waits"] for update in updates] == [{}] * len(updates)
+    assert max(sum(update["waits"].values()) for update in updates) <= case.most_waits
     assert not report["graph_breaks"]
     compiled = "use_compile 0" not in case.flags
     assert report["graphs"] == (4 if compiled else 0), "layer and loss, training and evaluation"

@@ -131,6 +131,11 @@ def close() -> None:
         dist.destroy_process_group()
 
 
+def uses_nccl() -> bool:
+    """Whether a group is joined whose exchanges run on devices."""
+    return dist.is_initialized() and "nccl" in dist.get_backend()
+
+
 @contextlib.contextmanager
 def exchange() -> Generator[None]:
     """Wraps every collective operation, so that its failure names the missing ranks.
@@ -169,7 +174,6 @@ def _roll_call(reason: str) -> RankError:
         f"{missing if names else 'the ranks lost their connection'} ({reason:.120}). The same "
         f"command with --from_resume 1 resumes from the last saved state.",
         prints=own == first,
-        may_hang=dist.is_initialized() and "nccl" in dist.get_backend(),
     )
 
 

@@ -32,15 +32,13 @@ class BadUpdateError(ValueError):
 class RankError(ValueError):
     """Another rank died or hangs, so this one cannot continue.
 
-    Args:
-        prints: whether this rank prints the message; one does.
-        may_hang: whether leaving in the ordinary way may wait for the lost rank."""
+    Args: prints: whether this rank prints the message; one does."""
 
     exit_status = 8
 
-    def __init__(self, message: str, prints: bool = True, may_hang: bool = False) -> None:
+    def __init__(self, message: str, prints: bool = True) -> None:
         super().__init__(message)
-        self.prints, self.may_hang = prints, may_hang
+        self.prints = prints
 
 
 class Interrupted(Exception):

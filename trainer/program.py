@@ -11,7 +11,8 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from trainer.console import write_line
-from trainer.errors import Interrupted, exit_status_of
+from trainer.distributed import uses_nccl
+from trainer.errors import Interrupted, RankError, exit_status_of
 
 # Declares the version ranges that the tests were run with.
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
@@ -66,7 +67,7 @@ def run_program(program: Callable[[], None]) -> int:
             )
         if getattr(error, "prints", os.environ.get("LOCAL_RANK", "0") == "0"):  # once
             write_line(partial(print, file=sys.stderr), f"error: {message}")
-        if getattr(error, "may_hang", False):  # an exchange of NCCL's is still on the device
+        if isinstance(error, RankError) and uses_nccl():  # an exchange is still on the device
             sys.stdout.flush()
             os._exit(status)
         return status

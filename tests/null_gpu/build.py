@@ -7,6 +7,7 @@ requirements-dev.txt name, and FOLDER/lib with the library. tests/test_null_gpu.
 environment variable NULL_GPU_FOLDER names the folder.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,13 @@ HOST_DEFINES = """#pragma once
 EMPTY = "__device_builtin__ __cudart_builtin__ __host__ __device__ CUDARTAPI CUDARTAPI_CDECL"
 EMPTY += " __device_builtin_texture_type__ __device_builtin_surface_type__"
 ALIGNED = "#define {0}(bytes) __attribute__((aligned(bytes)))\n"
+
+
+def environment(folder: Path, card: str) -> dict[str, str]:
+    """The environment variables of a process that sees a null GPU of this name, see null_gpu.c."""
+    lib = str(folder / "lib")
+    preloaded = {"LD_PRELOAD": f"{lib}/libcuda.so.1", "LD_LIBRARY_PATH": lib}
+    return os.environ | preloaded | {"TRITON_LIBCUDA_PATH": lib, "NULL_GPU": card}
 
 
 def output(*words: object) -> str:

@@ -1,18 +1,19 @@
 """What small and older cards would do: micro-batch, path and memory, as the program chooses them.
 
-    python tests/null_gpu/cards.py FOLDER      # FOLDER: prepared by build.py; prints a table
+    python -m tests.null_gpu.cards FOLDER      # FOLDER: prepared by build.py; prints a table
 
 Each line is a --dry_run of the real program on a null GPU with that card's numbers. Memory is what
 PyTorch's allocator was asked for; what kernels themselves need, and speed, only a card can tell.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tests.null_gpu.build import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = [("t4", ""), ("2080ti", ""), ("3090", "8"), ("3090", "12"), ("4090", "16"), ("3090", "")]
@@ -23,13 +24,11 @@ NAMES |= {("4090", "16"): "16 GB (as RTX 4080)"}
 
 def dry_run(folder: Path, card: str, gib: str, preset: str, place: Path) -> str:
     """One line of the table."""
-    lib = folder / "lib"
-    env = os.environ | {"NULL_GPU": card, "LD_LIBRARY_PATH": str(lib)}
-    env |= {"LD_PRELOAD": f"{lib}/libcuda.so.1", "TRITON_LIBCUDA_PATH": str(lib)}
+    env = environment(folder, card)
     if gib:
         env["NULL_GPU_GIB"] = gib
     report = place / "report.json"
-    words = [f"{folder}/venv/bin/python", "tests/null_gpu/run.py", str(report), "train_pretrain"]
+    words = [f"{folder}/venv/bin/python", "-m", "tests.null_gpu.run", str(report), "train_pretrain"]
     words += ["--preset", preset, "--dry_run", "1", "--use_compile", "0", "--cache_dir"]
     words += [str(place), "--data_path", str(place / "text.jsonl")]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -12,6 +12,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -71,7 +72,7 @@ def make_fast(run: Run, data: Rows, one_pass: Pass) -> None:
         one row fits."""
     failed = filter(None, os.environ.pop(WITHOUT, "").split(", "))
     run.fast_paths |= dict.fromkeys(failed, "failed, and the device with it")
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+    with forked_generators(run.device):
         if all(distributed.gather(fits_on_device(run, data))):
             undo = partial(data.to, torch.device("cpu"))
             attempt(run, ROWS_ON_DEVICE, partial(move_rows, data, run.device), undo)
@@ -115,9 +116,10 @@ def attempt(run: Run, name: str, work: Callable[[], object], undo: Callable[[], 
 def is_lost(device: torch.device) -> bool:
     """Whether the device refuses all further work of this process, as after an illegal access."""
     try:
-        return bool(torch.zeros(1, device=device).item())
+        torch.zeros(1, device=device).item()
     except RuntimeError:
         return True
+    return False
 
 
 def start_again(run: Run) -> None:
@@ -263,6 +265,11 @@ def choose_micro_batch(run: Run, data: Rows, one_pass: Pass) -> None:
 # ------------------------------------------------------------------------------------ comparison
 
 
+def forked_generators(device: torch.device) -> AbstractContextManager[None]:
+    """A context at whose end the random generators are as they were at its start."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 @contextlib.contextmanager
 def residual_weights_drawn(model: nn.Module) -> Generator[None]:
     """Draw the weights that are initially zero, for a while: behind them, gradients would be zero,
@@ -270,10 +277,10 @@ def residual_weights_drawn(model: nn.Module) -> Generator[None]:
     weights = [m.weight for m in model.modules() if isinstance(m, ResidualLinear)]
     weights += [m.down_proj for m in model.modules() if isinstance(m, Experts)]
     before = [weight.detach().clone() for weight in weights]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(weights[0].device).manual_seed(0)
     with torch.no_grad():
         for weight in weights:
-            weight += 0.02 * torch.randn(weight.shape, generator=generator).to(weight.device)
+            weight += torch.empty_like(weight).normal_(std=0.02, generator=generator)
     try:
         yield
     finally:
@@ -286,12 +293,12 @@ def gradients(
     run: Run, data: Rows, one_pass: Pass, rows: range, at_once: int | None = None
 ) -> dict[str, Tensor]:
     """The sums and the gradients of a pass, ``at_once`` rows at a time; dropout draws the same."""
-    torch.manual_seed(0)
     size = at_once or len(rows)
     batches = [data.__getitems__([*rows[i : i + size]]) for i in range(0, len(rows), size)]
     num_labels = max(1, sum(batch.num_labels for batch in batches))
     run.optimizer.zero_grad(set_to_none=True)
-    sums = [one_pass(batch, batch.num_labels / num_labels) for batch in batches]
+    with forked_generators(run.device):
+        sums = [one_pass(batch, batch.num_labels / num_labels) for batch in batches]
     found = {"the losses": torch.stack(sums).sum(0)}
     for name, parameter in run.model.named_parameters():
         if parameter.grad is not None:
