@@ -239,7 +239,7 @@ def build_run(
     weight = args.from_weight if state is None else "none"
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
     dtype, num_ranks = args.torch_dtype, distributed.world_size()
-    model.model.residual_dtype = getattr(torch, args.residual_dtype)
+    model.model.residual_dtype = getattr(torch, str(args.residual_dtype))
     rounding = args.rounding_settings(num_ranks)
     if state is not None:
         args = args.keep_split(state, num_ranks)

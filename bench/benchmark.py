@@ -79,7 +79,7 @@ class PlainAdamW(torch.optim.AdamW):
 
     def step(self, closure: None = None) -> None:
         """One update, finite or not: torch's loop refuses to look at ``found_inf``."""
-        del self.found_inf
+        vars(self).pop("found_inf", None)
         super().step()
 
 
@@ -339,6 +339,7 @@ def flops(run: Run) -> float:
 
 def train_variant(pipe: Connection, variant: Variant, flags: list[str], since: float) -> None:
     """Train until the parent has heard enough, held after the first update and each turn."""
+    multiprocessing.set_start_method(None, force=True)  # of loader processes: not this one's
     turn = Turn(pipe, since, variant.parts)
     train(flags, turn, variant.parts._replace(step=turn.step))
 
@@ -377,7 +378,7 @@ def measure(args: argparse.Namespace, preset: str) -> list[dict]:
     chosen = [
         variant
         for variant in variants(args.device.startswith("cuda"), preset == "moe")
-        if not args.only or any(part in variant.name for part in args.only)
+        if not args.only or variant.name in args.only
     ]
     results, living = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -464,7 +465,7 @@ def main() -> None:
     cli.add_argument("--data_path", nargs="+", help="None: the preset's")
     cli.add_argument("--turns", type=int, default=3, help="of each variant")
     cli.add_argument("--seconds", type=float, help="of one turn")
-    cli.add_argument("--only", nargs="+", help="variants whose names contain one of these")
+    cli.add_argument("--only", nargs="+", help="variants of these names")
     cli.add_argument("--json", help="file for all that was measured")
     args = cli.parse_args()
     print(surroundings(args, "bench.benchmark"))

@@ -4,11 +4,13 @@
     python -m bench.gpu_acceptance --data_path my.jsonl --minutes 2
 
 Each part is a process of its own with a time limit, so one that fails or hangs costs the report
-nothing but itself, and the report says which. Needs torch, transformers and tqdm; pytest for the
-tests.
+nothing but itself, and the report says which; gpu_report.log has all that they printed. Needs
+torch, transformers and tqdm; pytest for the tests.
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -26,7 +28,8 @@ import torch
 
 from bench.measuring import NoGuard, Parts, parser, surroundings, train
 from dataset.lm_dataset import Batch
-from trainer.flags import PRESETS
+from dataset.records import find_files, read_documents
+from trainer.flags import PRESETS, TrainConfig, parse_flags
 from trainer.progress import Outcome
 from trainer.run import Run
 
@@ -42,7 +45,9 @@ PREDICTED = {
     "everything else": 17,
 }
 PRODUCTS = [group for group in PREDICTED if group.startswith("products")]
-UPDATES_BEFORE_PROFILE = 4
+UPDATES_BEFORE_TIMING, UPDATES_TIMED = 3, 5
+UPDATES_OF_A_PRESET = 10
+BYTES_PER_TOKEN = 3.0  # of text, about
 
 
 class Failed(RuntimeError):
@@ -79,21 +84,45 @@ class Acceptance:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
+            self.log(words, output)
             raise Failed(f"took more than {limit:.0f} s; the end:\n{last_lines(output)}") from None
+        self.log(words, output)
         if process.returncode:
             raise Failed(f"exit status {process.returncode}; the end:\n{last_lines(output)}")
         return output
 
-    def train(self, name: str, limit: float, flags: str, fresh: bool = True) -> str:
-        """Train, in files of its own. Returns: what it printed."""
+    def log(self, words: list[str], output: str) -> None:
+        """Keep what a process printed."""
+        with open(f"{self.args.report}.log", "a", encoding="utf-8") as file:
+            file.write(f"{time.monotonic() - self.began:.0f} s: {' '.join(words)}\n{output}\n")
+
+    def train(
+        self, name: str, limit: float, flags: str, fresh: bool = True, updates: int | None = None
+    ) -> str:
+        """Train, in files of its own, on all text or as much as ``updates`` take.
+
+        Returns: what it printed."""
         words = ["train_pretrain.py", "--device", self.args.device, *flags.split()]
         words += ["--save_dir", str(self.folder / name), "--cache_dir", str(self.folder / "cache")]
-        words += ["--checkpoint_dir", str(self.folder / f"{name}_states"), *self.data()]
+        words += ["--checkpoint_dir", str(self.folder / f"{name}_states")]
+        data = self.args.data_path
+        if updates:
+            data = [self.excerpt(parse_flags(flags.split()), updates)]
+        words += ["--data_path", *data, "--heldout_fraction", "0.02"]
         return self.run(words + ["--overwrite", "1"] * fresh, limit)
 
-    def data(self) -> list[str]:
-        """The flag for the text, and a few held-out documents."""
-        return ["--data_path", *self.args.data_path, "--heldout_fraction", "0.02"]
+    def excerpt(self, config: TrainConfig, updates: int) -> str:
+        """Path of a file with the text of about so many updates, repeated if need be."""
+        tokens = updates * config.max_seq_len * config.batch_size * config.accumulation_steps
+        path, left = self.folder / f"excerpt_{tokens}.jsonl", tokens * BYTES_PER_TOKEN
+        with path.open("w", encoding="utf-8") as file:
+            for source in itertools.cycle(find_files(self.args.data_path)):
+                for text, _ in read_documents(source):
+                    if left <= 0:
+                        return str(path)
+                    left -= len(text.encode())
+                    file.write(json.dumps({"text": text}) + "\n")
+        raise AssertionError("there is always a file, and a document in it")
 
     def records(self, name: str) -> list[dict]:
         """The metrics of a training."""
@@ -153,7 +182,10 @@ def tests(acceptance: Acceptance) -> tuple[str, Any]:
     """The tests that need a card."""
     if acceptance.args.device == "cpu":
         return "left out: no card", None
-    output = acceptance.run(["-m", "pytest", "-m", "gpu", "-q", "--tb=line", "tests"], 150)
+    words = ["-m", "pytest", "-m", "gpu", "-q", "--tb=short", "tests"]
+    words += ["-p", "no:benchmark"]  # it warns beside xdist, and tests take warnings for errors
+    words += ["-n", "4"] * (importlib.util.find_spec("xdist") is not None)
+    output = acceptance.run(words, 150)
     return output.strip().splitlines()[-1], last_lines(output)
 
 
@@ -162,8 +194,8 @@ def presets(acceptance: Acceptance) -> tuple[str, Any]:
     lines, found = [], {}
     for preset in acceptance.args.presets:
         try:
-            flags = f"--preset {preset} --batch_size 8 --accumulation_steps 2 --epochs 1"
-            output = acceptance.train(preset, 90, f"{flags} --log_interval 1 --max_seq_len 128")
+            flags = f"--preset {preset} --epochs 1 --log_interval 1"
+            output = acceptance.train(preset, 120, flags, updates=UPDATES_OF_A_PRESET)
             losses = [r["loss"] for r in acceptance.records(preset) if "loss" in r]
             found[preset] = {"pass": pass_line(output), "first": losses[0], "last": losses[-1]}
             lines.append(
@@ -178,11 +210,13 @@ def presets(acceptance: Acceptance) -> tuple[str, Any]:
 
 def resume(acceptance: Acceptance) -> tuple[str, Any]:
     """The losses of a run that goes back to a state, beside those of the run itself."""
-    flags = f"--preset {acceptance.args.presets[0]} --batch_size 8 --accumulation_steps 2 "
-    flags += "--epochs 1 --log_interval 1 --save_interval 5 --keep_states 999 --max_seq_len 128"
-    acceptance.train("resumed", 90, flags)
+    flags = f"--preset {acceptance.args.presets[0]} --epochs 1 "
+    flags += "--log_interval 1 --save_interval 5 --keep_states 999"
+    length = UPDATES_OF_A_PRESET
+    acceptance.train("resumed", 90, flags, updates=length)
     before = {r["step"]: r["loss"] for r in acceptance.records("resumed") if "loss" in r}
-    acceptance.train("resumed", 90, f"{flags} --from_resume 1 --resume_step 5", fresh=False)
+    flags += " --from_resume 1 --resume_step 5"
+    acceptance.train("resumed", 90, flags, fresh=False, updates=length)
     after = {r["step"]: r["loss"] for r in acceptance.records("resumed") if "loss" in r}
     worst = max(abs(after[step] - before[step]) for step in before)
     same = before.keys() == after.keys()
@@ -200,13 +234,20 @@ def dry_run(acceptance: Acceptance) -> tuple[str, Any]:
 def benchmark(acceptance: Acceptance) -> tuple[str, Any]:
     """Useful tokens a second beside the padded recipe; starts with cold and with warm caches."""
     path = acceptance.folder / "benchmark.json"
-    words = ["-m", "bench.benchmark", "--device", acceptance.args.device, "--json", str(path)]
-    words += ["--preset", *acceptance.args.measured, "--data_path", *acceptance.args.data_path]
-    words += ["--turns", "2", "--seconds", str(acceptance.args.seconds)]
-    words += ["--only", "padded recipe", "ours, started again", "ours with Muon", "ours, eager"]
-    output = acceptance.run(words, 240)
-    tables = output[output.find("\n--preset") :] if "\n--preset" in output else output
-    return tables.strip(), json.loads(path.read_text())
+    tables, found = [], {}
+    for preset in acceptance.args.measured:
+        words = ["-m", "bench.benchmark", "--device", acceptance.args.device, "--json", str(path)]
+        words += ["--preset", preset, "--data_path", *acceptance.args.data_path]
+        words += ["--turns", "2", "--seconds", str(acceptance.args.seconds)]
+        words += ["--only", "padded recipe", "ours", "ours, started again", "ours with Muon"]
+        try:
+            output = acceptance.run(words, 240)
+            tables.append(output[output.find("\n--preset") :].strip())
+            found |= json.loads(path.read_text())
+        except Failed as error:
+            tables.append(f"--preset {preset}: **failed:** {error}")
+            found[preset] = {"failed": str(error)}
+    return "\n\n".join(tables), found
 
 
 def profile(acceptance: Acceptance) -> tuple[str, Any]:
@@ -215,6 +256,7 @@ def profile(acceptance: Acceptance) -> tuple[str, Any]:
     words = ["-m", "bench.gpu_acceptance", "--profile", str(path), "--data_path"]
     words += acceptance.args.data_path
     words += ["--device", acceptance.args.device, "--presets", acceptance.args.presets[0]]
+    words += ["--cache", str(acceptance.folder / "cache")]
     acceptance.run(words, 120)
     found = json.loads(path.read_text())
     lines = ["| group | ns a token | of the update | predicted for an H100 |", "|---|---|---|---|"]
@@ -223,7 +265,8 @@ def profile(acceptance: Acceptance) -> tuple[str, Any]:
         ns = found["ns"].get(group, 0.0)
         lines.append(f"| {group} | {ns:,.0f} | {ns / total:.0%} | {predicted} |")
     lines.append(f"| sum | {total:,.0f} | | {sum(PREDICTED.values()):,} |")
-    rows = f"Peak memory {found['peak_gib']:.1f} GiB, {found['rows']} rows at once."
+    rows = f"An update took {found['ns_by_the_clock']:,.0f} ns a token, unprofiled. "
+    rows += f"Peak memory {found['peak_gib']:.1f} GiB, {found['rows']} rows at once."
     return "\n".join([*lines, "", rows]), found
 
 
@@ -264,49 +307,72 @@ PARTS: dict[str, Callable[[Acceptance], tuple[str, Any]]] = {
 
 
 class Profiling(NoGuard):
-    """Profiles one update, and ends the run. Args: path: of the JSON to write."""
+    """Times some updates, profiles the next one, and ends the run. Args: path: of the JSON."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.updates = path, 0
+        self.path, self.updates, self.tokens, self.since = path, 0, 0, 0.0
 
     def step(self, run: Run, window: list[Batch], num_labels: int) -> Outcome:
         """One update, as in ``train_step``."""
         self.updates += 1
-        if self.updates <= UPDATES_BEFORE_PROFILE:
-            return Parts().step(run, window, num_labels)
+        if self.updates <= UPDATES_BEFORE_TIMING + UPDATES_TIMED:
+            outcome = Parts().step(run, window, num_labels)
+            if self.updates > UPDATES_BEFORE_TIMING:
+                self.tokens += sum(batch.input_ids.numel() for batch in window)
+            if self.updates in (UPDATES_BEFORE_TIMING, UPDATES_BEFORE_TIMING + UPDATES_TIMED):
+                outcome.grad_norm.item()  # waits for the device
+                self.since, began = time.perf_counter(), self.since
+                self.seconds = self.since - began
+            return outcome
         on_cuda = run.device.type == "cuda"
         kinds = [torch.profiler.ProfilerActivity.CPU]
         kinds += [torch.profiler.ProfilerActivity.CUDA] * on_cuda
         with torch.profiler.profile(activities=kinds, record_shapes=True) as found:
             Parts().step(run, window, num_labels).grad_norm.item()  # waits for the device
         tokens = sum(batch.input_ids.numel() for batch in window)
-        ns: dict[str, float] = {}
-        for event in found.key_averages(group_by_input_shape=True):
-            micros = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-            group = group_of(event.key, str(event.input_shapes), run)
-            # An operation and its kernels tell of the same time. Products are told by their
-            # operations, which know the shapes, and everything else by its kernels.
-            is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
-            if on_cuda and is_kernel == (group in PRODUCTS):
-                continue
-            ns[group] = ns.get(group, 0.0) + 1000 * micros / tokens
+        events = [
+            (group_of(event.key, str(event.input_shapes), run), 1000 * micros / tokens, event)
+            for event in found.key_averages(group_by_input_shape=True)
+            if (micros := event.self_device_time_total if on_cuda else event.self_cpu_time_total)
+        ]
+        # An operation and its kernels tell of the same time. Products are told by their
+        # operations, which know the shapes, and everything else by its kernels.
+        if on_cuda:
+            events = [(g, ns, e) for g, ns, e in events if is_kernel(e) != (g in PRODUCTS)]
+        by_group = dict.fromkeys(PREDICTED, 0.0)
+        for group, ns, _ in events:
+            by_group[group] += ns
+        longest = sorted(events, key=lambda event: -event[1])[:50]
         peak = torch.cuda.max_memory_allocated() if on_cuda else 0
-        report = {"ns": ns, "tokens": tokens, "rows": run.micro_batch, "peak_gib": peak / 2**30}
+        report = {
+            "ns": by_group,
+            "ns_by_the_clock": 1e9 * self.seconds / self.tokens,
+            "tokens": tokens,
+            "rows": run.micro_batch,
+            "peak_gib": peak / 2**30,
+            "longest": [(g, round(ns, 2), e.key, str(e.input_shapes)) for g, ns, e in longest],
+        }
         self.path.write_text(json.dumps(report))
         raise SystemExit(0)
+
+
+def is_kernel(event: Any) -> bool:
+    """Whether a profiler's event is a kernel's, rather than an operation's or a mark's above it."""
+    is_mark = event.key.startswith(("## ", "Optimizer."))
+    return event.device_type == torch.autograd.DeviceType.CUDA and not is_mark
 
 
 def group_of(name: str, shapes: str, run: Run) -> str:
     """The group, in PREDICTED, of an operation or kernel."""
     config, numbers = run.config, set(map(int, re.findall(r"\d+", shapes)))
     width = config.moe_intermediate_size if config.use_moe else config.intermediate_size
+    if re.search(r"flash|attention|fmha", name, re.IGNORECASE):
+        return "attention"  # first: its names also tell of the library that it is written in
     if re.search(r"::(add)?mm$|::_?grouped_mm|gemm|cutlass|nvjet|cublas|xmma", name):
         if config.vocab_size in numbers:
             return "products of the head"
         inside = {width, 2 * width} & numbers
         return "products of feed-forward" if inside else "products of attention"
-    if re.search(r"flash|attention|fmha", name, re.IGNORECASE):
-        return "attention"
     if re.search(r"adam|foreach|multi_tensor|lerp", name, re.IGNORECASE):
         return "optimizer and clipping"
     return "fused elementwise" if "triton" in name else "everything else"
@@ -328,12 +394,13 @@ def main() -> None:
     cli.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
     cli.add_argument("--report", default="gpu_report", help="path of the report, without ending")
     cli.add_argument("--profile", help=argparse.SUPPRESS)
+    cli.add_argument("--cache", help=argparse.SUPPRESS)
     args = cli.parse_args()
     if args.profile:
         guard = Profiling(Path(args.profile))
         words = ["--preset", args.presets[0], "--device", args.device, "--epochs", "1000"]
         with tempfile.TemporaryDirectory() as folder:
-            words += ["--save_dir", folder, "--cache_dir", folder, "--eval_interval", "1000000"]
+            words += ["--save_dir", folder, "--cache_dir", args.cache, "--eval_interval", "1000000"]
             train([*words, "--data_path", *args.data_path], guard, Parts(step=guard.step))
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -64,15 +64,31 @@ class ResidualLinear(nn.Linear):
     docs/RECIPES.md has the measured gain. Source: Goyal et al. 2017, 5.1, for residual networks."""
 
 
-def joined_linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """The outputs of several layers without bias, computed as one matrix product.
+def joined_weights(dtype: torch.dtype, *layers: nn.Linear) -> Tensor:
+    """The weights of several layers as one matrix (sum of out, in), for one product instead of
+    several: it reads its input once, and keeps a GPU busier. The layers keep their own weights, so
+    that files and optimizers know nothing of it."""
+    return torch.cat([layer.weight.to(dtype) for layer in layers])
 
-    It reads ``x`` once and keeps a GPU busier than narrow products do. The layers keep their own
-    weights, so that files and optimizers know nothing of it.
 
-    Args: x: (..., in). Returns: a view (..., out) for each layer."""
-    weight = torch.cat([layer.weight.to(product_dtype(x)) for layer in layers])
-    return F.linear(x, weight).split([layer.out_features for layer in layers], dim=-1)
+class GateUp(torch.autograd.Function):
+    """Two linear layers without bias as one product, and their gradients as two.
+
+    One product of both gradients would first have to copy them into one tensor. On an H200 that
+    costs a layer 8 % (docs/BENCHMARKS.md).
+
+    Args: x: (N, D); gate, up: weights (F, D), of x's dtype. Returns: two views, each (N, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, gate, up)
+        return F.linear(x, torch.cat((gate, up))).chunk(2, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        (x, *weights), (of_gate, of_up) = ctx.saved_tensors, gradients
+        of_x = torch.addmm(of_gate @ weights[0], of_up, weights[1])
+        return of_x, of_gate.T @ x, of_up.T @ x
 
 
 class RotaryEmbedding(nn.Module):
@@ -110,6 +126,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.dropout
+        num_kv = config.num_key_value_heads
+        self.num_heads = [config.num_attention_heads, num_kv, num_kv]  # of queries, keys, values
         width = config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -121,9 +139,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visibility) -> Tensor:
         """x (B, T, D) -> (B, T, D); ``rope``: cosines and sines, as from ``RotaryEmbedding``."""
-        by_head = (*x.shape[:2], -1, self.head_dim)
-        parts = joined_linear(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (part.view(by_head) for part in parts)  # (B, T, H, Dh), k and v (B, T, K, Dh)
+        weight = joined_weights(product_dtype(x), self.q_proj, self.k_proj, self.v_proj)
+        heads = F.linear(x, weight).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, Dh)
+        q, k, v = heads.split(self.num_heads, dim=2)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if visible.bounds is None:
             y = attend_by_mask(q, k, v, visible.mask, self.dropout if self.training else 0.0)
@@ -145,8 +163,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
-        gate, up = joined_linear(x, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act(gate) * up)
+        dtype, tokens = product_dtype(x), x.flatten(0, 1)
+        weights = self.gate_proj.weight.to(dtype), self.up_proj.weight.to(dtype)
+        gate, up = GateUp.apply(tokens.to(dtype), *weights)
+        return self.down_proj(self.act(gate) * up).view_as(x)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, use_kernel: bool = True) -> Tensor:
@@ -168,7 +188,12 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, use_kernel: bool = 
     use_kernel &= all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if use_kernel and has_grouped_kernel(device, dtype):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).to(torch.int32))
-    # Without the kernel, the host has to wait for the sizes.
+    return product_by_product(x, weight, sizes)
+
+
+@torch.compiler.disable  # a graph would hold for these very sizes
+def product_by_product(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
+    """``grouped_linear`` without a kernel: the host has to wait for the sizes."""
     groups = zip(x.split(sizes.tolist()), weight, strict=True)
     return torch.cat([rows @ matrix.T for rows, matrix in groups])
 

@@ -48,7 +48,7 @@ DEFAULTS = {  # MiniMind's names, and ours
     "learning_rate": 5e-4,
     "micro_batch_size": None,
     "strict_fast_path": 0,
-    "residual_dtype": "float32",
+    "residual_dtype": None,
     "optimizer": "adamw",
     "lr_schedule": "cosine",
     "warmup_ratio": 0.0,

@@ -17,6 +17,7 @@ from trainer.console import log
 from trainer.describe import cost, run_time
 from trainer.distributed import is_main_process
 from trainer.flags import TrainConfig
+from trainer.guard.fast_paths import ROWS_ON_DEVICE
 from trainer.guard.tracker import NoTracker, SwanLabTracker
 from trainer.plan import NOT_KNOWN
 from trainer.run import Run
@@ -226,6 +227,8 @@ class Metrics:
         ]
         self.write({name: value for name, value, _ in numbers if value is not None})
         log("  ".join(text for *_, text in numbers if text))
+        if run.fast_paths.get(ROWS_ON_DEVICE) == "used":
+            parts.pop("data", None)  # there is nothing that the advice could mend
         if (advice := bottleneck(parts)) and advice[0] not in self.reported_parts:
             self.reported_parts.add(advice[0])
             log(f"note: {advice[1]}")
