@@ -9,6 +9,7 @@ torch, transformers and tqdm; pytest for the tests.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -47,6 +48,7 @@ PREDICTED = {
 PRODUCTS = [group for group in PREDICTED if group.startswith("products")]
 UPDATES_BEFORE_TIMING, UPDATES_TIMED = 3, 5
 UPDATES_OF_A_PRESET = 10
+SECONDS_TO_END = 5.0  # of a process that took too long
 BYTES_PER_TOKEN = 3.0  # of text, about
 
 
@@ -82,8 +84,7 @@ class Acceptance:
         try:
             output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+            output = stop(process)
             self.log(words, output)
             raise Failed(f"took more than {limit:.0f} s; the end:\n{last_lines(output)}") from None
         self.log(words, output)
@@ -147,9 +148,24 @@ class Acceptance:
         Path(f"{self.args.report}.json").write_text(json.dumps(self.found, indent=1))
 
 
+def stop(process: subprocess.Popen[str]) -> str:
+    """End a process and its children, gently at first: then it says where it was.
+
+    Returns: what it printed."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        output, _ = process.communicate(timeout=SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    with contextlib.suppress(ProcessLookupError):  # children that outlive it
+        os.killpg(process.pid, signal.SIGKILL)
+    return output
+
+
 def last_lines(output: str) -> str:
     """The end of what a process printed, as a Markdown block."""
-    return "```\n" + "\n".join(output.strip().splitlines()[-12:]) + "\n```"
+    return "```\n" + "\n".join(output.strip().splitlines()[-25:]) + "\n```"
 
 
 def pass_line(output: str) -> str:
@@ -184,7 +200,7 @@ def tests(acceptance: Acceptance) -> tuple[str, Any]:
         return "left out: no card", None
     words = ["-m", "pytest", "-m", "gpu", "-q", "--tb=short", "tests"]
     words += ["-p", "no:benchmark"]  # it warns beside xdist, and tests take warnings for errors
-    words += ["-n", "4"] * (importlib.util.find_spec("xdist") is not None)
+    words += ["-n", "8"] * (importlib.util.find_spec("xdist") is not None)
     output = acceptance.run(words, 150)
     return output.strip().splitlines()[-1], last_lines(output)
 

@@ -24,6 +24,7 @@ from model.generation import generating_model
 __all__ = ["MiniMindConfig", "MiniMindForCausalLM"]  # imported from here, as in MiniMind
 
 IGNORE = -100  # a label that carries no loss, as in torch.nn.CrossEntropyLoss
+WIDTH_OF_PLAIN_EMBEDDING = 256  # above it, initial embeddings are smaller; see _init_weights
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -453,7 +454,12 @@ class MiniMindForCausalLM(nn.Module):
         std = self.config.initializer_range
         if isinstance(module, ResidualLinear):
             nn.init.zeros_(module.weight)
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        elif isinstance(module, nn.Embedding):
+            # As the blocks begin as the identity and the output head has the same weights, a token
+            # gives itself a logit of std * D: above 6, it would begin by predicting itself.
+            wide = self.config.hidden_size / WIDTH_OF_PLAIN_EMBEDDING
+            nn.init.normal_(module.weight, std=std / max(1.0, wide))
+        elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, Experts):
             nn.init.normal_(module.gate_proj, std=std)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -31,19 +32,24 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
     assert found["whole"]["found"] == 5
 
 
-def test_a_command_that_hangs_ends_with_its_children(acceptance: Acceptance) -> None:
-    program = "import subprocess, sys; print('begun', flush=True); "
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_command_that_hangs_ends_with_its_children(acceptance: Acceptance, deaf: bool) -> None:
+    program = "import signal, subprocess; print('begun', flush=True); "
+    program += "signal.signal(signal.SIGINT, signal.SIG_IGN); " * deaf  # and so does the child
     program += "p = subprocess.Popen(['sleep', '987']); print(p.pid, flush=True); p.wait()"
     with pytest.raises(Failed, match="took more than 3 s") as caught:
         acceptance.run(["-c", program], 3)
-    _, pid, _ = str(caught.value).rsplit("\n", 2)
+    assert ("KeyboardInterrupt" in str(caught.value)) != deaf  # it says where it was
+    found = re.search(r"begun\n(\d+)$", str(caught.value), re.MULTILINE)
+    assert found
+    status = Path(f"/proc/{found[1]}/status")
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}/cmdline").exists() and time.monotonic() < deadline:
-        if not Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie that nobody waits for
-            break
+    while status.exists() and "(zombie)" not in status.read_text():  # which nobody waits for
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    else:
-        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_command_that_fails_is_told_by_its_status(acceptance: Acceptance) -> None:
     with pytest.raises(Failed, match="exit status 3"):
         acceptance.run(["-c", "raise SystemExit(3)"], 3)
 

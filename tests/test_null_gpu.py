@@ -30,6 +30,9 @@ pytestmark = [
 ]
 
 
+GRAPHS_AROUND = 18  # eight parts of a layer and the loss, for training and for evaluation
+
+
 class Case(NamedTuple):
     """A run of the trainer, and what may be asked of an update of one pass."""
 
@@ -117,6 +120,17 @@ def test_a_run_comes_to_its_end_and_asks_little_of_the_device(
     assert report["graphs"] == (4 if compiled else 0), "layer and loss, training and evaluation"
     exchanges = [update["all_reduces"] for update in updates]
     assert min(exchanges) > 1 if case.num_ranks > 1 else not any(exchanges)
+
+
+def test_experts_without_a_kernel_are_compiled_around_their_product(
+    tmp_path: Path, corpus: Path
+) -> None:
+    """It asks for sizes, and a graph would hold for these only."""
+    words = flags(tmp_path, corpus, "--preset moe --dtype float16")
+    _, report = start(tmp_path, "h100", "train_pretrain", words)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert len(report["updates"]) > 2
+    assert report["graphs"] == GRAPHS_AROUND
 
 
 def test_resume_dry_run_and_eval(tmp_path: Path, corpus: Path) -> None:

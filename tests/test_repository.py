@@ -20,7 +20,7 @@ from model.model_minimind import MiniMindConfig
 from scripts import import_map
 from tests.helpers import ROOT
 from tests.running import MEMORIZE_FLAGS, fact_documents, run_command, short_documents, write_corpus
-from trainer.device import default_dtype, supports_dtype
+from trainer.device import default_dtype, default_residual_dtype, supports_dtype
 from trainer.flags import parse_flags
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,7 +48,6 @@ DEFAULTS = {  # MiniMind's names, and ours
     "learning_rate": 5e-4,
     "micro_batch_size": None,
     "strict_fast_path": 0,
-    "residual_dtype": None,
     "optimizer": "adamw",
     "lr_schedule": "cosine",
     "warmup_ratio": 0.0,
@@ -84,7 +83,9 @@ def test_flags_and_defaults_are_the_promised_ones() -> None:
     args = vars(parse_flags([]))
     device = args.pop("device")
     assert args.pop("use_compile") == int(device == "cuda")
-    assert args.pop("dtype") == default_dtype(device)
+    dtype = args.pop("dtype")
+    assert dtype == default_dtype(device)
+    assert args.pop("residual_dtype") == default_residual_dtype(device, dtype)
     assert args == DEFAULTS
 
 
@@ -106,6 +107,12 @@ def test_a_card_without_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyP
             torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
         )
         assert default_dtype("cuda") == default_dtype("cuda:1") == dtype
+
+
+def test_the_stream_is_narrow_where_products_are_and_it_is_faster() -> None:
+    assert default_residual_dtype("cuda:1", "bfloat16") == "bfloat16"
+    for others in (("cuda", "float16"), ("cuda", "float32"), ("cpu", "bfloat16")):
+        assert default_residual_dtype(*others) == "float32"
 
 
 def test_a_device_is_asked_whether_it_computes_in_a_type() -> None:
@@ -164,7 +171,8 @@ def test_the_demo_s_recipe_is_the_one_whose_losses_the_bands_hold() -> None:
         "save_interval": 500,
     }
     args = vars(parse_flags(["--preset", "demo", "--device", "cpu"]))
-    machine = {"preset", "device", "dtype", "use_compile", "hidden_size", "num_hidden_layers"}
+    machine = {"preset", "device", "dtype", "residual_dtype", "use_compile"}
+    machine |= {"hidden_size", "num_hidden_layers"}
     assert {k: v for k, v in args.items() if k not in machine} == {
         k: v for k, v in (DEFAULTS | demo).items() if k not in machine
     }

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from trainer.device import default_device, default_dtype, device_problems
+from trainer.device import default_device, default_dtype, default_residual_dtype, device_problems
 from trainer.errors import SettingsError, printable
 from trainer.guard.mirror import mirror_problems
 from trainer.optimizer import OPTIMIZERS
@@ -206,8 +206,7 @@ class MachineFlags:
     )
     residual_dtype: str | None = flag(
         None,
-        "of the stream between layers; None: bfloat16 on cuda with --dtype bfloat16, which is "
-        "faster, else float32",
+        "of the stream between layers; None: bfloat16 on cuda with --dtype bfloat16, else float32",
         resume=DECIDES,
         older="float32",
         choices=["float32", "bfloat16"],
@@ -395,12 +394,10 @@ def parse_flags(argv: list[str] | None, description: str | None = None) -> Train
     check_flags(config)
     if config.dtype is None:
         config.dtype = default_dtype(config.device)
-    on_cuda = config.device.startswith("cuda")
     if config.residual_dtype is None:
-        narrow = on_cuda and config.dtype == "bfloat16"
-        config.residual_dtype = "bfloat16" if narrow else "float32"
+        config.residual_dtype = default_residual_dtype(config.device, config.dtype)
     if config.use_compile is None:
-        config.use_compile = int(on_cuda)
+        config.use_compile = int(config.device.startswith("cuda"))
     return config
 
 

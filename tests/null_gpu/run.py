@@ -7,23 +7,28 @@ made the host wait; then what was compiled, and the peak of memory. No kernel co
 whoever compares results is told here that they are equal.
 """
 
+import contextlib
 import ctypes
 import importlib
 import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationMixin
 
-from model import generation
+from model import generation, model_minimind
 from trainer.distributed import is_main_process
 from trainer.guard import fast_paths
 
 LIBRARY = ctypes.CDLL(None)  # preloaded
+CALLS = itertools.count()
 
 
 def take_counts() -> dict[str, tuple[int, float]]:
@@ -52,6 +57,23 @@ def summed(counts: dict[str, tuple[int, float]]) -> dict[str, Any]:
     }
 
 
+def whatever_it_finds(compare: Callable[..., None], *given: Any) -> None:
+    """Compare two models whose logits mean nothing."""
+    with contextlib.suppress(generation.GenerationError):
+        compare(*given)
+
+
+def with_made_up_sizes(
+    product: Callable[..., Tensor], x: Tensor, weight: Tensor, sizes: Tensor
+) -> Tensor:
+    """Ask the device for the sizes, as the product would, and give it others, each time different:
+    those are memory that nobody wrote."""
+    sizes.tolist()
+    each, moved = len(x) // len(weight), next(CALLS) % 7
+    made_up = [each - moved] + [each] * (len(weight) - 2)
+    return product(x, weight, torch.tensor([*made_up, len(x) - sum(made_up)]))
+
+
 def main() -> int:
     """See the module's text. Returns: the program's exit status."""
     path, name, *argv = sys.argv[1:]
@@ -69,8 +91,10 @@ def main() -> int:
         program.train_step = counted
     torch.equal = lambda a, b: True
     fast_paths.check_equal = lambda *given: None
-    fast_paths.switch_experts = lambda *given: None  # the plain path asks the device for sizes
-    generation.compare = lambda *given: None
+    generation.compare = partial(whatever_it_finds, generation.compare)
+    by_sizes = model_minimind.product_by_product
+    made_up = partial(with_made_up_sizes, by_sizes)
+    model_minimind.product_by_product = torch.compiler.disable(made_up)
     more = itertools.cycle([True, True, False])  # tokens after the first; a device would tell
     GenerationMixin._has_unfinished_sequences = lambda *given, **named: next(more)
     status = program.main(argv)
