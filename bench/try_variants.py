@@ -56,6 +56,12 @@ def by_width(name: str, parameter: nn.Parameter, num_layers: int) -> None:
         nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1]))
 
 
+def plain_embedding(name: str, parameter: nn.Parameter, num_layers: int) -> None:
+    """Embeddings with one deviation at any width."""
+    if "embed_tokens" in name:
+        nn.init.normal_(parameter, std=0.02)
+
+
 class ZLoss(nn.Module):
     """Draws the logarithm of the softmax's sum towards zero; in training alone, so that held-out
     losses compare. Source: PaLM (Chowdhery et al. 2022), section 5."""
@@ -83,6 +89,7 @@ CHANGES: dict[str, Callable[[Run], None]] = {
     "outputs drawn": partial(redraw, drawn_outputs),
     "outputs / sqrt(2 layers)": partial(redraw, smaller_outputs),
     "deviation by width": partial(redraw, by_width),
+    "embedding 0.02": partial(redraw, plain_embedding),
     "z-loss 1e-4": partial(z_loss, 1e-4),
 }
 VARIANTS = [*CHANGES, "--grad_clip inf", "--grad_clip 0.3"]

@@ -23,7 +23,8 @@ from bench.benchmark import (
     train_variant,
     variants,
 )
-from bench.measuring import NoGuard, train
+from bench.measuring import OURS, NoGuard, train
+from bench.products import InTurn
 from dataset.lm_dataset import PretrainDataset
 from tests.helpers import shipped_tokenizer, tiny_model, write_jsonl
 from tests.running import read_metrics, short_documents, tiny_flags, train_in_process
@@ -83,6 +84,18 @@ def test_a_variant_that_fails_says_so_by_its_status(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         train_variant(Pipe(), Variant("ours"), tiny_flags(tmp_path, learning_rate=-1), since=0.0)
     assert end.value.code == 2
+
+
+def test_products_of_an_update_are_three_for_each_matrix(tmp_path: Path) -> None:
+    """Forward, gradient of the input, gradient of the weights: 6 operations a token and weight."""
+    guard = InTurn(turns=2)
+    with pytest.raises(SystemExit) as end:
+        train(tiny_flags(tmp_path, **SMALL), guard, OURS._replace(step=guard.step))
+    assert not end.value.code
+    weights = {name: p for name, p in guard.run.model.named_parameters() if p.dim() == 2}
+    tokens = SMALL["max_seq_len"] * SMALL["batch_size"] * SMALL["accumulation_steps"]
+    assert guard.recorder.num_flops == 6 * tokens * sum(p.numel() for p in weights.values())
+    assert all(0 < products < 1 and update > 0 for update, products in guard.seconds)
 
 
 # ------------------------------------------------------------------ what a variant changes, alone

@@ -37,6 +37,15 @@ def test_outputs_of_layers_are_drawn_and_nothing_else(
             assert now.equal(before[name])
 
 
+def test_a_plain_embedding_is_drawn_with_one_deviation_and_nothing_else() -> None:
+    before = weights(False)
+    for name, now in weights(False, try_variants.plain_embedding).items():
+        same = now.equal(before[name])
+        assert same != (name == "model.embed_tokens.weight"), name
+        if not same:
+            assert now.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_by_width_matrices_keep_the_size_of_what_they_multiply() -> None:
     before = weights(False)
     for name, now in weights(False, try_variants.by_width).items():
