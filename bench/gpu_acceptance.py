@@ -73,6 +73,8 @@ class Acceptance:
     def run(self, words: list[str], limit: float) -> str:
         """Run a Python command. Returns: what it printed. Raises: Failed with its last lines."""
         limit = max(1.0, min(limit, self.left()))
+        # A shell's background programs ignore it, and children would inherit that: see ``stop``.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [sys.executable, *words],
             stdout=subprocess.PIPE,
