@@ -259,7 +259,7 @@ def benchmark(acceptance: Acceptance) -> tuple[str, Any]:
         words += ["--turns", "2", "--seconds", str(acceptance.args.seconds)]
         words += ["--only", "padded recipe", "ours", "ours, started again", "ours with Muon"]
         try:
-            output = acceptance.run(words, 240)
+            output = acceptance.run(words, 240 if acceptance.args.device != "cpu" else 600)
             tables.append(output[output.find("\n--preset") :].strip())
             found |= json.loads(path.read_text())
         except Failed as error:
