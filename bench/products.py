@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measuring import NoGuard, Parts, parser, surroundings, train
 from dataset.lm_dataset import Batch
@@ -33,7 +34,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Callable[..., Tensor], list[Any]]] = []
-        self.num_flops = 0
         self.like: dict[tuple, Tensor] = {}
 
     def __torch_dispatch__(
@@ -42,9 +42,6 @@ class Recorder(TorchDispatchMode):
         """Run the operation, and record it if it is a product."""
         if func in PRODUCTS:
             self.calls.append((func, [self.imitate(x) for x in args]))
-            of, by = [x for x in args if torch.is_tensor(x)][-2:]
-            if func is not aten._grouped_mm.default:  # the sizes of its groups are elsewhere
-                self.num_flops += 2 * of.numel() * by.shape[-1]
         return func(*args, **kwargs or {})
 
     def imitate(self, x: Any) -> Any:
@@ -65,6 +62,12 @@ class Recorder(TorchDispatchMode):
         with torch.no_grad():
             for func, args in self.calls:
                 func(*args)
+
+    def num_flops(self) -> int:
+        """Their operations, by torch's own count."""
+        with FlopCounterMode(display=False) as counter:
+            self.replay()
+        return counter.get_total_flops()
 
 
 class InTurn(NoGuard):
@@ -112,12 +115,13 @@ def main() -> None:
                 raise
     shares = sorted(products / update for update, products in guard.seconds)
     update, products = (statistics.median(part) for part in zip(*guard.seconds, strict=True))
+    flops = guard.recorder.num_flops()
     print(surroundings(args, "bench.products"))
     print(
         f"\nan update {1000 * update:.1f} ms, its {len(guard.recorder.calls)} products alone "
         f"{1000 * products:.1f} ms: {statistics.median(shares):.0%} ({shares[0]:.0%} to "
-        f"{shares[-1]:.0%}); {guard.recorder.num_flops / products / 1e9:,.0f} GFLOP/s in the "
-        f"products, {guard.recorder.num_flops / update / 1e9:,.0f} in the update"
+        f"{shares[-1]:.0%}); {flops / products / 1e9:,.0f} GFLOP/s in the "
+        f"products, {flops / update / 1e9:,.0f} in the update"
     )
 
 

@@ -76,7 +76,7 @@ class GateUp(torch.autograd.Function):
     """Two linear layers without bias as one product, and their gradients as two.
 
     One product of both gradients would first have to copy them into one tensor. On an H200 that
-    costs a layer 8 % (docs/BENCHMARKS.md).
+    costs a feed-forward 8 % (docs/BENCHMARKS.md).
 
     Args: x: (N, D); gate, up: weights (F, D), of x's dtype. Returns: two views, each (N, F)."""
 
@@ -456,7 +456,7 @@ class MiniMindForCausalLM(nn.Module):
             nn.init.zeros_(module.weight)
         elif isinstance(module, nn.Embedding):
             # As the blocks begin as the identity and the output head has the same weights, a token
-            # gives itself a logit of std * D: above 6, it would begin by predicting itself.
+            # gives itself a logit of std * D: far above ln V, it would begin by predicting itself.
             wide = self.config.hidden_size / WIDTH_OF_PLAIN_EMBEDDING
             nn.init.normal_(module.weight, std=std / max(1.0, wide))
         elif isinstance(module, nn.Linear):

@@ -61,7 +61,7 @@ def default_dtype(device: str) -> str:
 
 def default_residual_dtype(device: str, dtype: str) -> str:
     """bfloat16 where it is faster and products are rounded to it anyway: an H200 takes 4 % less
-    time, and losses stay the same (docs/BENCHMARKS.md, docs/RECIPES.md)."""
+    time (docs/BENCHMARKS.md), and three short runs on a CPU lost nothing (docs/RECIPES.md)."""
     return "bfloat16" if device.startswith("cuda") and dtype == "bfloat16" else "float32"
 
 
@@ -103,10 +103,13 @@ def keep_compiled_code(folder: str | Path) -> None:
     """Cache compiled code in ``folder`` for later runs, unless the user chose a place for it.
 
     The default is below /tmp, which a rented machine loses on a restart; torch sets the environment
-    variable to that default when it is imported. The compiler's warnings are about choices of its
-    own, which nobody who trains can mend."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor")
+    variable to that default when it is imported."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # private API
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "compiled").resolve())
+
+
+def silence_compiler() -> None:
+    """Ignore the compiler's warnings: of choices of its own, which nobody who trains can mend."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor")

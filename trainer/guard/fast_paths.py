@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model.model_minimind import Experts, ResidualLinear, has_grouped_kernel
 from trainer import distributed
 from trainer.console import log
-from trainer.device import keep_compiled_code
+from trainer.device import keep_compiled_code, silence_compiler
 from trainer.errors import SettingsError, is_out_of_memory, reason_of
 from trainer.guard.micro_batch import fit_micro_batch, free_bytes
 from trainer.optimizer import OPTIMIZERS, step_if_finite, tensors_of, use_plain_steps
@@ -243,6 +243,7 @@ def choose_micro_batch(run: Run, data: Rows, one_pass: Pass) -> None:
 
     def compile_and_fit() -> None:
         keep_compiled_code(run.args.cache_dir)
+        silence_compiler()
         run.model.compile_parts()
         fit()
         if not run.args.dropout:  # whose draws compiled code makes in its own way
