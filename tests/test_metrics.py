@@ -25,6 +25,7 @@ from tests.running import (
 )
 from trainer import describe, metrics
 from trainer.flags import PRESETS, parse_flags
+from trainer.guard import fast_paths
 from trainer.metrics import flops_per_token, peak_flops, restore_file
 from trainer.step_times import StepTimes, bottleneck, shares
 
@@ -81,9 +82,11 @@ def test_mfu_is_operations_done_over_those_possible(
     assert "mfu" in read_metrics(tmp_path)[0]
 
 
+@pytest.mark.parametrize("made_on_device", [False, True])
 def test_a_part_of_a_step_that_is_slow_is_named_once_with_what_helps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_on_device: bool
 ) -> None:
+    """Unless the device makes the rows: no loader process would help there."""
     getitems = train_pretrain.PretrainDataset.__getitems__
 
     def slow(data: object, rows: list[int]) -> object:
@@ -91,8 +94,12 @@ def test_a_part_of_a_step_that_is_slow_is_named_once_with_what_helps(
         return getitems(data, rows)
 
     monkeypatch.setattr(train_pretrain.PretrainDataset, "__getitems__", slow)
+    if made_on_device:  # as on a GPU; here they stay where they are
+        monkeypatch.setattr(fast_paths, "fits_on_device", lambda run, data: True)
     output = train_in_process(tmp_path, epochs=1, accumulation_steps=1)
-    assert output.count("% of the time goes to data: try more --num_workers") == 1
+    assert output.count("% of the time goes to data: try more --num_workers") == (
+        not made_on_device
+    )
     found = [record for record in read_metrics(tmp_path) if "loss" in record]
     for record in found:
         parts = {k: v for k, v in record.items() if k.startswith("share_")}
