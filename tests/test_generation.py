@@ -248,5 +248,13 @@ def test_a_model_before_its_first_update_is_accepted() -> None:
     assert generating_model(model) is not None
 
 
+def test_a_model_whose_stream_is_rounded_in_training_is_accepted() -> None:
+    """It is compared as it is opened elsewhere: nothing is rounded."""
+    model = tiny_model()
+    model.model.residual_dtype = torch.bfloat16
+    assert generating_model(model) is not None
+    assert model.model.residual_dtype is torch.bfloat16
+
+
 def test_the_error_has_the_exit_status_of_unusable_weights() -> None:
     assert GenerationError("").exit_status == 4

@@ -75,6 +75,7 @@ def test_rows_made_on_the_device_are_those_of_the_host(tmp_path: Path, packing: 
     rows = list(range(len(data) + 2))
     on_host = data.__getitems__(rows)
     data.to(torch.device("cuda"))
+    data.__getitems__(rows[:1])  # the first of an epoch brings its layout to the device
     torch.cuda.set_sync_debug_mode("error")  # from here on nobody may wait for the device
     try:
         on_device = data.__getitems__(rows)
@@ -102,7 +103,7 @@ def test_compiled_loses_what_eager_loses(tmp_path: Path, use_moe: int) -> None:
         settings = CUDA | {"use_compile": use_compile, "use_moe": use_moe}
         train_in_process(tmp_path / str(use_compile), **settings)
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), abs=1e-3)
-    names = newest_state(tmp_path / "1", "pretrain_64")["model"]
+    names = newest_state(tmp_path / "1", "pretrain_64" + "_moe" * use_moe)["model"]
     assert not any("_orig_mod" in name for name in names)
 
 
