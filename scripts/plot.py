@@ -23,6 +23,7 @@ PANELS = {  # key of a record: title of its panel
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second, without padding",
+    "repeated_4grams": "repeated 4-grams in continuations (share)",
 }
 BAND_KEYS = ("loss", "heldout_bits_per_byte")
 Band = dict[str, list[list[float]]]  # for each key, [update, lowest, highest] of each update

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import train_pretrain
 from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig
+from tests.helpers import tiny_model
 from tests.running import (
     read_metrics,
     run_command,
@@ -24,6 +25,7 @@ from tests.running import (
     write_corpus,
 )
 from trainer import describe, metrics
+from trainer.evaluation import continuations, encode_prompt, repeated_ngrams
 from trainer.flags import PRESETS, parse_flags
 from trainer.guard import fast_paths
 from trainer.metrics import flops_per_token, peak_flops, restore_file
@@ -157,6 +159,26 @@ def test_records_hold_what_the_console_shows(tmp_path: Path) -> None:
     assert [r["step"] for r in evaluated] == [6, found[-1]["step"]]
     assert f"{evaluated[0]['heldout_bits_per_byte']:.4f} bits/byte" in output
     assert evaluated[0]["continuations"].keys() >= {"The capital of France is", "中国的首都是"}
+    assert f"{evaluated[0]['repeated_4grams']:.0%} of their 4-grams are repeated" in output
+
+
+def test_repeated_4grams_are_counted_in_each_row() -> None:
+    loop, plain = [7] * 24, [*range(24)]
+    assert repeated_ngrams([loop]) == pytest.approx(20 / 21)
+    assert repeated_ngrams([plain, plain]) == 0  # each row by itself
+    assert repeated_ngrams([loop, plain]) == pytest.approx(20 / 42)
+    assert repeated_ngrams([[1, 2, 3, 4, 1, 2, 3, 4]]) == pytest.approx(1 / 5)
+    assert repeated_ngrams([[1, 1, 1], []]) == 0  # too short to have any
+
+
+def test_what_follows_the_end_of_a_text_is_not_counted() -> None:
+    """A row that ended is filled up with padding, which would count as a loop."""
+    model, tokenizer = tiny_model(vocab_size=6400), AutoTokenizer.from_pretrained("model")
+    first = model(encode_prompt(tokenizer, "ends")).logits[0, -1].argmax()
+    model.config.eos_token_id = int(first)
+    texts, repeated = continuations(model, tokenizer, ["ends", "goes on"])
+    assert len(texts["ends"]) < len(texts["goes on"])
+    assert repeated == continuations(model, tokenizer, ["goes on"])[1]
 
 
 def test_held_out_loss_is_told_by_language_and_for_all_together(tmp_path: Path) -> None:

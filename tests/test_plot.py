@@ -35,6 +35,7 @@ def records(offset: float = 0.0) -> list[dict]:
                     "step": step,
                     "heldout_loss": 70 / step + offset,
                     "heldout_bits_per_byte": 30 / step + offset,
+                    "repeated_4grams": 0.25,
                     "continuations": {"a": "b"},
                 }
             )

@@ -48,10 +48,10 @@ def evaluate(
             "heldout_bits_per_byte": bits_per_byte(nats, num_bytes),
         }
         scores = overall | (scores if len(sums) > 1 else {})
-    texts = {}
+    texts, repeated = {}, None
     if distributed.is_main_process() and run.can_generate and not stopping():
         try:
-            texts = continuations(run.model, tokenizer)
+            texts, repeated = continuations(run.model, tokenizer)
         except GenerationError as error:
             run.can_generate = False
             log(f"warning: {error}. Training continues without samples.")
@@ -59,7 +59,7 @@ def evaluate(
         return False
     run.latest |= scores
     run.progress.evaluated_step = run.step
-    metrics.log_evaluation(scores, texts)
+    metrics.log_evaluation(scores, texts, repeated)
     return True
 
 
@@ -97,10 +97,11 @@ def continuations(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str] = PROMPTS,
     max_new_tokens: int = 24,
-) -> dict[str, str]:
+) -> tuple[dict[str, str], float]:
     """Each prompt with its greedy continuation, so that evaluations can be compared; made in one
     batch, since a GPU takes as long for one prompt as for all.
 
+    Returns: the texts by prompt, and how much they repeat, see ``repeated_ngrams``.
     Raises: GenerationError, see ``generating_model``."""
     qwen, prompts = generating_model(model), [*prompts]
     rows = [encode_prompt(tokenizer, prompt)[0] for prompt in prompts]
@@ -117,8 +118,21 @@ def continuations(
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )
-    texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return dict(zip(prompts, texts, strict=True))
+    new = out[:, longest:]
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    end = model.config.eos_token_id  # the rows of texts that ended are filled up after it
+    written = [itertools.takewhile(lambda token: token != end, row) for row in new.tolist()]
+    return dict(zip(prompts, texts, strict=True)), repeated_ngrams(map(list, written))
+
+
+def repeated_ngrams(rows: Iterable[list[int]], n: int = 4) -> float:
+    """Share of the rows' n-grams that their row had before: 0 if none repeats, near 1 in a loop.
+
+    Source: seq-rep-n of Welleck et al. 2020, section 6.1, which averages it over rows; here short
+    rows count less."""
+    seen = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows]
+    total = sum(map(len, seen))
+    return 1 - sum(len(set(ngrams)) for ngrams in seen) / total if total else 0.0
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

@@ -234,10 +234,13 @@ class Metrics:
             log(f"note: {advice[1]}")
         self._start_interval()
 
-    def log_evaluation(self, scores: dict[str, float], texts: dict[str, str]) -> None:
-        """Log held-out scores, if any, and continuations by prompt."""
+    def log_evaluation(
+        self, scores: dict[str, float], texts: dict[str, str], repeated: float | None = None
+    ) -> None:
+        """Log held-out scores, if any, continuations by prompt, and how much these repeat."""
         past = [r["heldout_loss"] for r in self.run.records if "heldout_loss" in r]
-        self.write({"step": self.run.step, **scores, "continuations": texts})
+        share = {} if repeated is None else {"repeated_4grams": round(repeated, 4)}
+        self.write({"step": self.run.step, **scores, **share, "continuations": texts})
         if scores:
             log(
                 f"held out: loss {scores['heldout_loss']:.4f}, "
@@ -255,6 +258,8 @@ class Metrics:
                 )
         for prompt, text in texts.items():
             log(f"  {prompt} → {text}".replace("\n", "⏎"))
+        if repeated is not None:
+            log(f"  {repeated:.0%} of their 4-grams are repeated")
 
     def write(self, record: dict) -> None:
         """Append a record to the file, and send its numbers to the tracker."""
