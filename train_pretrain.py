@@ -249,7 +249,7 @@ def build_run(
         rounding=rounding,
         settings=args.deciding_settings(num_ranks, data.cache.meta["digests"]),
         model=model,
-        optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype),
+        optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype, args.tuning()),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         device=device,

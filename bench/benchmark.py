@@ -49,7 +49,7 @@ from trainer.flags import TrainConfig
 from trainer.guard.fast_paths import ATTENTION, ROWS_ON_DEVICE
 from trainer.metrics import flops_per_token, peak_flops
 from trainer.muon import Muon
-from trainer.optimizer import BETAS
+from trainer.optimizer import Tuning
 from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.step_times import StepTimes
@@ -89,7 +89,7 @@ def plain_adamw(run: Run) -> None:
         {"params": group["params"], "weight_decay": group["weight_decay"]}
         for group in run.optimizer.param_groups
     ]
-    run.optimizer = PlainAdamW(groups, betas=BETAS, foreach=False)
+    run.optimizer = PlainAdamW(groups, betas=Tuning().betas, foreach=False)
 
 
 class MuonInALoop(Muon):
@@ -98,7 +98,7 @@ class MuonInALoop(Muon):
     It does not leave out an update that is not finite; here only its speed is asked."""
 
     def __init__(self, ours: Muon) -> None:
-        super().__init__(ours.param_groups, ours.defaults["lr"], BETAS, ours.dtype)
+        super().__init__(ours.param_groups, ours.defaults["lr"], Tuning().betas, ours.dtype)
         (hidden,) = (group["params"] for group in self.param_groups if "momentum" in group)
         self.loop = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
 

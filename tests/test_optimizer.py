@@ -13,11 +13,12 @@ from tests.running import assert_same, newest_state, read_metrics, tiny_flags, t
 from trainer import optimizer as optimizers
 from trainer.muon import orthogonalize
 from trainer.optimizer import (
-    BETAS,
     OPTIMIZERS,
     WEIGHT_DECAY,
+    Tuning,
     build_optimizer,
     expected_state,
+    set_lr,
     skips_bad_updates,
     step_if_finite,
 )
@@ -41,7 +42,9 @@ def is_hidden(name: str, p: torch.Tensor) -> bool:
     return ".layers." in name and p.ndim >= 2 and "mlp.gate." not in name
 
 
-def torch_s_own(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def torch_s_own(
+    model: torch.nn.Module, rate: float, momentum: float = 0.95
+) -> list[torch.optim.Optimizer]:
     """torch.optim.Muon for what is hidden, AdamW for the rest."""
     named = dict(model.named_parameters())
     hidden = [p for name, p in named.items() if is_hidden(name, p)]
@@ -55,19 +58,21 @@ def torch_s_own(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimiz
             hidden,
             lr=rate,
             weight_decay=WEIGHT_DECAY,
-            momentum=0.95,
+            momentum=momentum,
             adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW(groups, lr=rate, betas=BETAS),
+        torch.optim.AdamW(groups, lr=rate, betas=Tuning().betas),
     ]
 
 
-def test_muon_moves_weights_as_torch_s_own_does() -> None:
+@pytest.mark.parametrize("momentum", [0.95, 0.8])
+def test_muon_moves_weights_as_torch_s_own_does(momentum: float) -> None:
     """Both multiply in bfloat16, in another order: moves of 0.05 agree to a few per cent."""
     ours, theirs = tiny_model(), tiny_model()
     start = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    found = moved([build_optimizer(ours, 0.02, "muon")], ours)
-    expected = moved(torch_s_own(theirs, 0.02), theirs)
+    tuning = Tuning(muon_momentum=momentum)
+    found = moved([build_optimizer(ours, 0.02, "muon", tuning=tuning)], ours)
+    expected = moved(torch_s_own(theirs, 0.02, momentum), theirs)
     assert any(is_hidden(name, p) for name, p in start.items())
     for name, before in start.items():
         change, reference = found[name] - before, expected[name] - before
@@ -94,6 +99,31 @@ def test_each_expert_moves_like_a_matrix_of_its_own() -> None:
     assert ((stacked.detach() - start) - expected).norm() <= 0.05 * expected.norm()
     router = model.model.layers[0].mlp.gate.weight
     assert set(optimizer.state[router]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_scales_and_betas_are_those_of_three_separate_optimizers(kind: str) -> None:
+    """A scaled rate does not scale the decay, which stays learning rate x WEIGHT_DECAY."""
+    ours, theirs = tiny_model(use_moe=True), tiny_model(use_moe=True)
+    tuning = Tuning(12.0, 4.0, 0.8, 0.98, 0.9)
+    optimizer = build_optimizer(ours, 0.01, kind, torch.float32, tuning)
+    assert set_lr(optimizer, 0.02) == 0.02
+    named = dict(theirs.named_parameters())
+    vectors = [p for p in named.values() if p.ndim < 2]
+    hidden = [p for name, p in named.items() if kind == "muon" and is_hidden(name, p)]
+    embedding = [theirs.model.embed_tokens.weight]
+    apart = {id(p) for p in [*vectors, *hidden, *embedding]}
+    rest = [p for p in named.values() if id(p) not in apart]
+    betas = {"betas": (0.8, 0.98)}
+    reference: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(embedding, lr=0.24, weight_decay=WEIGHT_DECAY / 12, **betas),
+        torch.optim.AdamW(vectors, lr=0.08, weight_decay=0, **betas),
+        torch.optim.AdamW(rest, lr=0.02, weight_decay=WEIGHT_DECAY, **betas),
+    ]
+    found, expected = moved([optimizer], ours), moved(reference, theirs)
+    for name, p in found.items():
+        if not any(named[name] is h for h in hidden):
+            torch.testing.assert_close(p, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8), (3, 16, 16)])
@@ -200,14 +230,12 @@ def test_each_optimizer_leaves_out_an_update_that_is_not_finite(kind: str) -> No
 @pytest.mark.parametrize(
     "build",
     [
-        lambda model, lr, dtype: torch.optim.NAdam(model.parameters(), lr),
-        lambda model, lr, dtype: torch.optim.RMSprop(model.parameters(), lr),
-        lambda model, lr, dtype: torch.optim.AdamW(model.parameters(), lr, fused=False),
-        lambda model, lr, dtype: torch.optim.Adafactor(model.parameters(), lr),
-        lambda model, lr, dtype: torch.optim.SGD(model.parameters(), lr, fused=False),
-        lambda model, lr, dtype: torch.optim.Muon(
-            [p for p in model.parameters() if p.ndim == 2], lr
-        ),
+        lambda model, lr, *_: torch.optim.NAdam(model.parameters(), lr),
+        lambda model, lr, *_: torch.optim.RMSprop(model.parameters(), lr),
+        lambda model, lr, *_: torch.optim.AdamW(model.parameters(), lr, fused=False),
+        lambda model, lr, *_: torch.optim.Adafactor(model.parameters(), lr),
+        lambda model, lr, *_: torch.optim.SGD(model.parameters(), lr, fused=False),
+        lambda model, lr, *_: torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr),
     ],
     ids=["nadam", "rmsprop", "plain adamw", "adafactor", "plain sgd", "torch's muon"],
 )

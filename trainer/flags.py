@@ -20,7 +20,7 @@ import torch
 from trainer.device import default_device, default_dtype, default_residual_dtype, device_problems
 from trainer.errors import SettingsError, printable
 from trainer.guard.mirror import mirror_problems
-from trainer.optimizer import OPTIMIZERS
+from trainer.optimizer import OPTIMIZERS, Tuning
 from trainer.schedule import SCHEDULES
 
 # What a flag means on resume. DECIDES: it determines what is learned, so it must stay the same.
@@ -160,12 +160,31 @@ class TrainingFlags:
     )
     optimizer: str = flag(
         "adamw",
-        "muon: Muon for the layers' matrices, AdamW for the rest, with the same learning rate",
+        "muon: Muon for the layers' matrices, AdamW for the rest",
         resume=DECIDES,
         older="adamw",
         choices=list(OPTIMIZERS),
     )
     learning_rate: float = flag(5e-4, "peak learning rate", alias="lr", resume=DECIDES, above=0)
+    embedding_lr_scale: float = flag(
+        1.0,
+        "learning rate of the embedding, over that of the layers' matrices",
+        resume=DECIDES,
+        older=1.0,
+        above=0,
+    )
+    vector_lr_scale: float = flag(
+        1.0, "likewise, of the norms' weights", resume=DECIDES, older=1.0, above=0
+    )
+    adam_beta1: float = flag(
+        0.9, "decay of AdamW's first moment", resume=DECIDES, older=0.9, least=0, below=1
+    )
+    adam_beta2: float = flag(
+        0.95, "decay of AdamW's second moment", resume=DECIDES, older=0.95, least=0, below=1
+    )
+    muon_momentum: float = flag(
+        0.95, "decay of Muon's moment", resume=DECIDES, older=0.95, least=0, below=1
+    )
     lr_schedule: str = flag(
         "cosine",
         "cosine: decay to a tenth; wsd: constant, then decay to zero",
@@ -285,6 +304,10 @@ class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFla
     def torch_dtype(self) -> torch.dtype:
         """--dtype; the parser chose one if none was given."""
         return getattr(torch, str(self.dtype))
+
+    def tuning(self) -> Tuning:
+        """The flags of the optimizer."""
+        return Tuning(**{f.name: getattr(self, f.name) for f in fields(Tuning)})
 
     def architecture(self) -> dict[str, Any]:
         """The flags that size the model, by the names of MiniMindConfig's arguments."""

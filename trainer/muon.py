@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of a quintic that moves singular values towards one
 NUM_STEPS = 5
 ADAMW_RMS = 0.2  # root mean square of AdamW's updates; matching it lets both use the same rate

@@ -2,53 +2,92 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from trainer.muon import MOMENTUM, Muon
+from trainer.muon import Muon
 
-BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 
 
-def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict]:
-    """The matrices by name, which get weight decay, and the group of all other parameters."""
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
+@dataclass(frozen=True)
+class Tuning:
+    """What a recipe sets besides the learning rate. By default betas are those of GPT-3 (Brown et
+    al. 2020, appendix B), as is WEIGHT_DECAY, and momentum that of Muon (Jordan 2024)."""
+
+    embedding_lr_scale: float = 1.0  # times the learning rate
+    vector_lr_scale: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    muon_momentum: float = 0.95
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Of AdamW."""
+        return self.adam_beta1, self.adam_beta2
+
+
+def parameter_groups(model: nn.Module, tuning: Tuning) -> tuple[dict, dict[str, nn.Parameter]]:
+    """The groups of embedding and vectors by name, and the matrices that are left, by name.
+
+    A matrix of a higher rate decays no faster than others: its decay is divided by the scale."""
+    embedding = {n: p for n, p in model.named_parameters() if "embed_tokens" in n}
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    return matrices, {"params": vectors, "weight_decay": 0.0}
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and n not in embedding}
+    scale = tuning.embedding_lr_scale
+    groups = {
+        "embedding": decaying([*embedding.values()], scale),
+        "vectors": decaying(vectors, tuning.vector_lr_scale) | {"weight_decay": 0.0},
+    }
+    return groups, matrices
 
 
-def adamw(model: nn.Module, learning_rate: float, dtype: torch.dtype) -> torch.optim.AdamW:
-    """Fused AdamW, with the betas and weight decay of GPT-3 (Brown et al. 2020), appendix B."""
-    matrices, vectors = parameter_groups(model)
-    groups = [{"params": list(matrices.values()), "weight_decay": WEIGHT_DECAY}, vectors]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+def decaying(parameters: list[nn.Parameter], lr_scale: float = 1.0) -> dict:
+    """A parameter group whose rate is ``lr_scale`` times the learning rate."""
+    return {"params": parameters, "lr_scale": lr_scale, "weight_decay": WEIGHT_DECAY / lr_scale}
 
 
-def muon(model: nn.Module, learning_rate: float, dtype: torch.dtype) -> Muon:
+def filled(*groups: dict) -> list[dict]:
+    """The groups that have a parameter. In a state, parameters are numbered in their order."""
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    model: nn.Module, learning_rate: float, dtype: torch.dtype, tuning: Tuning
+) -> torch.optim.AdamW:
+    """Fused AdamW."""
+    named, matrices = parameter_groups(model, tuning)
+    groups = filled(named["embedding"], decaying([*matrices.values()]), named["vectors"])
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=tuning.betas, fused=True)
+
+
+def muon(model: nn.Module, learning_rate: float, dtype: torch.dtype, tuning: Tuning) -> Muon:
     """Muon, computing in ``dtype``, for the layers' matrices except routers; AdamW for the rest."""
-    matrices, vectors = parameter_groups(model)
+    named, matrices = parameter_groups(model, tuning)
     names = [n for n in matrices if ".layers." in n and not n.endswith("mlp.gate.weight")]
     hidden = [matrices.pop(name) for name in names]
-    groups = [
-        {"params": list(matrices.values()), "weight_decay": WEIGHT_DECAY},
-        vectors,
-        {"params": hidden, "weight_decay": WEIGHT_DECAY, "momentum": MOMENTUM},
-    ]
-    return Muon(groups, learning_rate, BETAS, dtype)
+    groups = filled(
+        named["embedding"],
+        decaying([*matrices.values()]),
+        named["vectors"],
+        decaying(hidden) | {"momentum": tuning.muon_momentum},
+    )
+    return Muon(groups, learning_rate, tuning.betas, dtype)
 
 
 # By name. Each must skip an update if ``found_inf`` is set. Of torch's implementations, only the
 # fused ones do so.
-OPTIMIZERS: dict[str, Callable[[nn.Module, float, torch.dtype], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "muon": muon,
-}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, kind: str = "adamw", dtype: torch.dtype = torch.bfloat16
+    model: nn.Module,
+    learning_rate: float,
+    kind: str = "adamw",
+    dtype: torch.dtype = torch.bfloat16,
+    tuning: Tuning = Tuning(),
 ) -> torch.optim.Optimizer:
     """The optimizer called ``kind``; ``dtype`` is that of the run's matrix products.
 
@@ -58,7 +97,7 @@ def build_optimizer(
             f"--optimizer {kind} ignores found_inf, so a NaN gradient would reach the weights. "
             f"Expected an optimizer that skips such an update, as fused AdamW does."
         )
-    return OPTIMIZERS[kind](model, learning_rate, dtype)
+    return OPTIMIZERS[kind](model, learning_rate, dtype, tuning)
 
 
 @functools.cache
@@ -68,7 +107,7 @@ def skips_bad_updates(build: Callable) -> bool:
     Tests it with a good and a bad update of a toy model on the CPU, without random numbers."""
     layer = nn.ParameterDict({"weight": torch.ones(4, 4), "bias": torch.ones(4)})
     toy = nn.ModuleDict({"model": nn.ModuleDict({"layers": layer})})
-    optimizer = build(toy, 1e-3, torch.float32)
+    optimizer = build(toy, 1e-3, torch.float32, Tuning())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     before = []
     try:
@@ -129,17 +168,15 @@ def expected_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tens
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore moments and step counts, but keep this run's weight decay and implementation.
+    """Restore moments and step counts, but keep this run's groups with their settings.
 
     Optimizer.load_state_dict alone would also restore the file's ``fused``."""
     own = optimizer.state_dict()["param_groups"]
-    for group, group_saved in zip(own, saved["param_groups"], strict=True):
-        group["lr"] = float(group_saved["lr"])  # until the next update sets it
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     """Set the learning rate of the next update, and return it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     return lr

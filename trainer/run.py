@@ -269,7 +269,7 @@ class Run:
         The decay is as long as if the run had been planned to this length.
 
         Raises: SettingsError if the rate is not at its peak."""
-        args, rate = self.args, self.optimizer.param_groups[0]["lr"]
+        args, rate = self.args, self.learning_rate(0)
         if args.lr_schedule != "wsd" or rate != args.learning_rate:
             raise SettingsError(
                 f"--anneal_from {args.anneal_from}: its rate is {rate:g}, expected the peak of a "

@@ -60,9 +60,6 @@ def check_state(state: dict, run: Run) -> None:
     check_same_settings(state["settings"], run.settings)
     check_fits(state["model"], run.weights(), "model")
     check_fits(state["optimizer"]["state"], expected_state(run.optimizer), "optimizer")
-    rates = [group.get("lr") for group in state["optimizer"]["param_groups"]]
-    own_rates = dict.fromkeys(range(len(run.optimizer.param_groups)), 0.0)
-    check_fits(dict(enumerate(rates)), own_rates, "optimizer.lr")
     check_scaler(state["scaler"], run.scaler.state_dict())
     check_plan(Plan(**state["plan"]), state["seconds_spent"], run)
     Progress(**state["progress"]).check(
