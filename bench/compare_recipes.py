@@ -1,73 +1,182 @@
-"""What a token and a minute teach: MiniMind's padded recipe, and ours, on the same text.
+"""Which recipe learns most from the same tokens: ours, against opponents who had their chance.
 
-    python -m bench.compare_recipes --data_path corpus.jsonl --device cpu --minutes 20
+    python -m bench.compare_recipes --data_path corpus.jsonl --device cpu --tokens 600000
+    python -m bench.compare_recipes --data_path corpus.jsonl --device cuda --jobs 12 \\
+        --tokens 600000 2000000 6000000 --seeds 1 2 3 --json results.json
 
-The last 5 % of the documents are kept aside. Each run is the real program, one after another, alone
-on the machine, planned to end when its minutes are over; looking at the documents kept aside stops
-its clock, and so does Ctrl-Z (`kill -TSTP` to its process group) until it goes on. The padded
-recipe's rate is tuned: the best of --padded_rates at the first seed.
+The last 5 % of the documents are kept aside; scored are 338 tokens of each of some of those, after
+a BOS. Each opponent's settings are swept, one after another, at the first seed; the best go on with
+all seeds. A run sees a fixed number of tokens, so how busy the machine is changes nothing, and it
+is made once: --json keeps it, under a hash of the code that decides and of its settings. Ours is
+run with fewer tokens as well, each time to the end of its schedule: what share of an opponent's
+tokens it needs is read between those. nanochat takes part through bench/nanochat.py.
 """
 
 import argparse
+import ast
+import concurrent.futures
 import contextlib
+import functools
+import hashlib
 import json
 import math
+import multiprocessing
 import os
-import signal
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import train_pretrain
 from bench.benchmark import PADDED, PADDED_LENGTH, padded_flags
-from bench.measuring import OURS, NoGuard, parser, reports, surroundings, train, words
+from bench.measuring import (
+    OURS,
+    ROOT,
+    NoGuard,
+    Parts,
+    built_with,
+    parser,
+    surroundings,
+    train,
+    words,
+)
 from dataset.lm_dataset import Batch, PretrainDataset
-from dataset.token_cache import build_token_cache
-from trainer.evaluation import bits_per_byte, held_out_nats
-from trainer.plan import Budget, process_start
+from dataset.token_cache import TokenCache, build_token_cache
+from model.model_minimind import next_token_nats
+from trainer.evaluation import bits_per_byte
+from trainer.muon import Muon
 from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.weights import load_tokenizer
 
 HELD_OUT = 0.05  # of the documents, the last ones
-ASIDE_TOKENS = 2**17  # of them that are looked at: every n-th document
-AT_ONCE = 32  # of their rows
-OUR_FLAGS = {
-    "cpu": {
-        "optimizer": "muon",
-        "lr_schedule": "wsd",
-        "warmup_ratio": 0,
-        "decay_ratio": 0.6,
-        "learning_rate": 8e-3,
-        "batch_size": 8,
-        "accumulation_steps": 1,
-    },
-    "cuda": {"optimizer": "muon", "lr_schedule": "wsd", "decay_ratio": 0.6, "learning_rate": 2e-3},
-}
+SCORED = 200  # documents of those
+SCORED_TOKENS = PADDED_LENGTH - 2  # of each
+SHARES = (1.0, 0.8, 0.64, 0.5, 0.35, 0.25)  # of the tokens, with which ours is run
+DECIDING = (  # code; its comments do not decide
+    "train_pretrain.py",
+    *("model/config.py", "model/documents.py", "model/model_minimind.py"),
+    *("dataset/lm_dataset.py", "dataset/token_cache.py", "bench/compare_recipes.py"),
+    *("trainer/muon.py", "trainer/optimizer.py", "trainer/run.py", "trainer/schedule.py"),
+)
+Flags = dict[str, Any]
 
 
-@dataclass
-class Trial:
-    """One run: flags over the preset's, and the points of its curve."""
+# ------------------------------------------------------------------------------------- recipes
 
-    name: str
-    flags: dict[str, object]
-    minutes: float
-    seed: int
+
+class TorchMuon(Muon):
+    """torch.optim.Muon and torch.optim.AdamW with PyTorch's defaults."""
+
+    def __init__(self, ours: Muon) -> None:
+        super().__init__(ours.param_groups, 1e-3, (0.9, 0.999), ours.dtype)
+        (hidden,) = (group["params"] for group in self.param_groups if "momentum" in group)
+        self.loop = torch.optim.Muon(hidden)
+
+    def _step_matrices(self, group: dict) -> None:
+        self.loop.param_groups[0]["lr"] = group["lr"]
+        self.loop.step()
+
+
+def torch_s_muon(run: Run) -> None:
+    """Its defaults in place of ours: a decay of 0.01 for what AdamW moves, and no scales."""
+    assert isinstance(run.optimizer, Muon)
+    for group in run.optimizer.param_groups:
+        group |= {"weight_decay": 0.01, "lr_scale": 1.0, "lr": 1e-3, "betas": (0.9, 0.999)}
+    run.optimizer = TorchMuon(run.optimizer)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Flags over the preset's, where a sweep of them begins, and the values that it tries."""
+
+    flags: Flags
+    axes: Mapping[str, tuple] = field(default_factory=dict)
+    parts: Parts = OURS
     padded: bool = False
-    points: list[dict] = field(default_factory=list)  # seconds, tokens, updates, bits per byte
 
-    @property
-    def final(self) -> dict:
-        """What it ended with."""
-        return self.points[-1]
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+PACKED: Flags = {"max_seq_len": PADDED_LENGTH, "accumulation_steps": 1, "batch_size": 8}
+SMALL_UPDATES = {"learning_rate": RATES, "batch_size": (2, 4, 8, 16)}
+SCHEDULE = {"warmup_ratio": (0.0, 0.05, 0.1), "decay_ratio": (0.4, 0.6, 0.85)}
+
+
+def recipes(on_cuda: bool) -> dict[str, Recipe]:
+    """By name; the last is ours."""
+    plain = PACKED | {"warmup_ratio": 0.05, "decay_ratio": 0.6, "lr_schedule": "wsd"}
+    adamw = plain | {"optimizer": "adamw", "learning_rate": 4e-3}
+    muon = plain | {"optimizer": "muon", "learning_rate": 4e-3}
+    padded = padded_flags(on_cuda) | {"num_workers": 0, "learning_rate": 2e-3}
+    default = PACKED | {"optimizer": "muon", "learning_rate": 1e-3, "lr_schedule": "cosine"}
+    ours = muon | {
+        "learning_rate": 3e-3,
+        "batch_size": 4,
+        "decay_ratio": 0.85,
+        "embedding_lr_scale": 12,
+        "vector_lr_scale": 4,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.98,
+        "muon_momentum": 0.8,
+    }
+    axes = SMALL_UPDATES | SCHEDULE | {"lr_schedule": ("wsd", "cosine")}
+    tuned = {
+        "embedding_lr_scale": (6, 12, 24),
+        "vector_lr_scale": (2, 4, 8),
+        "adam_beta1": (0.5, 0.8),
+        "adam_beta2": (0.95, 0.98, 0.99),
+        "muon_momentum": (0.7, 0.8, 0.9),
+    }
+    return {
+        "MiniMind, padded": Recipe(padded, {"learning_rate": RATES[:5]}, PADDED, padded=True),
+        "AdamW, packed": Recipe(adamw, axes),
+        "torch's Muon, its defaults": Recipe(
+            default, {}, OURS._replace(build_run=built_with(torch_s_muon))
+        ),
+        "plain Muon": Recipe(muon, SMALL_UPDATES | SCHEDULE),
+        "ours": Recipe(ours, SMALL_UPDATES | SCHEDULE | tuned),
+    }
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What decides the result of a run, besides the corpus and the code."""
+
+    recipe: str
+    flags: Flags
+    tokens: int
+    seed: int
+
+    def key(self, fixed: str) -> str:
+        """A hash of all that decides; ``fixed`` is what the trials of a contest have in common."""
+        own = json.dumps([self.recipe, sorted(self.flags.items()), self.tokens, self.seed])
+        return hashlib.sha256(f"{fixed} {own}".encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """A hash of the code that decides the result, without comments, docstrings and layout."""
+    return hashlib.sha256("".join(bare(ROOT / name) for name in DECIDING).encode()).hexdigest()
+
+
+def bare(path: Path) -> str:
+    """The code of a file without what has no effect."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""
+    return ast.dump(tree)
 
 
 def split(path: Path, folder: Path) -> tuple[Path, Path]:
@@ -80,232 +189,282 @@ def split(path: Path, folder: Path) -> tuple[Path, Path]:
     return parts
 
 
+def excerpt(source: Path, cache: TokenCache, tokens: int, padded: bool) -> Path:
+    """The first documents of a file that give so many tokens with a loss: in padded rows, what is
+    cut off does not count."""
+    path = source.with_name(f"{source.stem}_{tokens}{'_padded' * padded}.jsonl")
+    if not path.exists():
+        lengths = cache.offsets[1:] - cache.offsets[:-1] + 1  # and EOS
+        if padded:
+            lengths = lengths.clamp(max=PADDED_LENGTH - 1)
+        enough = int(torch.searchsorted(lengths.cumsum(0), tokens)) + 1
+        lines = source.read_bytes().splitlines(keepends=True)
+        if enough > len(lines):
+            raise SystemExit(f"{source}: has fewer than {tokens:,} tokens")
+        path.write_bytes(b"".join(lines[:enough]))
+    return path
+
+
+@functools.cache
+def scored_rows(kept_aside: Path, cache_dir: Path) -> tuple[Tensor, int, list[str]]:
+    """(SCORED, 1 + SCORED_TOKENS) int64: BOS and tokens; their bytes; and their texts.
+
+    A character that the cut splits counts as none."""
+    tokenizer = load_tokenizer("model")
+    data = PretrainDataset(
+        [str(kept_aside)], tokenizer, PADDED_LENGTH, cache_dir=str(cache_dir)
+    ).cache
+    lengths = data.offsets[1:] - data.offsets[:-1]
+    long = torch.where(lengths >= SCORED_TOKENS)[0]
+    chosen = long[:: max(1, len(long) // SCORED)][:SCORED].tolist()
+    rows = [data.tokens[begin : begin + SCORED_TOKENS] for begin in data.offsets[chosen].tolist()]
+    ids = torch.stack(rows).to(torch.int64) & 0xFFFF
+    texts = [text.rstrip("\ufffd") for text in tokenizer.batch_decode(ids)]
+    bos = torch.full((len(ids), 1), int(tokenizer.bos_token_id))
+    return torch.cat((bos, ids), 1), sum(len(text.encode()) for text in texts), texts
+
+
 class Watch(NoGuard):
-    """Guard and step of a trial: plans it to end in time, and looks at the documents kept aside, at
-    equal times and at the end. Its clock stands still meanwhile.
+    """Takes the time of the updates, and scores the model after the last one."""
 
-    Args:
-        kept_aside: JSONL; looks: how many."""
-
-    def __init__(self, pipe: Connection, trial: Trial, kept_aside: str, looks: int) -> None:
-        self.pipe, self.kept_aside = pipe, kept_aside
-        self.seconds, self.begun = 60 * trial.minutes, process_start()
-        self.next_look = self.between_looks = self.seconds / looks
-        self.seconds_lost = 0.0  # while the clock stood still
-        self.updates = self.tokens = 0
-
-    def clock(self) -> float:
-        """Seconds, without those that were lost."""
-        return time.monotonic() - self.seconds_lost
-
-    @contextlib.contextmanager
-    def standing_still(self) -> Iterator[None]:
-        """What happens inside takes no time."""
-        lost_before, since = self.seconds_lost, time.monotonic()
-        yield
-        self.seconds_lost = lost_before + time.monotonic() - since
-
-    def pause(self, *_: object) -> None:
-        """What a handler of SIGTSTP does: sleep until somebody sends SIGCONT."""
-        with self.standing_still():
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    def begin(self, run: Run, state: None, num_bad_records: int) -> bool:
-        """Plan by this clock, and open what is kept aside."""
-        run.budget = Budget(self.seconds, clock=self.clock, begun=self.begun)
-        with self.standing_still():
-            data = PretrainDataset(
-                [self.kept_aside],
-                load_tokenizer(run.args.tokenizer_path),
-                PADDED_LENGTH,
-                cache_dir=run.args.cache_dir,
-            )
-            every = max(1, data.num_tokens // ASIDE_TOKENS)
-            self.aside = data.for_evaluation(data.documents[::every])
-        return super().begin(run, state, num_bad_records)
+    def __init__(self, kept_aside: Path, cache_dir: Path) -> None:
+        self.aside = kept_aside, cache_dir
+        self.found: dict[str, float] = {"updates": 0, "tokens": 0}
 
     def step(self, run: Run, window: list[Batch], num_labels: int) -> Outcome:
-        """One update, and a look if it is time."""
-        outcome = train_pretrain.train_step(run, window, num_labels)
-        self.updates += 1
-        self.tokens += num_labels
-        if self.clock() - self.begun > self.next_look:
-            self.next_look += self.between_looks
-            self.look()
-        return outcome
+        """One update."""
+        self.found["updates"] += 1
+        self.found["tokens"] += num_labels
+        return train_pretrain.train_step(run, window, num_labels)
 
     @contextlib.contextmanager
     def training(self, run: Run) -> Iterator[None]:
-        """All updates happen inside; at the end comes the last look."""
+        """All updates happen inside."""
+        since = time.monotonic()
         yield
-        self.look()
-
-    def look(self) -> None:
-        """Send what the model has cost, and how good it is."""
-        if self.run.device.type == "cuda":
+        if run.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = self.clock() - self.begun
-        with self.standing_still():
-            rows = range(len(self.aside))
-            batches = (
-                self.aside.__getitems__([*rows[i : i + AT_ONCE]])
-                for i in range(0, len(rows), AT_ONCE)
-            )
-            with self.run.autocast:
-                nats, _ = held_out_nats(self.run.model, batches)
-            score = bits_per_byte(nats, self.aside.num_text_bytes)
-        self.pipe.send(
-            {
-                "seconds": seconds,
-                "tokens": self.tokens,
-                "updates": self.updates,
-                "bits_per_byte": score,
-            }
-        )
+        self.found["seconds"] = time.monotonic() - since
+        self.found["bits_per_byte"] = self.score(run)
+
+    @torch.inference_mode()
+    def score(self, run: Run) -> float:
+        """Held-out bits per byte, in float32."""
+        ids, num_bytes, _ = scored_rows(*self.aside)
+        run.model.eval()
+        logits = (run.model(part).logits for part in ids.to(run.device).split(20))
+        parts = zip(logits, ids.to(run.device).split(20), strict=True)
+        return bits_per_byte(sum(next_token_nats(*part).item() for part in parts), num_bytes)
 
 
-def child(pipe: Connection, trial: Trial, flags: list[str], kept_aside: str, looks: int) -> None:
-    """Train with the recipe of this trial, and send the points of its curve."""
-    watch = Watch(pipe, trial, kept_aside, looks)
-    signal.signal(signal.SIGTSTP, watch.pause)
-    train(flags, watch, (PADDED if trial.padded else OURS)._replace(step=watch.step))
-
-
-def run_trial(trial: Trial, args: argparse.Namespace, parts: tuple[Path, Path]) -> Trial:
-    """Fill in the trial's points."""
-    with tempfile.TemporaryDirectory() as folder:
+def run_trial(trial: Trial, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Train and score, in this process."""
+    recipe = recipes(args.device.startswith("cuda"))[trial.recipe]
+    cache_dir = folder / "cache"
+    cache = build_token_cache([str(folder / "train.jsonl")], load_tokenizer("model"), cache_dir)
+    watch = Watch(folder / "kept_aside.jsonl", cache_dir)
+    with tempfile.TemporaryDirectory() as outputs:
         flags = {
             "preset": args.preset,
             "device": args.device,
+            "use_compile": 0,
             "seed": trial.seed,
-            "max_minutes": trial.minutes,
-            "data_path": parts[0],
-            "save_dir": folder,
-            "cache_dir": parts[0].parent / "cache",
+            "epochs": 1,
+            "data_path": excerpt(folder / "train.jsonl", cache, trial.tokens, recipe.padded),
+            "save_dir": outputs,
+            "cache_dir": cache_dir,
             "log_interval": 10**6,
-            "save_interval": 10**9,
             "eval_interval": 10**9,
             "heldout_fraction": 0,
-        } | trial.flags
-        trial.points += reports(
-            f"{trial.name}, seed {trial.seed}",
-            child,
-            trial,
-            words(flags),
-            str(parts[1]),
-            args.looks,
-        )
-    last = trial.final
-    print(
-        f"{trial.name}, seed {trial.seed}, {trial.minutes:g} minutes: {last['updates']:,} "
-        f"updates, {last['tokens']:,} tokens, {last['bits_per_byte']:.4f} bits/byte",
-        file=sys.stderr,
-    )
-    return trial
+        }
+        train(words(flags | trial.flags), watch, recipe.parts._replace(step=watch.step))
+    return watch.found
 
 
-def needed(trial: Trial, target: float, unit: str) -> float:
-    """Tokens or seconds at which a curve first comes down to ``target``; inf if never.
+def start_worker(threads: int) -> None:
+    """A process that makes runs, one after another."""
+    torch.set_num_threads(threads)
 
-    Along a line between the looks, in the logarithm of the unit."""
-    before = None
-    for point in trial.points:
-        if point["bits_per_byte"] <= target:
+
+@dataclass
+class Contest:
+    """Makes runs, unless they were made."""
+
+    args: argparse.Namespace
+    folder: Path
+    pool: concurrent.futures.Executor
+    done: dict[str, dict]
+    fixed: str
+
+    def scores(self, trials: list[Trial]) -> list[float]:
+        """Bits per byte of each."""
+        missing = {t.key(self.fixed): t for t in trials if t.key(self.fixed) not in self.done}
+        work = {
+            self.pool.submit(run_trial, trial, self.args, self.folder): (key, trial)
+            for key, trial in missing.items()
+        }
+        for ended in concurrent.futures.as_completed(work):
+            key, trial = work[ended]
+            self.done[key] = vars(trial) | {"found": ended.result()}
+            self.keep()
+            score = self.done[key]["found"]["bits_per_byte"]
+            what = f"{trial.tokens:,} tokens, seed {trial.seed}, {trial.recipe}: {trial.flags}"
+            print(f"{score:.4f}  {what}", file=sys.stderr)
+        return [self.done[t.key(self.fixed)]["found"]["bits_per_byte"] for t in trials]
+
+    def keep(self) -> None:
+        """Write what was found."""
+        if self.args.json:
+            self.args.json.write_text(json.dumps(self.done, indent=1))
+
+    def best(self, name: str, tokens: int) -> Flags:
+        """The settings that a sweep of one axis after another leads to, at the first seed."""
+        recipe = recipes(self.args.device.startswith("cuda"))[name]
+        flags, seed = recipe.flags, self.args.seeds[0]
+        for axis, values in list(recipe.axes.items()) * self.args.rounds:
+            tried = [flags | {axis: value} for value in dict.fromkeys([flags[axis], *values])]
+            scores = self.scores([Trial(name, f, tokens, seed) for f in tried if fits(f)])
+            flags = min(zip(scores, filter(fits, tried), strict=True), key=lambda pair: pair[0])[1]
+        return flags
+
+
+def fits(flags: Flags) -> bool:
+    """Whether the program accepts these; a warm-up and a decay share the run."""
+    return flags.get("warmup_ratio", 0) + flags.get("decay_ratio", 0) <= 1
+
+
+# -------------------------------------------------------------------------------------- results
+
+
+def share_needed(points: Mapping[int, float], target: float) -> float:
+    """The number of tokens at which ours reaches ``target``; inf if it does not.
+
+    Args: points: bits per byte by tokens, of runs to the end of their schedule; between them, along
+        a line in the tokens' logarithm. Never fewer than the fewest of them."""
+    before: tuple[int, float] | None = None
+    for tokens, score in sorted(points.items()):
+        if score <= target:
             if before is None:
-                return point[unit]
-            fall = before["bits_per_byte"] - point["bits_per_byte"]
-            part = (before["bits_per_byte"] - target) / fall
-            return math.exp((1 - part) * math.log(before[unit]) + part * math.log(point[unit]))
-        before = point
+                return tokens
+            part = (before[1] - target) / (before[1] - score)
+            return math.exp((1 - part) * math.log(before[0]) + part * math.log(tokens))
+        before = tokens, score
     return math.inf
 
 
-def report(args: argparse.Namespace, padded: list[Trial], ours: list[Trial]) -> str:
-    """Markdown: what each ended with, and the share of the padded recipe's cost that ours needs."""
-    target = statistics.mean(trial.final["bits_per_byte"] for trial in padded)
-    tokens = statistics.mean(trial.final["tokens"] for trial in padded)
-    lines = [
-        "| recipe | minutes | updates | tokens | bits/byte, seeds | share of the padded's tokens "
-        "| share of its time | as good |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple, list[Trial]] = {}
-    for trial in [*padded, *ours]:
-        groups.setdefault((trial.name, trial.minutes), []).append(trial)
-    for (name, minutes), trials in groups.items():
-        values = [trial.final["bits_per_byte"] for trial in trials]
-        mean = {k: statistics.mean(t.final[k] for t in trials) for k in ("updates", "tokens")}
-        lines.append(
-            f"| {name} | {minutes:g} | {mean['updates']:,.0f} | {mean['tokens']:,.0f} "
-            f"| {', '.join(f'{v:.4f}' for v in values)} | {mean['tokens'] / tokens:.2f} "
-            f"| {minutes / args.minutes:.2f} | {'yes' if max(values) <= target else 'no'} |"
+def z_score(ours: list[float], others: list[float]) -> float | None:
+    """The difference of means over its standard error; None with fewer than two seeds a side."""
+    if min(len(ours), len(others)) < 2:
+        return None
+    error = statistics.variance(ours) / len(ours) + statistics.variance(others) / len(others)
+    return (statistics.mean(others) - statistics.mean(ours)) / math.sqrt(error) if error else None
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and deviation where there are several."""
+    if math.inf in values:
+        return "over 1"
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def rows_of(contest: Contest, tokens: int, chosen: Mapping[str, Flags]) -> Iterator[str]:
+    """The table's lines for this many tokens."""
+    seeds = contest.args.seeds
+
+    def scored(name: str, share: float = 1.0) -> list[float]:
+        own = [Trial(name, chosen[name], round(tokens * share), seed) for seed in seeds]
+        return contest.scores(own)
+
+    by_share: list[dict[int, float]] = [{} for _ in seeds]
+    for share in SHARES if "ours" in chosen else ():
+        for points, score in zip(by_share, scored("ours", share), strict=True):
+            points[round(tokens * share)] = score
+    ours = scored("ours") if "ours" in chosen else []
+    for name, flags in chosen.items():
+        scores = scored(name)
+        target = statistics.mean(scores)
+        shares = [share_needed(points, target) / tokens for points in by_share]
+        z, needs = z_score(ours, scores), spread(shares)
+        if name == "ours" or not ours:
+            z, needs = None, ""
+        settings = f"rate {flags['learning_rate']:g}, {flags['batch_size']} rows at once"
+        yield (
+            f"| {tokens:,} | {name} | {settings} | {spread(scores)} "
+            f"| {needs} | {'' if z is None else f'{z:.1f}'} |"
         )
-    longest = [t for t in ours if t.minutes == max(t.minutes for t in ours)]
-    for unit, whole in (("tokens", tokens), ("seconds", 60 * args.minutes)):
-        shares = [needed(trial, target, unit) / whole for trial in longest]
-        lines.append(
-            f"\nThe longest of ours passed the padded recipe's {target:.4f} within "
-            f"{', '.join(f'{s:.3f}' for s in shares)} of its {unit}."
-        )
-    return "\n".join(lines)
+
+
+def make_contest(args: argparse.Namespace, made: Callable[[Contest], None]) -> None:
+    """Hand a contest to ``made``; its processes and files last as long."""
+    folder = Path(tempfile.mkdtemp())
+    digest = hashlib.sha256(args.data_path.read_bytes()).hexdigest()[:16]
+    parts = split(args.data_path, folder)
+    for part in parts:
+        build_token_cache([str(part)], load_tokenizer("model"), folder / "cache")
+    fixed = f"{code_digest()} {digest} {args.preset} {args.device.partition(':')[0]}"
+    done = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        args.jobs, context, start_worker, (threads,)
+    ) as pool:
+        made(Contest(args, folder, pool, done, fixed))
+    shutil.rmtree(folder)
+
+
+def nanochat(contest: Contest, tokens: int) -> Iterator[str]:
+    """Lines of nanochat, its rates in factors of two; run one after another."""
+    args, folder = contest.args, contest.folder
+    texts = scored_rows(folder / "kept_aside.jsonl", folder / "cache")[2]
+    score = folder / "score.jsonl"
+    score.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for factor in args.nanochat_factors:
+        trial = Trial(f"nanochat, rates x {factor:g}", {}, tokens, args.seeds[0])
+        key = trial.key(contest.fixed)
+        if key not in contest.done:
+            command = [args.nanochat_python, ROOT / "bench/nanochat.py", "--device", args.device]
+            command += ["--checkout", args.nanochat, "--data_path", folder / "train.jsonl"]
+            command += ["--score", score, "--folder", folder / "nanochat"]
+            command += ["--tokens", tokens, "--rate_factor", factor]
+            done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise SystemExit(f"{trial.recipe}: failed, the cause is above")
+            found = json.loads(done.stdout.splitlines()[-1])
+            contest.done[key] = vars(trial) | {"found": found}
+            contest.keep()
+        found = contest.done[key]["found"]
+        yield f"| {tokens:,} | {trial.recipe} | | {found['bits_per_byte']:.4f} | | |"
 
 
 def main() -> None:
-    """Run all trials, and print the table."""
+    """Sweep, run, and print the table."""
+    names = [*recipes(False)]
     cli = parser(__doc__)
     cli.add_argument("--data_path", required=True, type=Path, help="JSONL")
     cli.add_argument("--preset", default="demo")
-    cli.add_argument("--minutes", type=float, default=20, help="of the padded recipe")
-    cli.add_argument("--ours_minutes", type=float, nargs="+", help="None: a tenth, and as many")
-    cli.add_argument("--padded_rates", type=float, nargs="+", default=[5e-4, 2e-3, 4e-3])
+    cli.add_argument("--tokens", type=int, nargs="+", default=[600_000])
     cli.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    cli.add_argument("--looks", type=int, default=10, help="at what was kept aside, in each run")
-    cli.add_argument("--ours", nargs="*", default=[], help="name=value: flags of ours to change")
-    cli.add_argument("--only", choices=["padded", "ours"], help="the other is not run")
-    cli.add_argument("--json", type=Path, help="all points; what it holds is not run again")
+    cli.add_argument("--only", nargs="+", choices=names, default=names)
+    cli.add_argument("--rounds", type=int, default=1, help="of each sweep; 0: as they begin")
+    cli.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    cli.add_argument("--json", type=Path, help="all runs; what it holds is not run again")
+    cli.add_argument("--nanochat", type=Path, help="its repository; left out without")
+    cli.add_argument("--nanochat_python", default=sys.executable, help="has what it imports")
+    cli.add_argument("--nanochat_factors", type=float, nargs="+", default=[5, 10, 20, 40])
     args = cli.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    parts = split(args.data_path, folder)
-    tokenizer = load_tokenizer("model")
-    for part in parts:  # before any clock runs
-        build_token_cache([str(part)], tokenizer, str(folder / "cache"))
-    done = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
 
-    def tried(name: str, flags: dict, minutes: float, seed: int, padded: bool = False) -> Trial:
-        for old in done:
-            if all(old[k] == v for k, v in (("name", name), ("minutes", minutes), ("seed", seed))):
-                return Trial(**old)
-        trial = run_trial(Trial(name, flags, minutes, seed, padded), args, parts)
-        done.append(vars(trial))
-        if args.json:
-            args.json.write_text(json.dumps(done, indent=1))
-        return trial
+    def made(contest: Contest) -> None:
+        lines = ["| tokens | recipe | swept to | bits/byte | ours needs of its tokens | z |"]
+        lines.append("|---|---|---|---|---|---|")
+        for tokens in args.tokens:
+            chosen = {name: contest.best(name, tokens) for name in args.only}
+            lines += rows_of(contest, tokens, chosen)
+            lines += nanochat(contest, tokens) if args.nanochat else ()
+            lines += [f"<!-- {tokens:,}: {name}: {flags} -->" for name, flags in chosen.items()]
+        print(surroundings(args, "bench.compare_recipes"), *lines, sep="\n")
 
-    on_cuda = args.device.startswith("cuda")
-    padded, ours = [], []
-    if args.only != "ours":
-        base = padded_flags(on_cuda)
-        first = [
-            tried(
-                f"padded, rate {rate:g}",
-                base | {"learning_rate": rate},
-                args.minutes,
-                args.seeds[0],
-                True,
-            )
-            for rate in args.padded_rates
-        ]
-        best = min(first, key=lambda trial: trial.final["bits_per_byte"])
-        padded = [tried(best.name, best.flags, args.minutes, s, True) for s in args.seeds]
-    if args.only != "padded":
-        changes = dict(word.split("=", 1) for word in args.ours)
-        flags = OUR_FLAGS["cuda" if on_cuda else "cpu"] | {"max_seq_len": PADDED_LENGTH} | changes
-        name = " ".join(["ours", *args.ours])
-        for minutes in args.ours_minutes or (args.minutes / 10, args.minutes):
-            ours += [tried(name, flags, minutes, seed) for seed in args.seeds]
-    print(surroundings(args, "bench.compare_recipes"))
-    if padded and ours:
-        print("\n" + report(args, padded, ours))
+    make_contest(args, made)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The programs that measure: each variant really runs, on a model that takes seconds."""
 
-import time
+import json
+import math
 from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from bench import compare_recipes, growth, try_variants
 from bench.benchmark import (
@@ -23,12 +25,14 @@ from bench.benchmark import (
     train_variant,
     variants,
 )
+from bench.compare_recipes import Watch
 from bench.measuring import OURS, NoGuard, train
 from bench.products import InTurn
 from dataset.lm_dataset import PretrainDataset
+from model.generation import build_qwen
 from tests.helpers import shipped_tokenizer, tiny_model, write_jsonl
 from tests.running import read_metrics, short_documents, tiny_flags, train_in_process
-from trainer.optimizer import build_optimizer, step_if_finite
+from trainer.optimizer import Tuning, build_optimizer, step_if_finite
 
 SMALL = {
     "max_seq_len": 32,
@@ -192,27 +196,67 @@ def test_what_measures_trains_as_the_program_does(tmp_path: Path) -> None:
         assert scores[variant] != score, variant
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_trial_ends_in_time_and_looks_at_what_was_kept_aside(
-    tmp_path: Path, padded: bool
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Of documents that are long enough to be scored."""
+    documents = [" ".join(short_documents(60)[i:] + short_documents(60)[:i]) for i in range(60)]
+    return write_jsonl(tmp_path / "corpus.jsonl", documents)
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY |= {"num_key_value_heads": 1, "intermediate_size": 16}
+TINY |= {"batch_size": 2, "accumulation_steps": 1, "micro_batch_size": 2}
+
+
+@pytest.mark.parametrize("name", compare_recipes.recipes(on_cuda=False))
+def test_a_trial_sees_the_tokens_it_is_given_and_is_scored_as_documents_are(
+    tmp_path: Path, corpus: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept_aside = write_jsonl(tmp_path / "kept_aside.jsonl", short_documents(20))
-    given = (padded_flags(on_cuda=False) if padded else {}) | SMALL
-    given |= {"heldout_fraction": 0, "max_minutes": 0.05, "dtype": "float32"}
-    trial = compare_recipes.Trial("ours", given, minutes=0.05, seed=1, padded=padded)
-    pipe = Pipe()
-    watch = compare_recipes.Watch(pipe, trial, str(kept_aside), looks=10)
-    watch.begun = time.monotonic()  # not when the tests began
-    parts = compare_recipes.PADDED if padded else compare_recipes.OURS
-    train(tiny_flags(tmp_path, **given), watch, parts._replace(step=watch.step))
-    *before, last = pipe.heard
-    assert len(before) >= 1 and last["updates"] > before[0]["updates"] > 0
-    assert last["bits_per_byte"] < before[0]["bits_per_byte"]
-    assert last["seconds"] < 1.5 * 60 * trial.minutes
-    with watch.standing_still():
-        since = watch.clock()
-        time.sleep(0.2)
-    assert watch.clock() - since < 0.1
+    """Scored by another way: one document after another, by transformers."""
+    watches = []
+    monkeypatch.setattr(
+        compare_recipes, "Watch", lambda *given: watches.append(Watch(*given)) or watches[-1]
+    )
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    compare_recipes.split(corpus, tmp_path)
+    flags = compare_recipes.recipes(on_cuda=False)[name].flags | TINY
+    trial = compare_recipes.Trial(name, flags, 3000, 1)
+    args = Namespace(device="cpu", preset="demo")
+    found = compare_recipes.run_trial(trial, args, tmp_path)
+    longest = 340 if name == "MiniMind, padded" else 1000  # of a document, here
+    assert 3000 <= found["tokens"] + found["updates"] * 4 < 3000 + 2 * longest
+    (watch,) = watches
+    qwen = build_qwen(watch.run.model)
+    lines = (tmp_path / "kept_aside.jsonl").read_text().splitlines()
+    nats = num_bytes = 0
+    for line in lines:
+        ids = tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"][:338]
+        assert len(ids) == 338
+        row = torch.tensor([[tokenizer.bos_token_id, *ids]])
+        with torch.no_grad():
+            nats += qwen(row, labels=row).loss.item() * 338
+        num_bytes += len(tokenizer.decode(ids).encode())
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
+
+
+def test_torch_s_muon_has_torch_s_defaults() -> None:
+    ours, theirs = tiny_model(), tiny_model()
+    optimizer = build_optimizer(ours, 1e-3, "muon", torch.float32, Tuning(12.0, 4.0, 0.5, 0.9, 0.8))
+    run = SimpleNamespace(optimizer=optimizer)
+    compare_recipes.torch_s_muon(run)
+    named = dict(theirs.named_parameters())
+    hidden = [p for n, p in named.items() if ".layers." in n and p.ndim == 2]
+    rest = [p for n, p in named.items() if not (".layers." in n and p.ndim == 2)]
+    reference = [torch.optim.Muon(hidden), torch.optim.AdamW(rest)]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for each in (run.optimizer, *reference):
+            each.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
 
 
 def test_growth_measures_an_update() -> None:

@@ -1,51 +1,40 @@
-"""The arithmetic of the comparison of recipes; its runs are too long for a test."""
+"""The arithmetic of the contest of recipes, and what makes a run another one."""
 
 import argparse
+import concurrent.futures
+import json
 import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.compare_recipes import HELD_OUT, Trial, needed, report, split
-
-
-def curve(name: str, minutes: float, *points: tuple[float, int, float], seed: int = 1) -> Trial:
-    """A run whose looks gave these seconds, tokens and bits per byte."""
-    return Trial(
-        name,
-        {},
-        minutes,
-        seed,
-        name.startswith("padded"),
-        [
-            {"seconds": s, "tokens": t, "updates": i, "bits_per_byte": b}
-            for i, (s, t, b) in enumerate(points, 1)
-        ],
-    )
+from bench import compare_recipes
+from bench.compare_recipes import (
+    HELD_OUT,
+    Contest,
+    Trial,
+    bare,
+    excerpt,
+    share_needed,
+    split,
+    z_score,
+)
+from dataset.token_cache import build_token_cache
+from trainer.weights import load_tokenizer
 
 
-def test_what_a_curve_needs_lies_between_its_looks() -> None:
-    trial = curve("ours", 2, (10, 1000, 3.0), (40, 4000, 2.0), (120, 9000, 1.5))
-    assert needed(trial, 3.5, "seconds") == 10, "not earlier than the first look"
-    assert needed(trial, 2.0, "tokens") == pytest.approx(4000)
-    assert needed(trial, 2.5, "seconds") == pytest.approx(math.sqrt(10 * 40))
-    assert needed(trial, 1.4, "seconds") == math.inf
+def test_what_ours_needs_lies_between_its_runs() -> None:
+    points = {1000: 3.0, 4000: 2.0, 9000: 1.5}
+    assert share_needed(points, 3.5) == 1000, "not fewer than in its shortest run"
+    assert share_needed(points, 2.0) == pytest.approx(4000)
+    assert share_needed(points, 2.5) == pytest.approx(math.sqrt(1000 * 4000))
+    assert share_needed(points, 1.4) == math.inf
 
 
-def test_the_report_compares_with_the_padded_recipe_s_mean() -> None:
-    padded = [
-        curve("padded, rate 0.002", 20, (1200, 80_000, b), seed=s)
-        for s, b in enumerate((2.6, 2.8), 1)
-    ]
-    ours = [curve("ours", 2, (120, 20_000, b), seed=s) for s, b in enumerate((2.5, 2.75), 1)]
-    ours += [curve("ours", 20, (60, 10_000, 3.0), (1200, 90_000, 2.0))]
-    lines = report(argparse.Namespace(minutes=20.0), padded, ours).splitlines()
-    short = next(line for line in lines if line.startswith("| ours | 2 |"))
-    assert "2.5000, 2.7500 | 0.25 | 0.10 | no |" in short, "one seed is worse than 2.7"
-    assert "| 2.0000 | 1.12 | 1.00 | yes |" in next(x for x in lines if x.startswith("| ours | 20"))
-    assert "passed the padded recipe's 2.7000 within" in lines[-1]
-    between = math.exp(0.7 * math.log(60) + 0.3 * math.log(1200))  # 0.3 of the way down
-    assert f"within {between / 1200:.3f} of its seconds" in lines[-1]
+def test_z_is_the_difference_over_its_standard_error() -> None:
+    assert z_score([1.0], [2.0, 3.0]) is None
+    assert z_score([1.0, 3.0], [5.0, 9.0]) == pytest.approx((7 - 2) / math.sqrt(2 / 2 + 8 / 2))
 
 
 def test_the_last_documents_are_kept_aside(tmp_path: Path) -> None:
@@ -55,3 +44,110 @@ def test_the_last_documents_are_kept_aside(tmp_path: Path) -> None:
     assert len(kept.read_bytes().splitlines()) == round(100 * HELD_OUT)
     assert trained.read_bytes() + kept.read_bytes() == corpus.read_bytes()
     assert kept.read_bytes().endswith(b'{"text": "99"}\n')
+
+
+def test_padded_rows_get_more_documents_for_the_same_tokens(tmp_path: Path) -> None:
+    """As what is cut off teaches nothing."""
+    tokenizer, text = load_tokenizer("model"), "a b c d e f g h " * 100
+    num_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert num_tokens > 400
+    source = tmp_path / "train.jsonl"
+    source.write_text(20 * (json.dumps({"text": text}) + "\n"))
+    cache = build_token_cache([str(source)], tokenizer, str(tmp_path / "cache"))
+    for padded, of_a_document in ((False, num_tokens + 1), (True, 339)):
+        for documents in (1, 3):
+            path = excerpt(source, cache, documents * of_a_document, padded)
+            assert len(path.read_text().splitlines()) == documents
+    with pytest.raises(SystemExit, match="fewer than"):
+        excerpt(source, cache, 21 * num_tokens, False)
+
+
+def test_comments_do_not_make_another_run_but_code_does(tmp_path: Path) -> None:
+    path, found = tmp_path / "code.py", []
+    for text in (
+        'def f(x):\n    """Twice."""\n    return 2 * x\n',
+        'def f(x):  # a comment\n    """Two times."""\n\n    return 2 * x\n',
+        'def f(x):\n    """Twice."""\n    return 3 * x\n',
+    ):
+        path.write_text(text)
+        found.append(bare(path))
+    assert found[0] == found[1] != found[2]
+
+
+class InThisProcess(concurrent.futures.Executor):
+    """Runs at once what it is given."""
+
+    def submit(self, function, /, *given):
+        future = concurrent.futures.Future()
+        future.set_result(function(*given))
+        return future
+
+
+@pytest.fixture
+def contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Contest, list[Trial]]:
+    """One whose runs end where a formula says, and the runs that were made."""
+    made: list[Trial] = []
+
+    def run_trial(trial: Trial, *_: object) -> dict:
+        made.append(trial)
+        flags = trial.flags
+        worst = abs(math.log2(flags["learning_rate"] / 2e-3)) + abs(flags["batch_size"] - 4)
+        score = 2 + 0.1 * worst - 0.3 * math.log2(trial.tokens / 1000) + 0.001 * trial.seed
+        return {"bits_per_byte": score - 0.15 * (trial.recipe == "ours")}
+
+    monkeypatch.setattr(compare_recipes, "run_trial", run_trial)
+    args = argparse.Namespace(json=tmp_path / "runs.json", device="cpu", seeds=[1, 2], rounds=1)
+    return Contest(args, tmp_path, InThisProcess(), {}, "code"), made
+
+
+def test_a_sweep_finds_the_best_and_no_run_is_made_twice(
+    contest: tuple[Contest, list[Trial]],
+) -> None:
+    ring, made = contest
+    best = ring.best("plain Muon", 1000)
+    assert (best["learning_rate"], best["batch_size"]) == (2e-3, 4)
+    assert len(made) == len({t.key("code") for t in made})
+    before = len(made)
+    assert ring.best("plain Muon", 1000) == best and len(made) == before
+    kept = json.loads(ring.args.json.read_text())
+    again = Contest(ring.args, ring.folder, ring.pool, kept, "code")
+    assert again.best("plain Muon", 1000) == best and len(made) == before
+    other = Contest(ring.args, ring.folder, ring.pool, kept, "other code")
+    assert other.best("plain Muon", 1000) == best and len(made) == 2 * before
+
+
+def test_the_table_tells_the_share_of_the_opponent_s_tokens(
+    contest: tuple[Contest, list[Trial]],
+) -> None:
+    """Ours is as good with half a doubling fewer: 0.15 of 0.3 bits/byte."""
+    ring, _ = contest
+    flags = {"learning_rate": 2e-3, "batch_size": 4}
+    lines = [*compare_recipes.rows_of(ring, 1000, {"plain Muon": flags, "ours": flags})]
+    muon, ours = ([cell.strip() for cell in line.split("|")] for line in lines)
+    assert muon[4].startswith("2.0015 ±") and ours[4].startswith("1.8515 ±")
+    mean, _, deviation = muon[5].split()
+    assert float(mean) == pytest.approx(2**-0.5, abs=2e-3) and float(deviation) < 0.01
+    assert float(muon[6]) == pytest.approx(0.15 / 0.0007071, rel=0.01)
+    assert ours[5] == ours[6] == ""
+
+
+def test_an_opponent_that_is_better_is_told_so(contest: tuple[Contest, list[Trial]]) -> None:
+    ring, _ = contest
+    chosen = {"plain Muon": {"learning_rate": 2e-3, "batch_size": 4}}
+    chosen["ours"] = {"learning_rate": 8e-3, "batch_size": 4}
+    first, _ = compare_recipes.rows_of(ring, 1000, chosen)
+    assert "| over 1 | -" in first
+
+
+def test_a_sweep_leaves_out_what_the_program_refuses() -> None:
+    assert compare_recipes.fits({"warmup_ratio": 0.1, "decay_ratio": 0.85})
+    assert not compare_recipes.fits({"warmup_ratio": 0.2, "decay_ratio": 0.85})
+
+
+def test_a_worker_has_its_share_of_the_cores() -> None:
+    before = torch.get_num_threads()
+    try:
+        compare_recipes.start_worker(1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -178,5 +178,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     """Set the learning rate of the next update, and return it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
