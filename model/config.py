@@ -39,7 +39,7 @@ class MiniMindConfig(PretrainedConfig):
         bos_token_id: int = 1,
         eos_token_id: int = 2,
         pad_token_id: int = 0,
-        tie_word_embeddings: bool = True,
+        tie_word_embeddings: bool | int = True,
         **kwargs,
     ) -> None:
         self.hidden_size = hidden_size
@@ -67,7 +67,7 @@ class MiniMindConfig(PretrainedConfig):
             "bos_token_id": bos_token_id,
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
-            "tie_word_embeddings": tie_word_embeddings,
+            "tie_word_embeddings": bool(tie_word_embeddings),
         }
         super().__init__(**common, **kwargs)
 

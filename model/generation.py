@@ -68,7 +68,8 @@ def qwen_config(
     config: MiniMindConfig, stretched: bool = False
 ) -> transformers.Qwen3Config | transformers.Qwen3MoeConfig:
     """The transformers configuration of the same network; ``stretched``: with YaRN, see above."""
-    sizes = {name: getattr(config, name) for name in SIZES} | {"tie_word_embeddings": True}
+    sizes = {name: getattr(config, name) for name in SIZES}
+    sizes["tie_word_embeddings"] = config.tie_word_embeddings
     rope: dict[str, Any] = {"rope_type": "default"}
     if stretched:
         rope = YARN

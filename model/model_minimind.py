@@ -425,7 +425,10 @@ class MiniMindForCausalLM(nn.Module):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.next_token_nats = next_token_nats  # an attribute, so that it can be replaced
         self.apply(self._init_weights)
-        self.lm_head.weight = self.model.embed_tokens.weight
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        else:
+            nn.init.zeros_(self.lm_head.weight)  # at first, all tokens are equally probable
 
     @property
     def device(self) -> torch.device:

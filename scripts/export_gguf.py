@@ -51,7 +51,9 @@ def tensors(model: MiniMindForCausalLM) -> Iterator[tuple[str, Tensor, list[str]
     config = model.config
     arch = gguf.MODEL_ARCH.QWEN3MOE if config.use_moe else gguf.MODEL_ARCH.QWEN3
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    state = model.state_dict()
+    if config.tie_word_embeddings:  # without a head, llama.cpp takes the embedding
+        state.pop("lm_head.weight")
     while state:
         ours = [next(iter(state))]
         stem, experts, rest = ours[0].partition(".experts.")
@@ -184,7 +186,7 @@ def check_gguf(
     if len(read) != (num_tensors := len([*tensors(model)])):
         raise CheckpointError(f"{path}: it has {len(read)} tensors, expected {num_tensors}")
     restored = MiniMindForCausalLM(model.config).eval()
-    restored.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    restored.load_state_dict({"lm_head.weight": state["model.embed_tokens.weight"]} | state)
     num_same, num = 0, 0
     with torch.inference_mode():
         for ids in prompts:

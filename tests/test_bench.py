@@ -241,7 +241,9 @@ def test_a_trial_sees_the_tokens_it_is_given_and_is_scored_as_documents_are(
 
 def test_torch_s_muon_has_torch_s_defaults() -> None:
     ours, theirs = tiny_model(), tiny_model()
-    optimizer = build_optimizer(ours, 1e-3, "muon", torch.float32, Tuning(12.0, 4.0, 0.5, 0.9, 0.8))
+    optimizer = build_optimizer(
+        ours, 1e-3, "muon", torch.float32, Tuning(12.0, 1.0, 4.0, 0.5, 0.9, 0.8)
+    )
     run = SimpleNamespace(optimizer=optimizer)
     compare_recipes.torch_s_muon(run)
     named = dict(theirs.named_parameters())

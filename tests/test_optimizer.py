@@ -102,21 +102,22 @@ def test_each_expert_moves_like_a_matrix_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_scales_and_betas_are_those_of_three_separate_optimizers(kind: str) -> None:
+def test_scales_and_betas_are_those_of_separate_optimizers(kind: str) -> None:
     """A scaled rate does not scale the decay, which stays learning rate x WEIGHT_DECAY."""
-    ours, theirs = tiny_model(use_moe=True), tiny_model(use_moe=True)
-    tuning = Tuning(12.0, 4.0, 0.8, 0.98, 0.9)
+    ours, theirs = (tiny_model(use_moe=True, tie_word_embeddings=False) for _ in range(2))
+    tuning = Tuning(12.0, 6.0, 4.0, 0.8, 0.98, 0.9)
     optimizer = build_optimizer(ours, 0.01, kind, torch.float32, tuning)
     assert set_lr(optimizer, 0.02) == 0.02
     named = dict(theirs.named_parameters())
     vectors = [p for p in named.values() if p.ndim < 2]
     hidden = [p for name, p in named.items() if kind == "muon" and is_hidden(name, p)]
-    embedding = [theirs.model.embed_tokens.weight]
-    apart = {id(p) for p in [*vectors, *hidden, *embedding]}
+    embedding, head = [theirs.model.embed_tokens.weight], [theirs.lm_head.weight]
+    apart = {id(p) for p in [*vectors, *hidden, *embedding, *head]}
     rest = [p for p in named.values() if id(p) not in apart]
     betas = {"betas": (0.8, 0.98)}
     reference: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(embedding, lr=0.24, weight_decay=WEIGHT_DECAY / 12, **betas),
+        torch.optim.AdamW(head, lr=0.12, weight_decay=WEIGHT_DECAY / 6, **betas),
         torch.optim.AdamW(vectors, lr=0.08, weight_decay=0, **betas),
         torch.optim.AdamW(rest, lr=0.02, weight_decay=WEIGHT_DECAY, **betas),
     ]

@@ -114,6 +114,13 @@ class ModelFlags:
         0.0, "probability of dropping an activation in training", resume=DECIDES, least=0, below=1
     )
     use_moe: int = flag(0, "1: mixture of experts", resume=DECIDES, choices=[0, 1])
+    tie_word_embeddings: int = flag(
+        1,
+        "0: an output head of its own, instead of the embedding",
+        resume=DECIDES,
+        older=1,
+        choices=[0, 1],
+    )
     tokenizer_path: str = flag("model", "folder of a transformers tokenizer")
     from_weight: str = flag(
         "none", "start from the weights of this name in --save_dir", resume=DECIDES
@@ -169,6 +176,13 @@ class TrainingFlags:
     embedding_lr_scale: float = flag(
         1.0,
         "learning rate of the embedding, over that of the layers' matrices",
+        resume=DECIDES,
+        older=1.0,
+        above=0,
+    )
+    head_lr_scale: float = flag(
+        1.0,
+        "likewise, of an output head with --tie_word_embeddings 0",
         resume=DECIDES,
         older=1.0,
         above=0,

@@ -51,12 +51,16 @@ OVERFITTING_NATS = 0.05  # per token: held-out loss this far above its minimum c
 def flops_per_token(config: MiniMindConfig, active_parameters: int, row_length: int) -> float:
     """FLOPs of the forward and backward pass for one token, in rows of ``row_length`` tokens.
 
-    Six per weight that the token uses (the tied matrix counts once, as the output head), and twelve
-    per layer, attention dimension and visible token: on average half a row, as attention is causal.
+    Six per weight that the token is multiplied by (an embedding counts if it is also the output
+    head), and twelve per layer, attention dimension and visible token: on average half a row, as
+    attention is causal.
 
     Source: PaLM (Chowdhery et al. 2022), appendix B."""
     width = config.num_attention_heads * config.head_dim
-    return 6 * active_parameters + 12 * config.num_hidden_layers * width * row_length / 2
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return (
+        6 * (active_parameters - looked_up) + 12 * config.num_hidden_layers * width * row_length / 2
+    )
 
 
 def peak_flops(device: torch.device) -> float | None:

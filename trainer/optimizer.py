@@ -18,6 +18,7 @@ class Tuning:
     al. 2020, appendix B), as is WEIGHT_DECAY, and momentum that of Muon (Jordan 2024)."""
 
     embedding_lr_scale: float = 1.0  # times the learning rate
+    head_lr_scale: float = 1.0  # if it is not tied to the embedding
     vector_lr_scale: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -30,15 +31,17 @@ class Tuning:
 
 
 def parameter_groups(model: nn.Module, tuning: Tuning) -> tuple[dict, dict[str, nn.Parameter]]:
-    """The groups of embedding and vectors by name, and the matrices that are left, by name.
+    """The groups of embedding, head and vectors by name, and the other matrices by name.
 
     A matrix of a higher rate decays no faster than others: its decay is divided by the scale."""
     embedding = {n: p for n, p in model.named_parameters() if "embed_tokens" in n}
+    head = {n: p for n, p in model.named_parameters() if "lm_head" in n}  # none if it is tied
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    matrices = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and n not in embedding}
-    scale = tuning.embedding_lr_scale
+    apart = embedding | head
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and n not in apart}
     groups = {
-        "embedding": decaying([*embedding.values()], scale),
+        "embedding": decaying([*embedding.values()], tuning.embedding_lr_scale),
+        "head": decaying([*head.values()], tuning.head_lr_scale),
         "vectors": decaying(vectors, tuning.vector_lr_scale) | {"weight_decay": 0.0},
     }
     return groups, matrices
@@ -59,7 +62,8 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Fused AdamW."""
     named, matrices = parameter_groups(model, tuning)
-    groups = filled(named["embedding"], decaying([*matrices.values()]), named["vectors"])
+    rest = decaying([*matrices.values()])
+    groups = filled(named["embedding"], named["head"], rest, named["vectors"])
     return torch.optim.AdamW(groups, lr=learning_rate, betas=tuning.betas, fused=True)
 
 
@@ -70,6 +74,7 @@ def muon(model: nn.Module, learning_rate: float, dtype: torch.dtype, tuning: Tun
     hidden = [matrices.pop(name) for name in names]
     groups = filled(
         named["embedding"],
+        named["head"],
         decaying([*matrices.values()]),
         named["vectors"],
         decaying(hidden) | {"momentum": tuning.muon_momentum},

@@ -252,8 +252,10 @@ class Run:
         return path, time.monotonic() - since
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's parameters by name; the head is omitted, as it is tied to the embedding."""
-        return {k: v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
+        """The model's parameters by name; a head that is tied to the embedding is omitted."""
+        tied = self.config.tie_word_embeddings
+        state = self.model.state_dict().items()
+        return {k: v for k, v in state if not (tied and k == "lm_head.weight")}
 
     def export(self) -> None:
         """Write the weights and their description, unless the files are those of this update."""
@@ -291,7 +293,7 @@ class Run:
             restore_rng(state["rng"][distributed.rank()])
         else:  # the saved run had fewer ranks
             setup_seed(hash((self.args.seed, state["step"], distributed.rank())) % 2**32)
-        self.model.load_state_dict(state["model"], strict=False)  # it lacks the tied matrix
+        self.model.load_state_dict(state["model"], strict=False)  # it lacks a tied head
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress, self.plan = Progress(**state["progress"]), Plan(**state["plan"])

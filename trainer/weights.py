@@ -33,11 +33,10 @@ def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> P
 def save_weights(path: Path, model: MiniMindForCausalLM, summary: dict) -> None:
     """Write the weights, and their configuration with a ``summary`` of the run. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
-    state.pop("lm_head.weight")
-    half = {key: value.half().cpu() for key, value in state.items()}
-    # MiniMind's files name the tied matrix twice. Sharing storage, it is stored only once.
-    half["lm_head.weight"] = half["model.embed_tokens.weight"]
+    half = {key: value.half().cpu() for key, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        # MiniMind's files name the tied matrix twice. Sharing storage, it is stored only once.
+        half["lm_head.weight"] = half["model.embed_tokens.weight"]
     write_atomically(path, partial(torch.save, half))
     description = {"config": model.config.to_diff_dict(), "run": summary}
     text = json.dumps(description, indent=1, ensure_ascii=False)
@@ -75,6 +74,8 @@ def load_weights(model: MiniMindForCausalLM, path: Path, flag: str) -> None:
         *(f"{key} is missing" for key in missing),
         *(f"{key} is not in this model" for key in unexpected),
     ]
+    if model.config.tie_word_embeddings and not is_tied(given):
+        differences.append("lm_head.weight is not model.embed_tokens.weight, to which it is tied")
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise CheckpointError(
@@ -82,6 +83,13 @@ def load_weights(model: MiniMindForCausalLM, path: Path, flag: str) -> None:
             f"{fitting_flags(path, given)}"
         )
     model.load_state_dict(given)
+
+
+def is_tied(state: dict[str, Tensor]) -> bool:
+    """Whether the weights' output head is their embedding."""
+    embedding = state.get("model.embed_tokens.weight")
+    head = state.get("lm_head.weight", embedding)
+    return embedding is None or head is embedding or (head is not None and head.equal(embedding))
 
 
 def fitting_flags(path: Path, state: dict[str, Tensor]) -> str:
@@ -96,7 +104,8 @@ def fitting_flags(path: Path, state: dict[str, Tensor]) -> str:
         f"--num_attention_heads {config.num_attention_heads} "
         f"--num_key_value_heads {config.num_key_value_heads} "
         f"--intermediate_size {config.intermediate_size} --use_moe {int(config.use_moe)} "
-        f"and a tokenizer of {config.vocab_size} entries."
+        + "--tie_word_embeddings 0 " * (not config.tie_word_embeddings)
+        + f"and a tokenizer of {config.vocab_size} entries."
     )
 
 
@@ -145,6 +154,7 @@ def config_from_shapes(state: dict[str, Tensor], path: Path) -> MiniMindConfig:
             num_key_value_heads=len(state[layer + "self_attn.k_proj.weight"]) // head_dim,
             intermediate_size=len(state[f"{layer}mlp.{expert}gate_proj.weight"]),
             num_experts=len(state[layer + "mlp.gate.weight"]) if use_moe else 4,
+            tie_word_embeddings=is_tied(state),
         )
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}: these are not MiniMind weights.") from None
