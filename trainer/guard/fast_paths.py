@@ -159,7 +159,8 @@ def compare_updates(run: Run) -> None:
     plain = copy.deepcopy(fast)
     before = [parameter.detach().clone() for parameter in fast.parameters()]
     rate, dtype = run.args.learning_rate, run.args.torch_dtype
-    optimizers = [build(model, rate, dtype) for model in (fast, plain)]
+    tuning = run.args.tuning()
+    optimizers = [build(model, rate, dtype, tuning) for model in (fast, plain)]
     use_plain_steps(optimizers[1])
     generator = torch.Generator().manual_seed(0)
     finite = torch.zeros(1, device=run.device)
