@@ -493,6 +493,13 @@ def test_states_travel_over_ssh_with_the_key_in_the_usual_place(
     assert path.read_bytes() == saved[2].read_bytes() and not complaints and not lines
 
 
+# A thread of paramiko's that still asks for data when the connection is cut ends with an exception.
+CUT_WHILE_READING = pytest.mark.filterwarnings(
+    r"ignore:Exception in thread .*_prefetch_thread:pytest.PytestUnhandledThreadExceptionWarning"
+)
+
+
+@CUT_WHILE_READING
 @pytest.mark.parametrize("allowed", [1, 3])  # MB: while it is sent; while it is read back
 def test_a_connection_cut_in_the_middle_costs_a_warning_and_a_second_try(
     tmp_path: Path,
@@ -516,6 +523,7 @@ def test_a_connection_cut_in_the_middle_costs_a_warning_and_a_second_try(
     assert "state of update 1,200 was not copied to sftp://" in lines[0] and len(lines) == 2
 
 
+@CUT_WHILE_READING
 def test_a_connection_cut_while_a_state_is_fetched_is_made_again(
     tmp_path: Path, mirrored: Callable, monkeypatch: pytest.MonkeyPatch, at_home: int
 ) -> None:
