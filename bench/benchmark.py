@@ -97,10 +97,10 @@ class MuonInALoop(Muon):
 
     It does not leave out an update that is not finite; here only its speed is asked."""
 
-    def __init__(self, ours: Muon) -> None:
+    def __init__(self, ours: Muon, **settings: Any) -> None:
         super().__init__(ours.param_groups, ours.defaults["lr"], Tuning().betas, ours.dtype)
         (hidden,) = (group["params"] for group in self.param_groups if "momentum" in group)
-        self.loop = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
+        self.loop = torch.optim.Muon(hidden, **settings)
 
     def _step_matrices(self, group: dict) -> None:
         self.loop.param_groups[0]["lr"] = group["lr"]
@@ -110,7 +110,7 @@ class MuonInALoop(Muon):
 def muon_in_a_loop(run: Run) -> None:
     """Matrices move one after another, where ours stacks those of one shape."""
     assert isinstance(run.optimizer, Muon)
-    run.optimizer = MuonInALoop(run.optimizer)
+    run.optimizer = MuonInALoop(run.optimizer, adjust_lr_fn="match_rms_adamw")
 
 
 # -------------------------------------------------------------------------- other parts of a run

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 import train_pretrain
-from bench.benchmark import PADDED, PADDED_LENGTH, padded_flags
+from bench.benchmark import PADDED, PADDED_LENGTH, MuonInALoop, padded_flags
 from bench.measuring import (
     OURS,
     ROOT,
@@ -52,6 +52,7 @@ from bench.measuring import (
 from dataset.lm_dataset import Batch, PretrainDataset
 from dataset.token_cache import TokenCache, build_token_cache
 from model.model_minimind import next_token_nats
+from trainer.checkpoint import write_atomically
 from trainer.evaluation import bits_per_byte
 from trainer.muon import Muon
 from trainer.progress import Outcome
@@ -74,25 +75,12 @@ Flags = dict[str, Any]
 # ------------------------------------------------------------------------------------- recipes
 
 
-class TorchMuon(Muon):
-    """torch.optim.Muon and torch.optim.AdamW with PyTorch's defaults."""
-
-    def __init__(self, ours: Muon) -> None:
-        super().__init__(ours.param_groups, 1e-3, (0.9, 0.999), ours.dtype)
-        (hidden,) = (group["params"] for group in self.param_groups if "momentum" in group)
-        self.loop = torch.optim.Muon(hidden)
-
-    def _step_matrices(self, group: dict) -> None:
-        self.loop.param_groups[0]["lr"] = group["lr"]
-        self.loop.step()
-
-
 def torch_s_muon(run: Run) -> None:
-    """Its defaults in place of ours: a decay of 0.01 for what AdamW moves, and no scales."""
+    """torch.optim.Muon and torch.optim.AdamW with PyTorch's defaults in place of ours."""
     assert isinstance(run.optimizer, Muon)
     for group in run.optimizer.param_groups:
         group |= {"weight_decay": 0.01, "lr_scale": 1.0, "lr": 1e-3, "betas": (0.9, 0.999)}
-    run.optimizer = TorchMuon(run.optimizer)
+    run.optimizer = MuonInALoop(run.optimizer)
 
 
 @dataclass(frozen=True)
@@ -201,7 +189,9 @@ def excerpt(source: Path, cache: TokenCache, tokens: int, padded: bool) -> Path:
         lines = source.read_bytes().splitlines(keepends=True)
         if enough > len(lines):
             raise SystemExit(f"{source}: has fewer than {tokens:,} tokens")
-        path.write_bytes(b"".join(lines[:enough]))
+        own = path.with_name(f"{path.name}.{os.getpid()}")  # others may want it at the same time
+        own.write_bytes(b"".join(lines[:enough]))
+        own.replace(path)
     return path
 
 
@@ -249,7 +239,8 @@ class Watch(NoGuard):
 
     @torch.inference_mode()
     def score(self, run: Run) -> float:
-        """Held-out bits per byte, in float32."""
+        """Held-out bits per byte, in float32 throughout."""
+        run.model.model.residual_dtype = None
         ids, num_bytes, _ = scored_rows(*self.aside)
         run.model.eval()
         logits = (run.model(part).logits for part in ids.to(run.device).split(20))
@@ -295,6 +286,7 @@ class Contest:
     pool: concurrent.futures.Executor
     done: dict[str, dict]
     fixed: str
+    corpus: str = ""  # a hash of it
 
     def scores(self, trials: list[Trial]) -> list[float]:
         """Bits per byte of each."""
@@ -315,7 +307,7 @@ class Contest:
     def keep(self) -> None:
         """Write what was found."""
         if self.args.json:
-            self.args.json.write_text(json.dumps(self.done, indent=1))
+            write_atomically(self.args.json, json.dumps(self.done, indent=1).encode())
 
     def best(self, name: str, tokens: int) -> Flags:
         """The settings that a sweep of one axis after another leads to, at the first seed."""
@@ -409,7 +401,7 @@ def make_contest(args: argparse.Namespace, made: Callable[[Contest], None]) -> N
     with concurrent.futures.ProcessPoolExecutor(
         args.jobs, context, start_worker, (threads,)
     ) as pool:
-        made(Contest(args, folder, pool, done, fixed))
+        made(Contest(args, folder, pool, done, fixed, digest))
     shutil.rmtree(folder)
 
 
@@ -419,9 +411,13 @@ def nanochat(contest: Contest, tokens: int) -> Iterator[str]:
     texts = scored_rows(folder / "kept_aside.jsonl", folder / "cache")[2]
     score = folder / "score.jsonl"
     score.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=args.nanochat, capture_output=True, text=True, check=True
+    ).stdout
+    decides = f"{commit} {bare(ROOT / 'bench/nanochat.py')} {contest.corpus} {args.device}"
     for factor in args.nanochat_factors:
         trial = Trial(f"nanochat, rates x {factor:g}", {}, tokens, args.seeds[0])
-        key = trial.key(contest.fixed)
+        key = trial.key(decides)
         if key not in contest.done:
             command = [args.nanochat_python, ROOT / "bench/nanochat.py", "--device", args.device]
             command += ["--checkout", args.nanochat, "--data_path", folder / "train.jsonl"]

@@ -43,7 +43,7 @@ def write_corpus(folder: Path, texts: list[str]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate((texts, texts[:DOCUMENTS_IN_A_GROUP])):
         table = pyarrow.table({"text": part})
         path = folder / f"shard_{number:05d}.parquet"
@@ -66,10 +66,10 @@ def run(args: argparse.Namespace, *words: object) -> str:
 
 def train(args: argparse.Namespace) -> dict:
     """Train its tokenizer, unless the folder has one, and its model. Returns: what the log says."""
-    if not args.folder.exists():
-        texts = texts_of(args.data_path)
-        random.Random(args.seed).shuffle(texts)
-        write_corpus(args.folder / "base_data_climbmix", texts)
+    texts = texts_of(args.data_path)
+    random.Random(args.seed).shuffle(texts)
+    write_corpus(args.folder / "base_data_climbmix", texts)
+    if not (args.folder / "tokenizer").exists():
         run(args, "-m", "scripts.tok_train", "--vocab-size", args.vocab_size)
     updates = round(args.tokens / (args.rows * args.row_length))
     rates = [f"--{name}-lr={value * args.rate_factor}" for name, value in RATES.items()]
@@ -91,11 +91,12 @@ def train(args: argparse.Namespace) -> dict:
     }
 
 
-def score(path: Path, device: torch.device) -> dict:
-    """Bits per byte of the texts, each after a BOS of its own. nanochat must be importable."""
+def score(path: Path, device: torch.device, updates: int) -> dict:
+    """Bits per byte of the texts, each after a BOS of its own, by the model after this many
+    updates: the folder may hold those of other runs. nanochat must be importable."""
     from nanochat.checkpoint_manager import load_model
 
-    model, tokenizer, _ = load_model("base", device, phase="eval")
+    model, tokenizer, _ = load_model("base", device, phase="eval", step=updates)
     nats = num_bytes = num_tokens = 0
     texts = texts_of(path)
     for first in range(0, len(texts), ROWS_AT_ONCE):
@@ -119,8 +120,9 @@ def score(path: Path, device: torch.device) -> dict:
 
 def main() -> None:
     """Train and score."""
-    if sys.argv[1] == "--score_here":  # in the process that ``run`` starts
-        return print(json.dumps(score(Path(sys.argv[2]), torch.device(sys.argv[3]))))
+    if sys.argv[1:2] == ["--score_here"]:  # in the process that ``run`` starts
+        path, device, updates = sys.argv[2:]
+        return print(json.dumps(score(Path(path), torch.device(device), int(updates))))
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cli.add_argument("--checkout", required=True, type=full_path, help="nanochat's repository")
     cli.add_argument("--data_path", required=True, type=Path, help="JSONL to train on")
@@ -138,7 +140,8 @@ def main() -> None:
     cli.add_argument("--seed", type=int, default=1, help="of the order of documents")
     args = cli.parse_args()
     trained = train(args)
-    here = (Path(__file__).resolve(), "--score_here", args.score.resolve(), args.device)
+    here = [Path(__file__).resolve(), "--score_here", args.score.resolve(), args.device]
+    here.append(trained["updates"])
     print(json.dumps(trained | json.loads(run(args, *here).splitlines()[-1])))
 
 

@@ -272,7 +272,7 @@ class Run:
 
         Raises: SettingsError if the rate is not at its peak."""
         args, rate = self.args, self.learning_rate(0)
-        if args.lr_schedule != "wsd" or rate != args.learning_rate:
+        if args.lr_schedule != "wsd" or not math.isclose(rate, args.learning_rate):
             raise SettingsError(
                 f"--anneal_from {args.anneal_from}: its rate is {rate:g}, expected the peak of a "
                 f"--lr_schedule wsd run, {args.learning_rate:g}"

@@ -33,8 +33,11 @@ def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> P
 def save_weights(path: Path, model: MiniMindForCausalLM, summary: dict) -> None:
     """Write the weights, and their configuration with a ``summary`` of the run. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = {key: value.half().cpu() for key, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    tied, state = model.config.tie_word_embeddings, model.state_dict()
+    if tied:
+        state.pop("lm_head.weight")
+    half = {key: value.half().cpu() for key, value in state.items()}
+    if tied:
         # MiniMind's files name the tied matrix twice. Sharing storage, it is stored only once.
         half["lm_head.weight"] = half["model.embed_tokens.weight"]
     write_atomically(path, partial(torch.save, half))
