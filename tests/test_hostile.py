@@ -885,7 +885,9 @@ def other_hyperparameters(state: dict) -> None:
         group |= {"fused": False, "foreach": True, "maximize": True, "odd": 1}
 
 
-@pytest.mark.parametrize("change", [lambda state: None, other_hyperparameters])
+@pytest.mark.parametrize(
+    "change", [lambda state: None, other_hyperparameters, put([], "optimizer", "param_groups")]
+)
 def test_what_a_run_decides_itself_is_not_taken_from_a_state(
     folder: Path, trained: Path, change: Callable
 ) -> None:

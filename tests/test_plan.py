@@ -172,6 +172,17 @@ def test_annealing_from_the_end_of_the_stable_phase_is_the_run_itself(
         assert_same(found[part], whole[part])
 
 
+def test_annealing_may_begin_where_the_stable_phase_ends_whatever_its_share_rounds_to(
+    tmp_path: Path,
+) -> None:
+    """305 of 364 rows: what is left, over the ratio, is the next number below one."""
+    left = {"decay_ratio": 59 / 364, "save_interval": 10}
+    assert (1 - 305 / 364) / left["decay_ratio"] < 1
+    train_in_process(tmp_path / "stable", **STABLE | left)
+    status, log = annealed(tmp_path / "annealed", tmp_path / "stable", 40, **left)
+    assert status == 0, log
+
+
 def test_annealing_earlier_ends_earlier_with_the_rate_at_its_floor(
     stable: Path, tmp_path: Path
 ) -> None:

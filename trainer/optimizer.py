@@ -31,9 +31,7 @@ class Tuning:
 
 
 def parameter_groups(model: nn.Module, tuning: Tuning) -> tuple[dict, dict[str, nn.Parameter]]:
-    """The groups of embedding, head and vectors by name, and the other matrices by name.
-
-    A matrix of a higher rate decays no faster than others: its decay is divided by the scale."""
+    """The groups of embedding, head and vectors by name, and the other matrices by name."""
     embedding = {n: p for n, p in model.named_parameters() if "embed_tokens" in n}
     head = {n: p for n, p in model.named_parameters() if "lm_head" in n}  # none if it is tied
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -48,7 +46,7 @@ def parameter_groups(model: nn.Module, tuning: Tuning) -> tuple[dict, dict[str, 
 
 
 def decaying(parameters: list[nn.Parameter], lr_scale: float = 1.0) -> dict:
-    """A parameter group whose rate is ``lr_scale`` times the learning rate."""
+    """A parameter group whose rate is ``lr_scale`` times the learning rate; it decays no faster."""
     return {"params": parameters, "lr_scale": lr_scale, "weight_decay": WEIGHT_DECAY / lr_scale}
 
 
