@@ -53,6 +53,7 @@ from dataset.lm_dataset import Batch, PretrainDataset
 from dataset.token_cache import TokenCache, build_token_cache
 from model.model_minimind import next_token_nats
 from trainer.checkpoint import write_atomically
+from trainer.errors import BadUpdateError
 from trainer.evaluation import bits_per_byte
 from trainer.muon import Muon
 from trainer.progress import Outcome
@@ -268,7 +269,13 @@ def run_trial(trial: Trial, args: argparse.Namespace, folder: Path) -> dict[str,
             "eval_interval": 10**9,
             "heldout_fraction": 0,
         }
-        train(words(flags | trial.flags), watch, recipe.parts._replace(step=watch.step))
+        try:
+            train(words(flags | trial.flags), watch, recipe.parts._replace(step=watch.step))
+        except SystemExit as error:
+            if error.code != BadUpdateError.exit_status:
+                raise
+    if not math.isfinite(watch.found.get("bits_per_byte", math.inf)):
+        watch.found["bits_per_byte"] = math.inf  # it diverged: as bad as can be, and no error
     return watch.found
 
 

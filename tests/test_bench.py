@@ -239,6 +239,17 @@ def test_a_trial_sees_the_tokens_it_is_given_and_is_scored_as_documents_are(
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
 
 
+def test_a_trial_that_diverges_is_as_bad_as_can_be_and_ends_no_contest(
+    tmp_path: Path, corpus: Path
+) -> None:
+    compare_recipes.split(corpus, tmp_path)
+    flags = compare_recipes.recipes(on_cuda=False)["AdamW, packed"].flags | TINY
+    flags |= {"learning_rate": 1e30, "max_bad_updates": 0}
+    args = Namespace(device="cpu", preset="demo")
+    trial = compare_recipes.Trial("AdamW, packed", flags, 9000, 1)
+    assert compare_recipes.run_trial(trial, args, tmp_path)["bits_per_byte"] == math.inf
+
+
 def test_torch_s_muon_has_torch_s_defaults() -> None:
     ours, theirs = tiny_model(), tiny_model()
     optimizer = build_optimizer(
