@@ -24,6 +24,7 @@ from dataset.loader import load_batches
 from dataset.token_cache import TokenCache, build_token_cache, special_ids
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
+from trainer.bigrams import start_from_bigrams
 from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, keep_freed_memory, setup_seed
 from trainer.errors import SettingsError
@@ -193,6 +194,12 @@ def batches_of(run: Run, data: PretrainDataset, first_row: int = 0) -> Iterator[
     return load_batches(data, sampler, **workers, pin_memory=pin_memory)
 
 
+def rows_of(data: PretrainDataset) -> Iterator[tuple[Tensor, Tensor]]:
+    """Input ids and labels of all rows of this epoch, many at a time."""
+    some = SkipBatchSampler(range(len(data)), max(1, 2**22 // data.row_length))
+    return ((batch.input_ids, batch.labels) for batch in load_batches(data, some))
+
+
 # ---------------------------------------------------------------------------------------- build
 
 
@@ -238,6 +245,8 @@ def build_run(
     Raises: SettingsError, CheckpointError."""
     weight = args.from_weight if state is None else "none"
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
+    if args.embedding_init == "bigrams" and state is None:
+        start_from_bigrams(model, rows_of(data))
     dtype, num_ranks = args.torch_dtype, distributed.world_size()
     model.model.residual_dtype = getattr(torch, str(args.residual_dtype))
     rounding = args.rounding_settings(num_ranks)

@@ -94,6 +94,7 @@ def train(args: argparse.Namespace) -> dict:
 def score(path: Path, device: torch.device, updates: int) -> dict:
     """Bits per byte of the texts, each after a BOS of its own, by the model after this many
     updates: the folder may hold those of other runs. nanochat must be importable."""
+    sys.path.remove(str(Path(__file__).resolve().parent))  # where ``nanochat`` is this file
     from nanochat.checkpoint_manager import load_model
 
     model, tokenizer, _ = load_model("base", device, phase="eval", step=updates)

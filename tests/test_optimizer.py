@@ -101,6 +101,40 @@ def test_each_expert_moves_like_a_matrix_of_its_own() -> None:
     assert set(optimizer.state[router]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
+def test_rows_move_as_the_formula_of_normuon_says() -> None:
+    """Computed row by row, in float64, from the orthogonal directions of plain Muon."""
+    ours, plain = (tiny_model(use_moe=True) for _ in range(2))
+    beta, rate = 0.9, 0.02
+    with_rows = build_optimizer(ours, rate, "muon", torch.float32, Tuning(muon_beta2=beta))
+    without = build_optimizer(plain, rate, "muon", torch.float32)
+    names = [name for name, p in plain.named_parameters() if is_hidden(name, p)]
+    mean_squares: dict[tuple, float] = {}
+    for update in range(1, 4):
+        for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        starts = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in (ours, plain)]
+        with_rows.step()
+        without.step()
+        for name in names:
+            found, plainly = (
+                (dict(m.named_parameters())[name].detach() - s[name] * (1 - rate * WEIGHT_DECAY))
+                .double()
+                .reshape(-1, *s[name].shape[-2:])
+                for m, s in zip((ours, plain), starts, strict=True)
+            )
+            for e, matrix in enumerate(plainly):
+                rows = []
+                for r, row in enumerate(matrix):
+                    square = (row**2).mean().item()
+                    kept = mean_squares.get((name, e, r), 0.0) * beta + square * (1 - beta)
+                    mean_squares[name, e, r] = kept
+                    rows.append(row / math.sqrt(kept / (1 - beta**update)))
+                expected = torch.stack(rows)
+                expected *= matrix.norm() / expected.norm()
+                torch.testing.assert_close(found[e], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_scales_and_betas_are_those_of_separate_optimizers(kind: str) -> None:
     """A scaled rate does not scale the decay, which stays learning rate x WEIGHT_DECAY."""
@@ -149,10 +183,11 @@ def test_the_same_rate_moves_weights_as_far_as_adamw_does() -> None:
             assert 0.6 < move.square().mean().sqrt() / (0.01 * 0.2) < 1.3, name
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_update_changes_neither_weights_nor_momentum(value: float) -> None:
+def test_a_bad_update_changes_neither_weights_nor_moments(value: float, beta2: float) -> None:
     model = tiny_model()
-    optimizer = build_optimizer(model, 0.02, "muon")
+    optimizer = build_optimizer(model, 0.02, "muon", tuning=Tuning(muon_beta2=beta2))
     for bad in (False, True, False):
         for p in model.parameters():
             p.grad = torch.full_like(p, value) if bad else torch.randn_like(p)
@@ -166,9 +201,10 @@ def test_a_bad_update_changes_neither_weights_nor_momentum(value: float) -> None
                 assert_same(dict(optimizer.state[p]), state)
 
 
-def test_the_state_is_what_is_expected_of_it() -> None:
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+def test_the_state_is_what_is_expected_of_it(beta2: float) -> None:
     model = tiny_model(use_moe=True)
-    optimizer = build_optimizer(model, 0.02, "muon")
+    optimizer = build_optimizer(model, 0.02, "muon", tuning=Tuning(muon_beta2=beta2))
     moved([optimizer], model)
     saved, expected = optimizer.state_dict()["state"], expected_state(optimizer)
     assert saved.keys() == expected.keys()
@@ -181,6 +217,7 @@ def test_the_state_is_what_is_expected_of_it() -> None:
 @pytest.mark.parametrize("use_moe", [0, 1])
 def test_a_killed_run_with_muon_goes_on_to_the_last_bit(tmp_path: Path, use_moe: int) -> None:
     settings = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0.2, "use_moe": use_moe}
+    settings["muon_beta2"] = 0.95 * use_moe
     train_in_process(tmp_path / "whole", **settings)
     killed = [("die_in_update", {"step": 8, "how": "SIGKILL"})]
     words, log = tiny_flags(tmp_path / "cut", **settings), tmp_path / "log"

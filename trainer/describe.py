@@ -13,7 +13,7 @@ from trainer import distributed
 from trainer.console import log
 from trainer.device import gpu_has_bfloat16
 from trainer.flags import TrainConfig
-from trainer.optimizer import moments_of
+from trainer.muon import moments_of
 from trainer.plan import GENERATION, SKIPPED, process_start
 from trainer.progress import Outcome
 from trainer.run import Run
@@ -95,10 +95,9 @@ def likely_mistakes(args: TrainConfig, updates: int, global_batch: int) -> list[
 
 
 def memory_of_weights(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the float32 weights, gradients and moments (one per weight for Muon, two for AdamW),
-    without activations."""
+    """Bytes of the float32 weights, gradients and moments, without activations."""
     return sum(
-        p.numel() * 4 * (2 + len(moments_of(group)))
+        4 * sum(t.numel() for t in (p, p, *moments_of(group, p).values()))
         for group in optimizer.param_groups
         for p in group["params"]
     )

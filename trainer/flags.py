@@ -121,6 +121,14 @@ class ModelFlags:
         older=1,
         choices=[0, 1],
     )
+    embedding_init: str = flag(
+        "random",
+        "bigrams: embedding and output head begin with what counts of neighbouring tokens tell; "
+        "needs --tie_word_embeddings 0",
+        resume=DECIDES,
+        older="random",
+        choices=["random", "bigrams"],
+    )
     tokenizer_path: str = flag("model", "folder of a transformers tokenizer")
     from_weight: str = flag(
         "none", "start from the weights of this name in --save_dir", resume=DECIDES
@@ -198,6 +206,14 @@ class TrainingFlags:
     )
     muon_momentum: float = flag(
         0.95, "decay of Muon's moment", resume=DECIDES, older=0.95, least=0, below=1
+    )
+    muon_beta2: float = flag(
+        0.0,
+        "decay of the second moment of each row of Muon's updates (NorMuon); 0: without",
+        resume=DECIDES,
+        older=0.0,
+        least=0,
+        below=1,
     )
     lr_schedule: str = flag(
         "cosine",
@@ -325,8 +341,9 @@ class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFla
 
     def architecture(self) -> dict[str, Any]:
         """The flags that size the model, by the names of MiniMindConfig's arguments."""
-        kept = {f.name for f in fields(ModelFlags)} - {"preset", "tokenizer_path", "from_weight"}
-        return {name: getattr(self, name) for name in sorted(kept)}
+        others = {"preset", "tokenizer_path", "from_weight", "embedding_init"}
+        names = {f.name for f in fields(ModelFlags)} - others
+        return {name: getattr(self, name) for name in sorted(names)}
 
     def deciding_settings(self, num_ranks: int, digests: dict[str, str]) -> dict:
         """Everything that determines the result of a run; saved, and compared on resume."""
@@ -484,6 +501,12 @@ def check_flags(config: TrainConfig) -> None:
         f"--decay_ratio is {decay}, expected at most 1 together with warmup_ratio ({warmup})",
     )
     expect(decay < 1 or not config.anneal_from, "--anneal_from needs a --decay_ratio below 1")
+    new_and_untied = config.from_weight == "none" and not config.tie_word_embeddings
+    expect(
+        config.embedding_init == "random" or new_and_untied,
+        "--embedding_init bigrams sets an output head of its own in a new model, expected "
+        "--tie_word_embeddings 0 and no --from_weight",
+    )
     name = config.save_weight
     # These characters have no special meaning in a glob pattern.
     expect(

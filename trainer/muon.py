@@ -36,8 +36,11 @@ class Muon(torch.optim.AdamW):
     non-finite update without a device sync. A test compares the two.
 
     Args:
-        groups: parameter groups; one with ``momentum`` holds only matrices (..., r, c).
-        dtype: of the matrix products."""
+        groups: parameter groups; one with ``momentum`` holds only matrices (..., r, c). Unless its
+            ``row_beta2`` is 0, their rows move equally far, on average over about
+            1 / (1 - row_beta2) updates.
+        dtype: of the matrix products.
+    Source: rows' second moments are those of NorMuon (Li et al. 2025, arXiv 2510.05491)."""
 
     def __init__(
         self, groups: list[dict], lr: float, betas: tuple[float, float], dtype: torch.dtype
@@ -68,15 +71,21 @@ class Muon(torch.optim.AdamW):
         found_inf = getattr(self, "found_inf", None)
         for shape, (parameters, gradients) in by_shape.items():
             states = [self.state[p] for p in parameters]
-            for state, parameter in zip(states, parameters, strict=True):
+            moments = moments_of(group, parameters[0].detach())
+            for state in states:
                 if not state:
-                    state["step"] = parameter.new_zeros(())  # AdamW requires it on loading
-                    state["momentum"] = torch.zeros_like(parameter)
-            momenta = [state["momentum"] for state in states]
-            old, weights = torch.stack(momenta), torch.stack([p.detach() for p in parameters])
+                    state["step"] = gradients[0].new_zeros(())  # AdamW requires it on loading
+                    state |= {name: torch.zeros_like(like) for name, like in moments.items()}
             grad = torch.stack(gradients)
-            new = old.lerp(grad, 1 - group["momentum"])
-            direction = orthogonalize(grad.lerp(new, group["momentum"]), self.dtype)
+            old = {name: torch.stack([state[name] for state in states]) for name in moments}
+            new = {"momentum": old["momentum"].lerp(grad, 1 - group["momentum"])}
+            direction = orthogonalize(grad.lerp(new["momentum"], group["momentum"]), self.dtype)
+            if group["row_beta2"]:
+                direction = direction.to(grad.dtype)
+                square = direction.square().mean(-1, keepdim=True)
+                new["row_square"] = old["row_square"].lerp(square, 1 - group["row_beta2"])
+                direction = with_equal_rows(direction, new["row_square"])
+            weights = torch.stack([p.detach() for p in parameters])
             rate = group["lr"] * ADAMW_RMS * math.sqrt(max(shape[-2:]))
             moved = weights * (1 - group["lr"] * group["weight_decay"]) - rate * direction
             steps = [state["step"] for state in states]
@@ -85,6 +94,28 @@ class Muon(torch.optim.AdamW):
                 # A list, although all are the same: the host would read a single tensor's value.
                 torch._foreach_sub_(steps, [found_inf.reshape(()).to(torch.float32)] * len(steps))
                 bad = found_inf > 0
-                new, moved = torch.where(bad, old, new), torch.where(bad, weights, moved)
-            torch._foreach_copy_(momenta, list(new))
+                new = {name: torch.where(bad, old[name], moment) for name, moment in new.items()}
+                moved = torch.where(bad, weights, moved)
+            for name, moment in new.items():
+                torch._foreach_copy_([state[name] for state in states], list(moment))
             torch._foreach_copy_(parameters, list(moved))
+
+
+def moments_of(group: dict, parameter: Tensor) -> dict[str, Tensor]:
+    """Tensors like those that a group keeps for a parameter, by name, besides the step count."""
+    if "momentum" not in group:
+        return {"exp_avg": parameter, "exp_avg_sq": parameter}
+    rows = {"row_square": parameter[..., :1]} if group["row_beta2"] else {}
+    return {"momentum": parameter} | rows
+
+
+def with_equal_rows(x: Tensor, row_square: Tensor) -> Tensor:
+    """Divide each row by its running root mean square, and keep each matrix's norm.
+
+    As the norm is kept, a factor that is common to all rows, as of moments that start at zero,
+    does not matter.
+
+    Args: x: (..., r, c); row_square: (..., r, 1)."""
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / row_square.sqrt().clamp(min=1e-8)
+    return x * (norm / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-8))

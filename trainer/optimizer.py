@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.muon import Muon
+from trainer.muon import Muon, moments_of
 
 WEIGHT_DECAY = 0.1
 
@@ -15,7 +15,7 @@ WEIGHT_DECAY = 0.1
 @dataclass(frozen=True)
 class Tuning:
     """What a recipe sets besides the learning rate. By default betas are those of GPT-3 (Brown et
-    al. 2020, appendix B), as is WEIGHT_DECAY, and momentum that of Muon (Jordan 2024)."""
+    al. 2020, appendix B), as is WEIGHT_DECAY, and Muon is that of Jordan (2024)."""
 
     embedding_lr_scale: float = 1.0  # times the learning rate
     head_lr_scale: float = 1.0  # if it is not tied to the embedding
@@ -23,6 +23,7 @@ class Tuning:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     muon_momentum: float = 0.95
+    muon_beta2: float = 0.0
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -75,7 +76,7 @@ def muon(model: nn.Module, learning_rate: float, dtype: torch.dtype, tuning: Tun
         named["head"],
         decaying([*matrices.values()]),
         named["vectors"],
-        decaying(hidden) | {"momentum": tuning.muon_momentum},
+        decaying(hidden) | {"momentum": tuning.muon_momentum, "row_beta2": tuning.muon_beta2},
     )
     return Muon(groups, learning_rate, tuning.betas, dtype)
 
@@ -130,11 +131,6 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tenso
     return [*model.parameters(), *(t for state in states for t in state if torch.is_tensor(t))]
 
 
-def moments_of(group: dict) -> list[str]:
-    """Names of the tensors that a group keeps for each parameter, besides the step count."""
-    return ["momentum"] if "momentum" in group else ["exp_avg", "exp_avg_sq"]
-
-
 def step_if_finite(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, sums: Tensor, grad_norm: Tensor
 ) -> None:
@@ -166,7 +162,7 @@ def expected_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tens
     expected: list[dict[str, Tensor]] = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            expected.append({"step": torch.tensor(0.0)} | dict.fromkeys(moments_of(group), p))
+            expected.append({"step": torch.tensor(0.0)} | moments_of(group, p))
     return dict(enumerate(expected))
 
 

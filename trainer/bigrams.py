@@ -1,0 +1,117 @@
+"""An embedding and an output head that know, before the first update, which token follows which.
+
+As layers begin as the identity, a new model is its embedding, the final norm and the head: it
+predicts a token from the one before it alone. The best it can be at that is known without training,
+from the counts of neighbouring tokens. It is a matrix of V x V; the model holds the best
+approximation that its width allows.
+
+V: vocabulary; D: width.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from model.model_minimind import IGNORE, MiniMindForCausalLM
+from trainer import distributed
+from trainer.console import log
+
+DISCOUNT = 0.75  # taken from each count, as usual for absolute discounting
+EXPONENT = 0.25  # of a token's frequency, in the weight of its row or column
+EMBEDDING_STD = 0.3125  # root mean square of an embedding's components
+CLIPPED_SHARE = 0.02  # of tokens, whose vectors are too long and are shortened
+MAX_TOKENS = 2**26  # more of them would hardly change what is known of frequent pairs
+ITERATIONS = 2  # of the approximate factorization
+
+
+Rows = Iterable[tuple[Tensor, Tensor]]  # input_ids and labels, (B, T) int64 each
+
+
+def start_from_bigrams(model: MiniMindForCausalLM, rows: Rows) -> None:
+    """Set embedding and head of a new model from these rows, the same on all ranks."""
+
+    def work() -> tuple[Tensor, Tensor]:
+        counts = count_pairs(rows, model.config.vocab_size)
+        log(
+            f"embedding from {int(counts.values().sum()):,} pairs of neighbouring tokens, "
+            f"{counts.values().numel():,} of them different"
+        )
+        return factors(counts, model.config.hidden_size)
+
+    embedding, head = distributed.on_main_process(work)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight.copy_(head)
+
+
+def count_pairs(rows: Rows, vocab_size: int) -> Tensor:
+    """How often a token (row) is followed by another (column), as a label that carries loss.
+
+    Returns: (V, V) float32, sparse and coalesced; of about the first MAX_TOKENS."""
+    counts = sparse(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0), vocab_size)
+    num_pairs = 0
+    for input_ids, labels in rows:
+        tokens, nexts = input_ids[:, :-1], labels[:, 1:]
+        carries = nexts != IGNORE
+        pairs = torch.stack((tokens[carries], nexts[carries])).cpu()
+        counts = (counts + sparse(pairs, torch.ones(pairs.shape[1]), vocab_size)).coalesce()
+        num_pairs += pairs.shape[1]
+        if num_pairs >= MAX_TOKENS:
+            break
+    return counts
+
+
+def sparse(indices: Tensor, values: Tensor, size: int) -> Tensor:
+    """(2, K) int64 and (K,) -> (size, size); values of equal indices are added up."""
+    shape = (size, size)
+    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True).coalesce()
+
+
+def log_probabilities(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of the smoothed probability of w after v, but for a term of v alone, in which
+    softmax has no interest, as ``base[w] + bonus[v, w]``.
+
+    The bonus is zero for pairs that never occurred: their probability is the share of w among what
+    follows any token at all, each different token before it counted once.
+
+    Args: counts: (V, V) sparse.
+    Returns: (V,), (V, V) sparse.
+    Source: interpolated Kneser-Ney smoothing (Chen and Goodman 1999, section 2.7)."""
+    v, w = counts.indices()
+    num_before = torch.bincount(w, minlength=len(counts)).float() + 0.5
+    num_after = torch.bincount(v, minlength=len(counts)).float()
+    base = num_before / num_before.sum()
+    # p(w | v) = (C(v, w) - d) / C(v) + d n(v) / C(v) base(w); over the factor of base(w).
+    bonus = torch.log1p((counts.values() - DISCOUNT) / (DISCOUNT * num_after[v] * base[w]))
+    return base.log(), sparse(counts.indices(), bonus, len(counts))
+
+
+def factors(counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Embedding and head (V, D) whose product, after a norm of the embedding, is nearest to
+    ``log_probabilities``; errors count by the tokens' frequencies.
+
+    Two components serve other purposes: a constant, which the head multiplies by the base, and one
+    that gives all embeddings the same length, since the norm would undo any other."""
+    base, bonus = log_probabilities(counts)
+    v, w = bonus.indices()
+    frequency = torch.bincount(v, counts.values(), minlength=len(counts)).float() + 0.5
+    row_weight, column_weight = frequency**EXPONENT, base.exp() ** EXPONENT
+    weighted = sparse(
+        bonus.indices(), bonus.values() * row_weight[v] * column_weight[w], len(counts)
+    )
+    rank = min(width - 2, len(counts))
+    left, values, right = torch.svd_lowrank(weighted, q=rank, niter=ITERATIONS)
+    left = left * values.sqrt() / row_weight[:, None]
+    right = right * values.sqrt() / column_weight[:, None]
+
+    longest = left.norm(dim=1).quantile(1 - CLIPPED_SHARE).clamp(min=1e-3)
+    left = left * (longest / left.norm(dim=1, keepdim=True).clamp(min=1e-9)).clamp(max=1)
+    filling = (longest.square() - left.square().sum(1)).clamp(min=0).sqrt()
+    length = longest * math.sqrt(2)  # of each row below
+    embedding, head = torch.zeros(2, len(counts), width)
+    embedding[:, 0], embedding[:, 1], embedding[:, 2 : 2 + rank] = longest, filling, left
+    head[:, 0], head[:, 2 : 2 + rank] = base / longest, right
+    norm = math.sqrt(width)  # the length of an embedding after the norm
+    return embedding * (EMBEDDING_STD * norm / length), head * (length / norm)
