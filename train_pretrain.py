@@ -24,6 +24,7 @@ from dataset.loader import load_batches
 from dataset.token_cache import TokenCache, build_token_cache, special_ids
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
+from trainer.auto import choose, rows_per_second
 from trainer.bigrams import start_from_bigrams
 from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, keep_freed_memory, setup_seed
@@ -194,12 +195,6 @@ def batches_of(run: Run, data: PretrainDataset, first_row: int = 0) -> Iterator[
     return load_batches(data, sampler, **workers, pin_memory=pin_memory)
 
 
-def rows_of(data: PretrainDataset) -> Iterator[tuple[Tensor, Tensor]]:
-    """Input ids and labels of all rows of this epoch, many at a time."""
-    some = SkipBatchSampler(range(len(data)), max(1, 2**22 // data.row_length))
-    return ((batch.input_ids, batch.labels) for batch in load_batches(data, some))
-
-
 # ---------------------------------------------------------------------------------------- build
 
 
@@ -246,9 +241,12 @@ def build_run(
     weight = args.from_weight if state is None else "none"
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
     if args.embedding_init == "bigrams" and state is None:
-        start_from_bigrams(model, rows_of(data))
+        start_from_bigrams(model, map(data.__getitems__, SkipBatchSampler(range(len(data)), 4096)))
     dtype, num_ranks = args.torch_dtype, distributed.world_size()
     model.model.residual_dtype = getattr(torch, str(args.residual_dtype))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    some = data.__getitems__([*range(min(8, len(data)))]).to(device)
+    args = choose(args, model, len(data), state, partial(rows_per_second, model, some, autocast))
     rounding = args.rounding_settings(num_ranks)
     if state is not None:
         args = args.keep_split(state, num_ranks)
@@ -260,7 +258,7 @@ def build_run(
         model=model,
         optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype, args.tuning()),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        autocast=autocast,
         device=device,
         rows_per_epoch=len(data),
         documents_of=data.documents_of,

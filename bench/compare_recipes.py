@@ -9,7 +9,7 @@ a BOS. Each opponent's settings are swept, one after another, at the first seed;
 all seeds. A run sees a fixed number of tokens, so how busy the machine is changes nothing, and it
 is made once: --json keeps it, under a hash of the code that decides and of its settings. Ours is
 run with fewer tokens as well, each time to the end of its schedule: what share of an opponent's
-tokens it needs is read between those. nanochat takes part through bench/nanochat.py.
+tokens it needs is read between those. nanochat takes part through bench/run_nanochat.py.
 """
 
 import argparse
@@ -421,12 +421,17 @@ def nanochat(contest: Contest, tokens: int) -> Iterator[str]:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=args.nanochat, capture_output=True, text=True, check=True
     ).stdout
-    decides = f"{commit} {bare(ROOT / 'bench/nanochat.py')} {contest.corpus} {args.device}"
+    decides = f"{commit} {bare(ROOT / 'bench/run_nanochat.py')} {contest.corpus} {args.device}"
     for factor in args.nanochat_factors:
         trial = Trial(f"nanochat, rates x {factor:g}", {}, tokens, args.seeds[0])
         key = trial.key(decides)
         if key not in contest.done:
-            command = [args.nanochat_python, ROOT / "bench/nanochat.py", "--device", args.device]
+            command = [
+                args.nanochat_python,
+                ROOT / "bench/run_nanochat.py",
+                "--device",
+                args.device,
+            ]
             command += ["--checkout", args.nanochat, "--data_path", folder / "train.jsonl"]
             command += ["--score", score, "--folder", folder / "nanochat"]
             command += ["--tokens", tokens, "--rate_factor", factor]

@@ -1,4 +1,4 @@
-"""What a model with --embedding_init bigrams predicts before its first update, and what it keeps."""
+"""--embedding_init bigrams: what a model predicts before its first update, and how runs keep it."""
 
 import math
 from collections import Counter
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_pretrain
 from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindForCausalLM
 from tests.helpers import shipped_tokenizer, tiny_config
@@ -97,7 +96,7 @@ def test_pairs_are_those_that_carry_loss(tmp_path: Path, packing: bool) -> None:
         (before, _), (token, nth) = stream[place - 1 : place + 1]
         if nth and not (packing and place % row_length == 0):
             expected[before, token] += 1
-    counts = count_pairs(train_pretrain.rows_of(data), 6400)
+    counts = count_pairs(map(data.__getitems__, [[0, 1, 2], range(3, len(data))]), 6400)
     found = zip(*counts.indices().tolist(), counts.values().tolist(), strict=True)
     assert {(v, w): count for v, w, count in found} == expected
     assert sum(expected.values()) == sum(data[i][1][1:].ne(-100).sum() for i in range(len(data)))

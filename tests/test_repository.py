@@ -48,6 +48,7 @@ DEFAULTS = {  # MiniMind's names, and ours
     "learning_rate": 5e-4,
     "micro_batch_size": None,
     "strict_fast_path": 0,
+    "recipe": "minimind",
     "optimizer": "adamw",
     "lr_schedule": "cosine",
     "warmup_ratio": 0.0,

@@ -10,6 +10,7 @@ V: vocabulary; D: width.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +27,11 @@ MAX_TOKENS = 2**26  # more of them would hardly change what is known of frequent
 ITERATIONS = 2  # of the approximate factorization
 
 
-Rows = Iterable[tuple[Tensor, Tensor]]  # input_ids and labels, (B, T) int64 each
-
-
-def start_from_bigrams(model: MiniMindForCausalLM, rows: Rows) -> None:
-    """Set embedding and head of a new model from these rows, the same on all ranks."""
+def start_from_bigrams(model: MiniMindForCausalLM, batches: Iterable[Any]) -> None:
+    """Set embedding and head of a new model from the rows of these, the same on all ranks."""
 
     def work() -> tuple[Tensor, Tensor]:
-        counts = count_pairs(rows, model.config.vocab_size)
+        counts = count_pairs(batches, model.config.vocab_size)
         log(
             f"embedding from {int(counts.values().sum()):,} pairs of neighbouring tokens, "
             f"{counts.values().numel():,} of them different"
@@ -46,14 +44,14 @@ def start_from_bigrams(model: MiniMindForCausalLM, rows: Rows) -> None:
         model.lm_head.weight.copy_(head)
 
 
-def count_pairs(rows: Rows, vocab_size: int) -> Tensor:
+def count_pairs(batches: Iterable[Any], vocab_size: int) -> Tensor:
     """How often a token (row) is followed by another (column), as a label that carries loss.
 
     Returns: (V, V) float32, sparse and coalesced; of about the first MAX_TOKENS."""
     counts = sparse(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0), vocab_size)
     num_pairs = 0
-    for input_ids, labels in rows:
-        tokens, nexts = input_ids[:, :-1], labels[:, 1:]
+    for batch in batches:
+        tokens, nexts = batch.input_ids[:, :-1], batch.labels[:, 1:]
         carries = nexts != IGNORE
         pairs = torch.stack((tokens[carries], nexts[carries])).cpu()
         counts = (counts + sparse(pairs, torch.ones(pairs.shape[1]), vocab_size)).coalesce()

@@ -9,7 +9,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +26,7 @@ from trainer.schedule import SCHEDULES
 # What a flag means on resume. DECIDES: it determines what is learned, so it must stay the same.
 # SPLITS: it determines how the work is divided, so a change affects only rounding. FREE: neither.
 DECIDES, SPLITS, FREE = "decides", "splits", "free"
+AUTO = -1  # given as the word "auto": a number that the run chooses
 
 
 def flag(
@@ -35,6 +36,7 @@ def flag(
     resume: str = FREE,
     older: Any = None,
     alias: str | None = None,
+    auto: bool = False,
     choices: typing.Iterable | None = None,
     least: float | None = None,
     above: float | None = None,
@@ -48,6 +50,7 @@ def flag(
         resume: DECIDES, SPLITS or FREE.
         older: the value in effect in states that were saved before the flag existed.
         alias: a second name.
+        auto: whether the word "auto" may stand for the number.
         least, most: inclusive bounds.
         above, below: exclusive bounds."""
     metadata = {
@@ -55,6 +58,7 @@ def flag(
         "resume": resume,
         "older": older,
         "alias": alias,
+        "auto": auto,
         "choices": choices,
         "least": least,
         "above": above,
@@ -95,6 +99,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     "64m": {},
     "104m": {"num_hidden_layers": 16, "num_key_value_heads": 2, "intermediate_size": 2048},
     "moe": {"use_moe": 1},
+}
+
+# What learns most from the same tokens, see docs/RECIPES.md. Explicit flags override these, too.
+RECIPES: dict[str, dict[str, Any]] = {
+    "minimind": {},
+    "best": {
+        "tie_word_embeddings": 0,
+        "embedding_init": "bigrams",
+        "batch_size": AUTO,
+        "accumulation_steps": 1,
+        "optimizer": "muon",
+        "learning_rate": AUTO,
+        "embedding_lr_scale": 12.0,
+        "head_lr_scale": 4.0,
+        "vector_lr_scale": 4.0,
+        "adam_beta1": 0.6,
+        "adam_beta2": 0.98,
+        "muon_momentum": 0.9,
+        "muon_beta2": 0.95,
+        "lr_schedule": "wsd",
+        "warmup_ratio": 0.05,
+        "decay_ratio": 0.85,
+    },
 }
 
 
@@ -162,12 +189,18 @@ class DataFlags:
 class TrainingFlags:
     """training"""
 
+    recipe: str = flag(
+        "minimind",
+        "best: another set of defaults, which learns more from the same tokens",
+        choices=RECIPES,
+    )
     epochs: int = flag(1, "passes over the data", resume=DECIDES, least=1)
     batch_size: int = flag(
         32,
         "rows per micro-step on each device; an update takes batch_size x accumulation_steps x "
-        "devices",
+        "devices; auto: as suits the length of the run",
         resume=SPLITS,
+        auto=True,
         least=1,
     )
     accumulation_steps: int = flag(
@@ -180,7 +213,14 @@ class TrainingFlags:
         older="adamw",
         choices=list(OPTIMIZERS),
     )
-    learning_rate: float = flag(5e-4, "peak learning rate", alias="lr", resume=DECIDES, above=0)
+    learning_rate: float = flag(
+        5e-4,
+        "peak learning rate; auto: as suits the sizes of model, update and run",
+        alias="lr",
+        resume=DECIDES,
+        auto=True,
+        above=0,
+    )
     embedding_lr_scale: float = flag(
         1.0,
         "learning rate of the embedding, over that of the layers' matrices",
@@ -404,6 +444,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}. {hint}See --help.\n")
 
 
+def number_or_auto(kind: type) -> Callable[[str], Any]:
+    """What reads a number of this kind, or the word "auto"."""
+
+    def read(word: str) -> Any:
+        if word != "auto" and kind(word) == AUTO:
+            raise ValueError
+        return AUTO if word == "auto" else kind(word)
+
+    read.__name__ = f"{kind.__name__} or auto"  # argparse shows it
+    return read
+
+
 def add_flags(parser: argparse.ArgumentParser, groups: tuple[type, ...] = GROUPS) -> None:
     """Add one flag per dataclass field to the parser, in one argument group per class."""
     for group in groups:
@@ -425,7 +477,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[type, ...] = GROUPS
             else:
                 section.add_argument(
                     *names,
-                    type=kind,
+                    type=number_or_auto(kind) if metadata.get("auto") else kind,
                     default=default,
                     choices=metadata.get("choices"),
                     help=metadata["help"],
@@ -443,7 +495,7 @@ def parse_flags(argv: list[str] | None, description: str | None = None) -> Train
     """Parse flags over the preset's defaults. Raises: SettingsError, or exits with 2 (argparse)."""
     parser = build_parser(description)
     preset, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[preset.preset])
+    parser.set_defaults(**PRESETS[preset.preset] | RECIPES[preset.recipe])
     config = TrainConfig(**vars(parser.parse_args(argv)))
     check_flags(config)
     if config.dtype is None:
@@ -464,6 +516,8 @@ def range_problems(flags: Any) -> Iterator[str]:
         metadata, value = declared.metadata, getattr(flags, declared.name)
         least, above, most, below = (metadata.get(b) for b in ("least", "above", "most", "below"))
         if value is None or (least, above, most, below) == (None,) * 4:
+            continue
+        if metadata.get("auto") and value == AUTO:
             continue
         inside = (least is None or value >= least) and (above is None or value > above)
         if inside and (most is None or value <= most) and (below is None or value < below):
@@ -491,7 +545,7 @@ def check_flags(config: TrainConfig) -> None:
 
     rows, micro = config.batch_size * config.accumulation_steps, config.micro_batch_size
     expect(
-        micro is None or micro < 1 or rows % micro == 0,
+        micro is None or micro < 1 or rows % micro == 0 or config.batch_size == AUTO,
         f"--micro_batch_size is {micro}, expected a divisor of batch_size x "
         f"accumulation_steps = {rows}",
     )

@@ -1,7 +1,7 @@
 """nanochat as an opponent: trains it on a JSONL corpus, and scores it on texts of another file.
 
     git clone https://github.com/karpathy/nanochat
-    python bench/nanochat.py --checkout nanochat --data_path train.jsonl --score texts.jsonl \\
+    python bench/run_nanochat.py --checkout nanochat --data_path train.jsonl --score texts.jsonl \\
         --tokens 585000 --rate_factor 20
 
 Runs with a Python that has nanochat's dependencies (torch, pyarrow, rustbpe, tiktoken, wandb, ...),
@@ -94,7 +94,6 @@ def train(args: argparse.Namespace) -> dict:
 def score(path: Path, device: torch.device, updates: int) -> dict:
     """Bits per byte of the texts, each after a BOS of its own, by the model after this many
     updates: the folder may hold those of other runs. nanochat must be importable."""
-    sys.path.remove(str(Path(__file__).resolve().parent))  # where ``nanochat`` is this file
     from nanochat.checkpoint_manager import load_model
 
     model, tokenizer, _ = load_model("base", device, phase="eval", step=updates)

@@ -1,0 +1,130 @@
+"""--recipe best, and what --learning_rate auto and --batch_size auto choose and keep."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from model.model_minimind import MiniMindForCausalLM
+from tests.helpers import tiny_config
+from tests.running import (
+    assert_same,
+    newest_state,
+    read_metrics,
+    run_command,
+    tiny_flags,
+    train_and_kill,
+    train_in_process,
+    train_on_ranks,
+    training_command,
+)
+from trainer.auto import best_learning_rate, best_update_tokens, choose
+from trainer.errors import CheckpointError, SettingsError
+from trainer.flags import AUTO, PRESETS, RECIPES, parse_flags
+from trainer.weights import get_model_params
+
+# Step Law for 59 M weights, worked out by hand from its published constants.
+PUBLISHED = [(0.125e9, 1.6e-3, 24e3), (0.5e9, 2.4e-3, 54e3), (2.2e9, 3.8e-3, 125e3)]
+BOTH = {"learning_rate": "auto", "batch_size": "auto"}
+
+
+def never() -> float:
+    raise AssertionError("the speed is needed only if time is what is given")
+
+
+def chosen(words: str, rows: int, speed: object = never, **sizes: object) -> object:
+    model = MiniMindForCausalLM(tiny_config(**sizes))
+    args = parse_flags(["--device", "cpu", *words.split()])
+    return choose(args, model, rows, None, speed)
+
+
+@pytest.mark.parametrize(("tokens", "rate", "update"), PUBLISHED)
+def test_the_rules_are_those_published(tokens: float, rate: float, update: float) -> None:
+    assert best_learning_rate(59e6, tokens) == pytest.approx(rate, rel=0.04)
+    assert best_update_tokens(tokens) == pytest.approx(update, rel=0.04)
+
+
+def test_weights_of_embedding_and_head_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32 + 2 * 8) + 32
+    for tied in (True, False):
+        words = "--learning_rate auto --batch_size auto --accumulation_steps 1 --max_seq_len 100"
+        args = chosen(words, 20_000, tie_word_embeddings=tied)
+        expected = min(best_learning_rate(layers, 2e6), 2e-2)
+        assert args.learning_rate == pytest.approx(expected, rel=0.03)
+        assert args.batch_size == round(best_update_tokens(2e6) / 100 / 8) * 8
+    model = MiniMindForCausalLM(tiny_config())
+    assert get_model_params(model, model.config)[1] == layers + 96 * 32
+
+
+def test_a_larger_update_than_suits_gets_a_higher_rate() -> None:
+    words, sizes = "--learning_rate auto --accumulation_steps 1 --batch_size", {"hidden_size": 256}
+    rates = [chosen(f"{words} {rows}", 10**4, **sizes).learning_rate for rows in (1, 4)]
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.1)
+
+
+def test_a_time_counts_as_what_fits_into_it() -> None:
+    by_time = chosen("--recipe best --max_minutes 10 --max_seq_len 100", 50, lambda: 40.0)
+    by_rows = chosen("--recipe best --max_seq_len 100", round(0.9 * 600 * 40))
+    assert (by_time.learning_rate, by_time.batch_size) == (
+        by_rows.learning_rate,
+        by_rows.batch_size,
+    )
+
+
+@pytest.mark.parametrize("words", ["--learning_rate -1", "--batch_size -1", "--batch_size 0"])
+def test_only_the_word_means_it(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, SettingsError)) as raised:
+        parse_flags(words.split())
+    said = capsys.readouterr().err + str(raised.value)
+    assert words.split()[0] in said and ("or auto" in said or "1 or more" in said), said
+
+
+def test_a_recipe_is_a_set_of_defaults() -> None:
+    """Above the preset's, and below what is given."""
+    demo = parse_flags(["--preset", "demo"])
+    assert vars(demo) | {"recipe": "minimind"} == vars(demo), "MiniMind's is the default"
+    best = parse_flags(["--preset", "demo", "--recipe", "best", "--learning_rate", "0.5"])
+    changed = {name for name in vars(best) if getattr(best, name) != getattr(demo, name)}
+    assert changed - {"recipe", "learning_rate"} <= RECIPES["best"].keys()
+    assert best.learning_rate == 0.5 and best.batch_size == AUTO
+    assert best.epochs == PRESETS["demo"]["epochs"]
+
+
+def test_a_killed_run_goes_on_to_the_last_bit_with_what_it_chose(tmp_path: Path) -> None:
+    settings = {"recipe": "best", **BOTH, "accumulation_steps": 1, "max_seq_len": 64}
+    log = train_in_process(tmp_path / "whole", **settings)
+    said = re.search(r"auto: --learning_rate (\S+), (\d+) rows", log)
+    train_and_kill(tmp_path / "cut", 7, **settings)
+    assert "auto:" not in train_in_process(tmp_path / "cut", **settings, from_resume=1)
+    state = newest_state(tmp_path / "cut")
+    assert_same(state, newest_state(tmp_path / "whole"))
+    kept = state["settings"]["learning_rate"], state["settings"]["rows per update"]
+    assert said and kept == (float(said[1]), int(said[2]))
+    given = settings | dict(zip(("learning_rate", "batch_size"), kept, strict=True))
+    train_in_process(tmp_path / "given", **given)
+    assert_same(newest_state(tmp_path / "given")["model"], state["model"])
+
+
+def test_on_other_ranks_the_update_stays_the_same(tmp_path: Path) -> None:
+    settings = BOTH | {"accumulation_steps": 1, "max_seq_len": 12, "save_interval": 2}
+    train_in_process(tmp_path, **settings, epochs=1)
+    rows = newest_state(tmp_path)["settings"]["rows per update"]
+    assert rows % 2 == 0 and rows % 3
+    train_and_kill(tmp_path / "cut", 7, **settings, epochs=1)
+    log = train_on_ranks(tmp_path / "cut", 2, **settings, epochs=1, from_resume=1)
+    assert "except for rounding" in log
+    records = [read_metrics(tmp_path / name) for name in (".", "cut")]
+    one, two = ([r["loss"] for r in found if "loss" in r][-1] for found in records)
+    assert two == pytest.approx(one, rel=1e-4)
+    words = tiny_flags(tmp_path / "cut", **settings | {"accumulation_steps": 3}, from_resume=1)
+    done = run_command(training_command(words))
+    assert done.returncode == 2
+    assert "does not divide among 1 ranks x 3 --accumulation_steps" in done.stderr
+
+
+def test_a_state_that_lies_about_them_is_refused() -> None:
+    model = MiniMindForCausalLM(tiny_config())
+    args = parse_flags(["--device", "cpu", "--recipe", "best"])
+    for lie in ({}, {"learning_rate": "1", "rows per update": 4}, {"learning_rate": 1.0}):
+        with pytest.raises(CheckpointError, match="learning rate"):
+            choose(args, model, 100, {"settings": lie}, never)

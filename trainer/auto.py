@@ -1,0 +1,124 @@
+"""--learning_rate auto and --batch_size auto: both from the sizes of the model and of the run."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from model.model_minimind import MiniMindForCausalLM
+from trainer import distributed
+from trainer.console import log
+from trainer.errors import SettingsError
+from trainer.flags import AUTO, TrainConfig
+from trainer.run import largest_divisor
+from trainer.state import refuse_unless
+from trainer.weights import get_model_params
+
+USABLE = 0.9  # share of --max_minutes that is left for updates
+SMALLEST_TOKENS = 10**5  # the rules were not looked at below
+LARGEST_RATE = 2e-2
+ROWS_ON_CPU = 16  # in a pass: more take memory, and are no faster
+
+
+def best_learning_rate(num_weights: float, num_tokens: float) -> float:
+    """The peak rate for a model with this many weights in its layers, over a run of this length.
+
+    Source: Step Law (Li et al. 2025, arXiv 2503.04715), which was fitted to AdamW; Muon's updates
+    are scaled to the size of AdamW's. docs/RECIPES.md compares both with runs of this program."""
+    return 1.79 * num_weights**-0.713 * num_tokens**0.307
+
+
+def best_update_tokens(num_tokens: float) -> float:
+    """Tokens of an update over a run of this length. Source: as above."""
+    return 0.58 * num_tokens**0.571
+
+
+def choose(
+    args: TrainConfig,
+    model: MiniMindForCausalLM,
+    rows_per_epoch: int,
+    state: dict | None,
+    rows_per_second: Callable[[], float],
+) -> TrainConfig:
+    """The flags with a number for each ``auto``: on resume, that of the saved run.
+
+    Args: rows_per_second: measures how many rows each rank trains on in a second; called if the
+        length of the run is given as a time.
+    Raises: SettingsError if the saved run's update does not divide among the ranks."""
+    auto_rate, auto_rows = args.learning_rate == AUTO, args.batch_size == AUTO
+    if not auto_rate and not auto_rows:
+        return args
+    ranks = distributed.world_size()
+    if state is not None:
+        found = state["settings"]
+        rate, rows = found.get("learning_rate"), found.get("rows per update")
+        refuse_unless(
+            type(rate) is float and 0 < rate < math.inf and type(rows) is int and rows > 0,
+            f"its learning rate is {rate!r:.20} and its rows per update {rows!r:.20}",
+        )
+        if auto_rows and rows % (ranks * args.accumulation_steps):
+            raise SettingsError(
+                f"--batch_size auto: an update of {rows} rows, as in the saved run, does not "
+                f"divide among {ranks} ranks x {args.accumulation_steps} --accumulation_steps"
+            )
+        return with_choice(args, rate, rows)
+
+    rows = rows_per_epoch * args.epochs
+    if args.max_minutes:
+        speed = distributed.broadcast(rows_per_second() * ranks)
+        rows = round(USABLE * 60 * args.max_minutes * speed)
+    tokens = max(rows * args.max_seq_len, SMALLEST_TOKENS)
+    config = model.config
+    in_tables = config.vocab_size * config.hidden_size * (2 - int(config.tie_word_embeddings))
+    weights = get_model_params(model, config)[1] - in_tables
+    wanted = best_update_tokens(tokens)
+    step = ranks * args.accumulation_steps * (args.micro_batch_size or 1)
+    step *= 8 if wanted / args.max_seq_len / step >= 16 else 1  # it should divide by many numbers
+    rows_per_update = step * max(1, round(wanted / args.max_seq_len / step))
+    if not auto_rows:
+        rows_per_update = args.batch_size * args.accumulation_steps * ranks
+    # Noise falls with the size of an update, and so the rate may rise; by its square root.
+    larger = rows_per_update * args.max_seq_len / wanted
+    rate = best_learning_rate(weights, tokens) * math.sqrt(min(larger, 4.0))
+    rate = float(f"{min(rate, LARGEST_RATE):.2g}")
+    if not auto_rate:
+        rate = args.learning_rate
+    log(
+        f"auto: --learning_rate {rate:g}, {rows_per_update:,} rows "
+        f"({rows_per_update * args.max_seq_len:,} tokens) per update, for {weights / 1e6:.2f}M "
+        f"weights in layers and about {tokens / 1e6:,.2f}M tokens; see docs/RECIPES.md"
+    )
+    return with_choice(args, rate, rows_per_update)
+
+
+def with_choice(args: TrainConfig, rate: float, rows_per_update: int) -> TrainConfig:
+    """These flags, where they are ``auto``, with this rate and these rows per update."""
+    if args.learning_rate == AUTO:
+        args = dataclasses.replace(args, learning_rate=rate)
+    if args.batch_size == AUTO:
+        rows = rows_per_update // distributed.world_size()
+        batch_size, micro = rows // args.accumulation_steps, args.micro_batch_size
+        if micro is None and args.device == "cpu":
+            micro = largest_divisor(rows, min(batch_size, ROWS_ON_CPU))
+        args = dataclasses.replace(args, batch_size=batch_size, micro_batch_size=micro)
+    return args
+
+
+def rows_per_second(
+    model: MiniMindForCausalLM, rows: Any, autocast: AbstractContextManager
+) -> float:
+    """How many rows this rank trains on in a second, without compilation and optimizer.
+
+    Args: rows: a batch on the model's device."""
+    seconds = []
+    for _ in range(4):
+        since = time.monotonic()
+        with autocast:
+            loss = model(**rows.model_inputs).loss
+        loss.backward()
+        loss.item()  # waits for the device
+        model.zero_grad(set_to_none=True)
+        seconds.append(time.monotonic() - since)
+    return len(rows.input_ids) / min(seconds[1:])
