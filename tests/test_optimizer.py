@@ -168,6 +168,20 @@ def test_singular_values_are_drawn_near_one(shape: tuple[int, ...]) -> None:
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (3, 16, 40)])
+def test_long_matrices_end_as_the_iteration_leads_them(shape: tuple[int, ...]) -> None:
+    """In exact arithmetic, each step multiplies every singular value x by a + b x^2 + c x^4."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    values = values / x.norm(dim=(-2, -1))[..., None]
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = (left * values[..., None, :]) @ right
+    found = orthogonalize(x.float(), torch.float32).double()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 def test_the_same_rate_moves_weights_as_far_as_adamw_does() -> None:
     """So rates transfer: the root mean square of a move is about that of AdamW's, rate x 0.2."""
     torch.manual_seed(0)
