@@ -137,9 +137,9 @@ def test_rows_move_as_the_formula_of_normuon_says() -> None:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_scales_and_betas_are_those_of_separate_optimizers(kind: str) -> None:
-    """A scaled rate does not scale the decay, which stays learning rate x WEIGHT_DECAY."""
+    """A scaled rate does not scale the decay, which stays learning rate x weight decay."""
     ours, theirs = (tiny_model(use_moe=True, tie_word_embeddings=False) for _ in range(2))
-    tuning = Tuning(12.0, 6.0, 4.0, 0.8, 0.98, 0.9)
+    tuning = Tuning(12.0, 6.0, 4.0, 0.8, 0.98, 0.9, weight_decay=0.3)
     optimizer = build_optimizer(ours, 0.01, kind, torch.float32, tuning)
     assert set_lr(optimizer, 0.02) == 0.02
     named = dict(theirs.named_parameters())
@@ -150,10 +150,10 @@ def test_scales_and_betas_are_those_of_separate_optimizers(kind: str) -> None:
     rest = [p for p in named.values() if id(p) not in apart]
     betas = {"betas": (0.8, 0.98)}
     reference: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(embedding, lr=0.24, weight_decay=WEIGHT_DECAY / 12, **betas),
-        torch.optim.AdamW(head, lr=0.12, weight_decay=WEIGHT_DECAY / 6, **betas),
+        torch.optim.AdamW(embedding, lr=0.24, weight_decay=0.3 / 12, **betas),
+        torch.optim.AdamW(head, lr=0.12, weight_decay=0.3 / 6, **betas),
         torch.optim.AdamW(vectors, lr=0.08, weight_decay=0, **betas),
-        torch.optim.AdamW(rest, lr=0.02, weight_decay=WEIGHT_DECAY, **betas),
+        torch.optim.AdamW(rest, lr=0.02, weight_decay=0.3, **betas),
     ]
     found, expected = moved([optimizer], ours), moved(reference, theirs)
     for name, p in found.items():

@@ -67,6 +67,7 @@ DEFAULTS = {  # MiniMind's names, and ours
     "adam_beta2": 0.95,
     "muon_momentum": 0.95,
     "muon_beta2": 0.0,
+    "weight_decay": 0.1,
     "seed": 42,
     "max_bad_updates": 20,
     "bad_records": "stop",

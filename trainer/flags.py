@@ -255,6 +255,13 @@ class TrainingFlags:
         least=0,
         below=1,
     )
+    weight_decay: float = flag(
+        0.1,
+        "times the learning rate: the share of a weight that an update takes away; not of norms",
+        resume=DECIDES,
+        older=0.1,
+        least=0,
+    )
     lr_schedule: str = flag(
         "cosine",
         "cosine: decay to a tenth; wsd: constant, then decay to zero",

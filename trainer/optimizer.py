@@ -24,6 +24,7 @@ class Tuning:
     adam_beta2: float = 0.95
     muon_momentum: float = 0.95
     muon_beta2: float = 0.0
+    weight_decay: float = WEIGHT_DECAY
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -39,16 +40,17 @@ def parameter_groups(model: nn.Module, tuning: Tuning) -> tuple[dict, dict[str, 
     apart = embedding | head
     matrices = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and n not in apart}
     groups = {
-        "embedding": decaying([*embedding.values()], tuning.embedding_lr_scale),
-        "head": decaying([*head.values()], tuning.head_lr_scale),
-        "vectors": decaying(vectors, tuning.vector_lr_scale) | {"weight_decay": 0.0},
+        "embedding": decaying([*embedding.values()], tuning, tuning.embedding_lr_scale),
+        "head": decaying([*head.values()], tuning, tuning.head_lr_scale),
+        "vectors": decaying(vectors, tuning, tuning.vector_lr_scale) | {"weight_decay": 0.0},
     }
     return groups, matrices
 
 
-def decaying(parameters: list[nn.Parameter], lr_scale: float = 1.0) -> dict:
+def decaying(parameters: list[nn.Parameter], tuning: Tuning, lr_scale: float = 1.0) -> dict:
     """A parameter group whose rate is ``lr_scale`` times the learning rate; it decays no faster."""
-    return {"params": parameters, "lr_scale": lr_scale, "weight_decay": WEIGHT_DECAY / lr_scale}
+    decay = tuning.weight_decay / lr_scale
+    return {"params": parameters, "lr_scale": lr_scale, "weight_decay": decay}
 
 
 def filled(*groups: dict) -> list[dict]:
@@ -61,7 +63,7 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Fused AdamW."""
     named, matrices = parameter_groups(model, tuning)
-    rest = decaying([*matrices.values()])
+    rest = decaying([*matrices.values()], tuning)
     groups = filled(named["embedding"], named["head"], rest, named["vectors"])
     return torch.optim.AdamW(groups, lr=learning_rate, betas=tuning.betas, fused=True)
 
@@ -74,9 +76,10 @@ def muon(model: nn.Module, learning_rate: float, dtype: torch.dtype, tuning: Tun
     groups = filled(
         named["embedding"],
         named["head"],
-        decaying([*matrices.values()]),
+        decaying([*matrices.values()], tuning),
         named["vectors"],
-        decaying(hidden) | {"momentum": tuning.muon_momentum, "row_beta2": tuning.muon_beta2},
+        decaying(hidden, tuning)
+        | {"momentum": tuning.muon_momentum, "row_beta2": tuning.muon_beta2},
     )
     return Muon(groups, learning_rate, tuning.betas, dtype)
 
