@@ -54,7 +54,7 @@ from dataset.token_cache import TokenCache, build_token_cache
 from model.model_minimind import next_token_nats
 from trainer.checkpoint import write_atomically
 from trainer.errors import BadUpdateError
-from trainer.evaluation import bits_per_byte
+from trainer.evaluation import bits_per_byte, continuations
 from trainer.muon import Muon
 from trainer.progress import Outcome
 from trainer.run import Run
@@ -68,8 +68,10 @@ DECIDING = (  # code; its comments do not decide
     "train_pretrain.py",
     *("model/config.py", "model/documents.py", "model/model_minimind.py"),
     *("dataset/lm_dataset.py", "dataset/token_cache.py", "bench/compare_recipes.py"),
-    *("trainer/muon.py", "trainer/optimizer.py", "trainer/run.py", "trainer/schedule.py"),
+    *("trainer/auto.py", "trainer/bigrams.py", "trainer/flags.py", "trainer/muon.py"),
+    *("trainer/optimizer.py", "trainer/run.py", "trainer/schedule.py"),
 )
+REPEATS = "repeated_4grams"
 Flags = dict[str, Any]
 
 
@@ -100,31 +102,30 @@ SMALL_UPDATES = {"learning_rate": RATES, "batch_size": (2, 4, 8, 16)}
 SCHEDULE = {"warmup_ratio": (0.0, 0.05, 0.1), "decay_ratio": (0.4, 0.6, 0.85)}
 
 
+# What --recipe best consists of, each part left out alone.
+RANDOM = {"embedding_init": "random"}
+ABLATIONS: dict[str, Flags] = {
+    "random start": RANDOM,
+    "random start, tied": RANDOM | {"tie_word_embeddings": 1},
+    "rows' second moments left out": {"muon_beta2": 0},
+    "momentum 0.95": {"muon_momentum": 0.95},
+    "AdamW's usual betas": {"adam_beta1": 0.9, "adam_beta2": 0.95},
+    "one rate for all": {"embedding_lr_scale": 1, "head_lr_scale": 1, "vector_lr_scale": 1},
+    "decay over 0.4": {"decay_ratio": 0.4},
+    "no warm-up": {"warmup_ratio": 0},
+}
+
+
 def recipes(on_cuda: bool) -> dict[str, Recipe]:
-    """By name; the last is ours."""
+    """By name; the last is ours, and those before it are ours with a change."""
     plain = PACKED | {"warmup_ratio": 0.05, "decay_ratio": 0.6, "lr_schedule": "wsd"}
     adamw = plain | {"optimizer": "adamw", "learning_rate": 4e-3}
     muon = plain | {"optimizer": "muon", "learning_rate": 4e-3}
     padded = padded_flags(on_cuda) | {"num_workers": 0, "learning_rate": 2e-3}
     default = PACKED | {"optimizer": "muon", "learning_rate": 1e-3, "lr_schedule": "cosine"}
-    ours = muon | {
-        "learning_rate": 3e-3,
-        "batch_size": 4,
-        "decay_ratio": 0.85,
-        "embedding_lr_scale": 12,
-        "vector_lr_scale": 4,
-        "adam_beta1": 0.5,
-        "adam_beta2": 0.98,
-        "muon_momentum": 0.8,
-    }
+    best = {"max_seq_len": PADDED_LENGTH, "recipe": "best"}
+    ours = best | {"learning_rate": 3e-3, "batch_size": 4}
     axes = SMALL_UPDATES | SCHEDULE | {"lr_schedule": ("wsd", "cosine")}
-    tuned = {
-        "embedding_lr_scale": (6, 12, 24),
-        "vector_lr_scale": (2, 4, 8),
-        "adam_beta1": (0.5, 0.8),
-        "adam_beta2": (0.95, 0.98, 0.99),
-        "muon_momentum": (0.7, 0.8, 0.9),
-    }
     return {
         "MiniMind, padded": Recipe(padded, {"learning_rate": RATES[:5]}, PADDED, padded=True),
         "AdamW, packed": Recipe(adamw, axes),
@@ -132,7 +133,9 @@ def recipes(on_cuda: bool) -> dict[str, Recipe]:
             default, {}, OURS._replace(build_run=built_with(torch_s_muon))
         ),
         "plain Muon": Recipe(muon, SMALL_UPDATES | SCHEDULE),
-        "ours": Recipe(ours, SMALL_UPDATES | SCHEDULE | tuned),
+        **{f"ours, {name}": Recipe(ours | change) for name, change in ABLATIONS.items()},
+        "ours, rate and rows auto": Recipe(best),
+        "ours": Recipe(ours, SMALL_UPDATES),
     }
 
 
@@ -237,6 +240,7 @@ class Watch(NoGuard):
             torch.cuda.synchronize()
         self.found["seconds"] = time.monotonic() - since
         self.found["bits_per_byte"] = self.score(run)
+        self.found[REPEATS] = continuations(run.model, load_tokenizer("model"))[1]
 
     @torch.inference_mode()
     def score(self, run: Run) -> float:
@@ -275,7 +279,9 @@ def run_trial(trial: Trial, args: argparse.Namespace, folder: Path) -> dict[str,
             if error.code != BadUpdateError.exit_status:
                 raise
     if not math.isfinite(watch.found.get("bits_per_byte", math.inf)):
-        watch.found["bits_per_byte"] = math.inf  # it diverged: as bad as can be, and no error
+        # It diverged: as bad as can be, and no error.
+        watch.found |= {"bits_per_byte": math.inf, REPEATS: 1.0}
+        watch.found.setdefault("seconds", math.inf)
     return watch.found
 
 
@@ -297,6 +303,10 @@ class Contest:
 
     def scores(self, trials: list[Trial]) -> list[float]:
         """Bits per byte of each."""
+        return self.found(trials, "bits_per_byte")
+
+    def found(self, trials: list[Trial], what: str) -> list[float]:
+        """What was found under this name in each run."""
         missing = {t.key(self.fixed): t for t in trials if t.key(self.fixed) not in self.done}
         work = {
             self.pool.submit(run_trial, trial, self.args, self.folder): (key, trial)
@@ -307,9 +317,9 @@ class Contest:
             self.done[key] = vars(trial) | {"found": ended.result()}
             self.keep()
             score = self.done[key]["found"]["bits_per_byte"]
-            what = f"{trial.tokens:,} tokens, seed {trial.seed}, {trial.recipe}: {trial.flags}"
-            print(f"{score:.4f}  {what}", file=sys.stderr)
-        return [self.done[t.key(self.fixed)]["found"]["bits_per_byte"] for t in trials]
+            run = f"{trial.tokens:,} tokens, seed {trial.seed}, {trial.recipe}: {trial.flags}"
+            print(f"{score:.4f}  {run}", file=sys.stderr)
+        return [self.done[t.key(self.fixed)]["found"][what] for t in trials]
 
     def keep(self) -> None:
         """Write what was found."""
@@ -380,17 +390,22 @@ def rows_of(contest: Contest, tokens: int, chosen: Mapping[str, Flags]) -> Itera
         for points, score in zip(by_share, scored("ours", share), strict=True):
             points[round(tokens * share)] = score
     ours = scored("ours") if "ours" in chosen else []
-    for name, flags in chosen.items():
+    own_seconds = math.nan
+    for name, flags in sorted(chosen.items(), key=lambda item: item[0] != "ours"):
         scores = scored(name)
         target = statistics.mean(scores)
         shares = [share_needed(points, target) / tokens for points in by_share]
         z, needs = z_score(ours, scores), spread(shares)
         if name == "ours" or not ours:
             z, needs = None, ""
-        settings = f"rate {flags['learning_rate']:g}, {flags['batch_size']} rows at once"
+        settings = f"{flags.get('learning_rate', 'auto')}, {flags.get('batch_size', 'auto')}"
+        trials = [Trial(name, flags, tokens, seed) for seed in seeds]
+        seconds = statistics.median(contest.found(trials, "seconds"))
+        own_seconds = seconds if name == "ours" else own_seconds  # the first of chosen
+        of_time = f"{statistics.mean(shares) * own_seconds / seconds:.2f}" if needs else ""
         yield (
-            f"| {tokens:,} | {name} | {settings} | {spread(scores)} "
-            f"| {needs} | {'' if z is None else f'{z:.1f}'} |"
+            f"| {tokens:,} | {name} | {settings} | {spread(scores)} | {needs} | {of_time} "
+            f"| {'' if z is None else f'{z:.1f}'} | {spread(contest.found(trials, REPEATS))} |"
         )
 
 
@@ -442,18 +457,20 @@ def nanochat(contest: Contest, tokens: int) -> Iterator[str]:
             contest.done[key] = vars(trial) | {"found": found}
             contest.keep()
         found = contest.done[key]["found"]
-        yield f"| {tokens:,} | {trial.recipe} | | {found['bits_per_byte']:.4f} | | |"
+        yield f"| {tokens:,} | {trial.recipe} | | {found['bits_per_byte']:.4f} | | | | |"
 
 
 def main() -> None:
     """Sweep, run, and print the table."""
     names = [*recipes(False)]
+    main_names = [name for name in names if not name.startswith("ours, ")]
     cli = parser(__doc__)
     cli.add_argument("--data_path", required=True, type=Path, help="JSONL")
     cli.add_argument("--preset", default="demo")
     cli.add_argument("--tokens", type=int, nargs="+", default=[600_000])
     cli.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    cli.add_argument("--only", nargs="+", choices=names, default=names)
+    cli.add_argument("--only", nargs="+", choices=names, default=[*main_names])
+    cli.add_argument("--ablations", action="store_true", help="and ours with each part left out")
     cli.add_argument("--rounds", type=int, default=1, help="of each sweep; 0: as they begin")
     cli.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     cli.add_argument("--json", type=Path, help="all runs; what it holds is not run again")
@@ -461,10 +478,14 @@ def main() -> None:
     cli.add_argument("--nanochat_python", default=sys.executable, help="has what it imports")
     cli.add_argument("--nanochat_factors", type=float, nargs="+", default=[5, 10, 20, 40])
     args = cli.parse_args()
+    args.only += [name for name in names if args.ablations and name not in args.only]
 
     def made(contest: Contest) -> None:
-        lines = ["| tokens | recipe | swept to | bits/byte | ours needs of its tokens | z |"]
-        lines.append("|---|---|---|---|---|---|")
+        lines = [
+            "| tokens | recipe | rate, rows | bits/byte | ours needs of its tokens | of its time "
+            "| z | repeated 4-grams |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for tokens in args.tokens:
             chosen = {name: contest.best(name, tokens) for name in args.only}
             lines += rows_of(contest, tokens, chosen)

@@ -20,7 +20,9 @@ from bench.compare_recipes import (
     split,
     z_score,
 )
+from bench.measuring import words
 from dataset.token_cache import build_token_cache
+from trainer.flags import RECIPES, parse_flags
 from trainer.weights import load_tokenizer
 
 
@@ -93,7 +95,9 @@ def contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Contest, l
         flags = trial.flags
         worst = abs(math.log2(flags["learning_rate"] / 2e-3)) + abs(flags["batch_size"] - 4)
         score = 2 + 0.1 * worst - 0.3 * math.log2(trial.tokens / 1000) + 0.001 * trial.seed
-        return {"bits_per_byte": score - 0.15 * (trial.recipe == "ours")}
+        ours = trial.recipe == "ours"
+        found = {"bits_per_byte": score - 0.15 * ours, "seconds": 10.0 + 2 * ours}
+        return found | {"repeated_4grams": 0.25}
 
     monkeypatch.setattr(compare_recipes, "run_trial", run_trial)
     args = argparse.Namespace(json=tmp_path / "runs.json", device="cpu", seeds=[1, 2], rounds=1)
@@ -123,20 +127,21 @@ def test_the_table_tells_the_share_of_the_opponent_s_tokens(
     ring, _ = contest
     flags = {"learning_rate": 2e-3, "batch_size": 4}
     lines = [*compare_recipes.rows_of(ring, 1000, {"plain Muon": flags, "ours": flags})]
-    muon, ours = ([cell.strip() for cell in line.split("|")] for line in lines)
+    ours, muon = ([cell.strip() for cell in line.split("|")] for line in lines)
     assert muon[4].startswith("2.0015 ±") and ours[4].startswith("1.8515 ±")
     mean, _, deviation = muon[5].split()
     assert float(mean) == pytest.approx(2**-0.5, abs=2e-3) and float(deviation) < 0.01
-    assert float(muon[6]) == pytest.approx(0.15 / 0.0007071, rel=0.01)
-    assert ours[5] == ours[6] == ""
+    assert float(muon[6]) == pytest.approx(2**-0.5 * 1.2, abs=0.01), "and takes longer for each"
+    assert float(muon[7]) == pytest.approx(0.15 / 0.0007071, rel=0.01)
+    assert ours[5:8] == [""] * 3 and muon[8] == "0.2500 ± 0.0000"
 
 
 def test_an_opponent_that_is_better_is_told_so(contest: tuple[Contest, list[Trial]]) -> None:
     ring, _ = contest
     chosen = {"plain Muon": {"learning_rate": 2e-3, "batch_size": 4}}
     chosen["ours"] = {"learning_rate": 8e-3, "batch_size": 4}
-    first, _ = compare_recipes.rows_of(ring, 1000, chosen)
-    assert "| over 1 | -" in first
+    _, muon = compare_recipes.rows_of(ring, 1000, chosen)
+    assert "| over 1 | inf | -" in muon
 
 
 def test_a_sweep_leaves_out_what_the_program_refuses() -> None:
@@ -151,3 +156,14 @@ def test_a_worker_has_its_share_of_the_cores() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_each_part_of_the_best_recipe_is_left_out_once() -> None:
+    """What changes in an ablation is a part of it, or the rate and rows that are swept."""
+    best = RECIPES["best"]
+    left_out = {name for change in compare_recipes.ABLATIONS.values() for name in change}
+    swept = {"learning_rate", "batch_size", "accumulation_steps"}
+    same_for_all = {"optimizer", "lr_schedule", "adam_beta1", "adam_beta2"}
+    assert left_out <= best.keys() and best.keys() - left_out <= swept | same_for_all
+    for recipe in compare_recipes.recipes(False).values():
+        parse_flags(words(recipe.flags | {"device": "cpu"}))
