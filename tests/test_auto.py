@@ -63,8 +63,8 @@ def test_a_larger_update_than_suits_gets_a_higher_rate() -> None:
 
 
 def test_a_time_counts_as_what_fits_into_it() -> None:
-    by_time = chosen("--recipe best --max_minutes 10 --max_seq_len 100", 50, lambda: 40.0)
-    by_rows = chosen("--recipe best --max_seq_len 100", round(0.9 * 600 * 40))
+    by_time = chosen("--recipe best --max_minutes 1000 --max_seq_len 100", 50, lambda: 0.4)
+    by_rows = chosen("--recipe best --max_seq_len 100", round(0.8 * 60_000 * 0.4))
     assert (by_time.learning_rate, by_time.batch_size) == (
         by_rows.learning_rate,
         by_rows.batch_size,

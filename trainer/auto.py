@@ -10,13 +10,14 @@ from typing import Any
 from model.model_minimind import MiniMindForCausalLM
 from trainer import distributed
 from trainer.console import log
+from trainer.describe import run_time
 from trainer.errors import SettingsError
 from trainer.flags import AUTO, TrainConfig
 from trainer.run import largest_divisor
 from trainer.state import refuse_unless
 from trainer.weights import get_model_params
 
-USABLE = 0.9  # share of --max_minutes that is left for updates
+USABLE = 0.8  # share of the time left that passes take; the rest is for optimizer, evaluations
 SMALLEST_TOKENS = 10**5  # the rules were not looked at below
 LARGEST_RATE = 2e-2
 ROWS_ON_CPU = 16  # in a pass: more take memory, and are no faster
@@ -67,8 +68,8 @@ def choose(
 
     rows = rows_per_epoch * args.epochs
     if args.max_minutes:
-        speed = distributed.broadcast(rows_per_second() * ranks)
-        rows = round(USABLE * 60 * args.max_minutes * speed)
+        seconds = max(60 * args.max_minutes - run_time(), 1.0)
+        rows = round(distributed.broadcast(USABLE * seconds * rows_per_second() * ranks))
     tokens = max(rows * args.max_seq_len, SMALLEST_TOKENS)
     config = model.config
     in_tables = config.vocab_size * config.hidden_size * (2 - int(config.tie_word_embeddings))

@@ -23,7 +23,7 @@ DISCOUNT = 0.75  # taken from each count, as usual for absolute discounting
 EXPONENT = 0.25  # of a token's frequency, in the weight of its row or column
 EMBEDDING_STD = 0.3125  # root mean square of an embedding's components
 CLIPPED_SHARE = 0.02  # of tokens, whose vectors are too long and are shortened
-MAX_TOKENS = 2**26  # more of them would hardly change what is known of frequent pairs
+MAX_TOKENS = 2**24  # counted in seconds; more tell little that updates would not, soon
 ITERATIONS = 2  # of the approximate factorization
 
 

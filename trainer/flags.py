@@ -566,7 +566,7 @@ def check_flags(config: TrainConfig) -> None:
     expect(
         config.embedding_init == "random" or new_and_untied,
         "--embedding_init bigrams sets an output head of its own in a new model, expected "
-        "--tie_word_embeddings 0 and no --from_weight",
+        "--tie_word_embeddings 0 and no --from_weight, or --embedding_init random",
     )
     name = config.save_weight
     # These characters have no special meaning in a glob pattern.
