@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
 class ResidualLinear(nn.Linear):
     """A projection into the residual stream, initially zero: each block starts as the identity.
 
-    docs/RECIPES.md has the measured gain. Source: Goyal et al. 2017, 5.1, for residual networks."""
+    docs/LOG.md has the measured gain. Source: Goyal et al. 2017, 5.1, for residual networks."""
 
 
 def joined_weights(dtype: torch.dtype, *layers: nn.Linear) -> Tensor:

@@ -21,7 +21,7 @@ from trainer.weights import get_model_params
 
 DRY_RUN_UPDATES = 7
 
-# Thresholds for warnings. The learning rates are for a width of 256 (measured in docs/RECIPES.md)
+# Thresholds for warnings. The learning rates are for a width of 256 (measured in docs/LOG.md)
 # and taken to be inversely proportional to it. The others are rules of thumb; up to four epochs
 # teach nearly as much as new data (Muennighoff et al. 2023).
 MAX_RATE, WARMUP_RATE, MIN_UPDATES, MAX_EPOCHS = 1e-2, 2e-3, 200, 4

@@ -61,7 +61,7 @@ def default_dtype(device: str) -> str:
 
 def default_residual_dtype(device: str, dtype: str) -> str:
     """bfloat16 where it is faster and products are rounded to it anyway: an H200 takes 4 % less
-    time (docs/BENCHMARKS.md), and three short runs on a CPU lost nothing (docs/RECIPES.md)."""
+    time (docs/BENCHMARKS.md), and three short runs on a CPU lost nothing (docs/LOG.md)."""
     return "bfloat16" if device.startswith("cuda") and dtype == "bfloat16" else "float32"
 
 
