@@ -25,7 +25,7 @@ from dataset.token_cache import TokenCache, build_token_cache, special_ids
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.auto import choose, rows_per_second
-from trainer.bigrams import start_from_bigrams
+from trainer.bigrams import look_back, start_from_bigrams
 from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, keep_freed_memory, setup_seed
 from trainer.errors import SettingsError
@@ -242,6 +242,7 @@ def build_run(
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
     if args.embedding_init == "bigrams" and state is None:
         start_from_bigrams(model, map(data.__getitems__, SkipBatchSampler(range(len(data)), 4096)))
+        look_back(model, args.look_back_heads)
     dtype, num_ranks = args.torch_dtype, distributed.world_size()
     model.model.residual_dtype = getattr(torch, str(args.residual_dtype))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -103,10 +103,11 @@ SCHEDULE = {"warmup_ratio": (0.0, 0.05, 0.1), "decay_ratio": (0.4, 0.6, 0.85)}
 
 
 # What --recipe best consists of, each part left out alone.
-RANDOM = {"embedding_init": "random"}
+RANDOM = {"embedding_init": "random", "look_back_heads": 0}
 ABLATIONS: dict[str, Flags] = {
     "random start": RANDOM,
     "random start, tied": RANDOM | {"tie_word_embeddings": 1},
+    "no heads that look back": {"look_back_heads": 0},
     "rows' second moments left out": {"muon_beta2": 0},
     "momentum 0.95": {"muon_momentum": 0.95},
     "AdamW's usual betas": {"adam_beta1": 0.9, "adam_beta2": 0.95},

@@ -19,7 +19,7 @@ from tests.running import (
     train_on_ranks,
     write_corpus,
 )
-from trainer.bigrams import count_pairs, fit, sparse
+from trainer.bigrams import count_pairs, fit, look_back, sparse
 from trainer.errors import SettingsError
 from trainer.flags import parse_flags
 
@@ -127,3 +127,41 @@ def test_two_ranks_begin_with_the_same(tmp_path: Path) -> None:
 def test_a_model_that_cannot_begin_so_is_refused(words: str) -> None:
     with pytest.raises(SettingsError, match="--tie_word_embeddings 0 and no --from_weight"):
         parse_flags(["--embedding_init", "bigrams", *words.split()])
+
+
+def test_heads_begin_by_looking_back_as_far_as_they_should() -> None:
+    """Whatever the tokens are; computed here from the projections, position by position."""
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MiniMindForCausalLM(tiny_config(**sizes, tie_word_embeddings=False))
+    counts = sparse(torch.randint(0, 96, (2, 5000)), torch.ones(5000), 96)
+    embedding, head = fit(counts, 64, CPU)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight.copy_(head)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    look_back(model, 3)
+    attention, length, size = model.model.layers[0].self_attn, 48, 16
+    x = model.model.layers[0].input_layernorm(embedding[torch.randint(0, 96, (length,))])
+    with torch.no_grad():
+        q = attention.q_norm(attention.q_proj(x).view(length, 4, size))
+        k = attention.k_norm(attention.k_proj(x).view(length, 2, size))
+    theta = model.config.rope_theta ** (-torch.arange(8) / 8)
+    turn = torch.polar(torch.ones(length, 8), torch.arange(length)[:, None] * theta)[:, None]
+    q, k = (torch.complex(t[..., :8], t[..., 8:]) * turn for t in (q, k))
+    for h, distance in enumerate((1, 2, 1)):
+        scores = (q[:, h] @ k[:, h // 2].conj().T).real / math.sqrt(size)
+        shares = scores.masked_fill(torch.ones(length, length).triu(1) > 0, -math.inf).softmax(-1)
+        looked = [shares.diagonal(-back)[8:].mean().item() for back in range(5)]
+        assert max(range(5), key=looked.__getitem__) == distance and looked[distance] > 0.3, looked
+    changed = {n for n, p in model.named_parameters() if not p.equal(before[n])}
+    assert {n.split("self_attn.")[1] for n in changed} == {
+        f"{part}.weight" for part in ("q_proj", "k_proj", "q_norm", "k_norm")
+    }
+    assert all(n.startswith("model.layers.0.") for n in changed)
+
+
+@pytest.mark.parametrize("words", ["--look_back_heads 2", "--recipe best --look_back_heads 9"])
+def test_more_heads_than_there_are_or_none_to_go_with_are_refused(words: str) -> None:
+    with pytest.raises(SettingsError, match=r"--look_back_heads is \d, expected at most 8"):
+        parse_flags(words.split())

@@ -60,6 +60,7 @@ DEFAULTS = {  # MiniMind's names, and ours
     "grad_clip": 1.0,
     "tie_word_embeddings": 1,
     "embedding_init": "random",
+    "look_back_heads": 0,
     "embedding_lr_scale": 1.0,
     "head_lr_scale": 1.0,
     "vector_lr_scale": 1.0,

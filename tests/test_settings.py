@@ -36,6 +36,7 @@ OTHER = {
     "optimizer": "muon",
     "tie_word_embeddings": 0,
     "embedding_init": "bigrams",
+    "look_back_heads": 2,
     "embedding_lr_scale": 12.0,
     "head_lr_scale": 2.0,
     "vector_lr_scale": 4.0,
@@ -48,7 +49,11 @@ OTHER = {
     "warmup_ratio": 0.1,
     "decay_ratio": 0.3,
 }
-ALONG = {"embedding_init": {"tie_word_embeddings": 0}}  # what its other value needs
+UNTIED = {"tie_word_embeddings": 0}
+ALONG = {  # what their other values need
+    "embedding_init": UNTIED,
+    "look_back_heads": UNTIED | {"embedding_init": "bigrams"},
+}
 NAMED = {"hidden_size", "use_moe"}  # they are part of the files' names: another run's files
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.model_minimind import IGNORE, MiniMindForCausalLM
+from model.model_minimind import IGNORE, Block, MiniMindForCausalLM
 from trainer import distributed
 from trainer.console import log
 
@@ -25,6 +25,11 @@ NUM_STEPS, TOKENS_PER_STEP, STABLE_SHARE = 80, 1024, 0.4
 EMBEDDING_LR, HEAD_LR, BETAS = 0.02, 0.007, (0.8, 0.99)
 RARENESS = 0.75  # exponent of a token's frequency in how often it is drawn
 EMBEDDING_STD = 0.3125  # root mean square of an embedding's components in the end
+# Of heads that look back: how far, in turn; what their fastest pairs of channels contribute, so
+# that the sum over pairs peaks at one distance; the weight of their norms, which makes it sharp.
+DISTANCES = (1, 2, 1, 3)
+PAIRS = (0.3, 0.25, 0.2, 0.1, 0.08, 0.07)
+SHARPNESS = 1.5
 
 
 def start_from_bigrams(model: MiniMindForCausalLM, batches: Iterable[Any]) -> None:
@@ -129,3 +134,42 @@ def fit(counts: Tensor, width: int, device: torch.device) -> tuple[Tensor, Tenso
 def normed(x: Tensor) -> Tensor:
     """(K, D), as the final norm begins."""
     return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+@torch.no_grad()
+def look_back(model: MiniMindForCausalLM, num_heads: int) -> None:
+    """Let so many heads of the first layer begin by attending to the tokens one to three before.
+
+    Queries and keys there begin as constants, so that rotary embedding alone decides: a query
+    that is turned back by some positions fits the key which is so many before it. Their outputs
+    are zero at first, as all. A later layer can then ask what followed an earlier token, which
+    takes much training to find otherwise (Olsson et al. 2022, induction heads)."""
+    if not num_heads:
+        return
+    config, first = model.config, model.model.layers[0]
+    assert isinstance(first, Block)
+    attention = first.self_attn
+
+    def work() -> Tensor:
+        table = normed(model.model.embed_tokens.weight).cpu()
+        return torch.linalg.lstsq(table, torch.ones(len(table), 1)).solution[:, 0]
+
+    # (D,): about 1 for every token.
+    constant = distributed.on_main_process(work).to(model.device)
+    half = config.head_dim // 2
+    share = torch.zeros(half)
+    share[: len(PAIRS)] = torch.tensor(PAIRS)[:half]
+    size = (share / share.sum() * config.head_dim).sqrt()
+    speed = config.rope_theta ** (-torch.arange(half) / half)  # radians a position
+    shared_by = config.num_attention_heads // config.num_key_value_heads
+    for head in range(num_heads):
+        angle = speed * DISTANCES[head % len(DISTANCES)]
+        query = torch.cat((size * angle.cos(), -size * angle.sin()))
+        rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
+        attention.q_proj.weight[rows] += torch.outer(query.to(constant), constant)
+    key = torch.cat((size, torch.zeros(half))).to(constant)
+    for group in range(-(-num_heads // shared_by)):
+        rows = slice(group * config.head_dim, (group + 1) * config.head_dim)
+        attention.k_proj.weight[rows] += torch.outer(key, constant)
+    attention.q_norm.weight.fill_(SHARPNESS)
+    attention.k_norm.weight.fill_(SHARPNESS)

@@ -107,6 +107,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {
         "tie_word_embeddings": 0,
         "embedding_init": "bigrams",
+        "look_back_heads": 4,
         "batch_size": AUTO,
         "accumulation_steps": 1,
         "optimizer": "muon",
@@ -155,6 +156,14 @@ class ModelFlags:
         resume=DECIDES,
         older="random",
         choices=["random", "bigrams"],
+    )
+    look_back_heads: int = flag(
+        0,
+        "heads of the first layer that begin by attending to the tokens one to three before; needs "
+        "--embedding_init bigrams",
+        resume=DECIDES,
+        older=0,
+        least=0,
     )
     tokenizer_path: str = flag("model", "folder of a transformers tokenizer")
     from_weight: str = flag(
@@ -388,7 +397,7 @@ class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFla
 
     def architecture(self) -> dict[str, Any]:
         """The flags that size the model, by the names of MiniMindConfig's arguments."""
-        others = {"preset", "tokenizer_path", "from_weight", "embedding_init"}
+        others = {"preset", "tokenizer_path", "from_weight", "embedding_init", "look_back_heads"}
         names = {f.name for f in fields(ModelFlags)} - others
         return {name: getattr(self, name) for name in sorted(names)}
 
@@ -567,6 +576,11 @@ def check_flags(config: TrainConfig) -> None:
         config.embedding_init == "random" or new_and_untied,
         "--embedding_init bigrams sets an output head of its own in a new model, expected "
         "--tie_word_embeddings 0 and no --from_weight, or --embedding_init random",
+    )
+    heads, most = config.look_back_heads, config.num_attention_heads
+    expect(
+        heads <= 0 or (config.embedding_init == "bigrams" and heads <= most),
+        f"--look_back_heads is {heads}, expected at most {most}, with --embedding_init bigrams",
     )
     name = config.save_weight
     # These characters have no special meaning in a glob pattern.
