@@ -150,12 +150,9 @@ def look_back(model: MiniMindForCausalLM, num_heads: int) -> None:
     assert isinstance(first, Block)
     attention = first.self_attn
 
-    def work() -> Tensor:
-        table = normed(model.model.embed_tokens.weight).cpu()
-        return torch.linalg.lstsq(table, torch.ones(len(table), 1)).solution[:, 0]
-
-    # (D,): about 1 for every token.
-    constant = distributed.on_main_process(work).to(model.device)
+    table = normed(model.model.embed_tokens.weight)
+    common = table.mean(0)  # (D,): every token has much of it, as embeddings began with a constant
+    common = common / common.square().sum()
     half = config.head_dim // 2
     share = torch.zeros(half)
     share[: len(PAIRS)] = torch.tensor(PAIRS)[:half]
@@ -166,10 +163,10 @@ def look_back(model: MiniMindForCausalLM, num_heads: int) -> None:
         angle = speed * DISTANCES[head % len(DISTANCES)]
         query = torch.cat((size * angle.cos(), -size * angle.sin()))
         rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
-        attention.q_proj.weight[rows] += torch.outer(query.to(constant), constant)
-    key = torch.cat((size, torch.zeros(half))).to(constant)
+        attention.q_proj.weight[rows] += torch.outer(query.to(common), common)
+    key = torch.cat((size, torch.zeros(half))).to(common)
     for group in range(-(-num_heads // shared_by)):
         rows = slice(group * config.head_dim, (group + 1) * config.head_dim)
-        attention.k_proj.weight[rows] += torch.outer(key, constant)
+        attention.k_proj.weight[rows] += torch.outer(key, common)
     attention.q_norm.weight.fill_(SHARPNESS)
     attention.k_norm.weight.fill_(SHARPNESS)
