@@ -1,13 +1,14 @@
 """An embedding and an output head that know, before the first update, which token follows which.
 
 As layers begin as the identity, a new model is its embedding, the final norm and the head: it
-predicts a token from the one before it alone. What it can learn about that is in the counts of
-neighbouring tokens, a matrix of V x V, so it is fitted to those first: each step sees all that ever
-followed a thousand tokens, where an update of the run sees a thousand pairs.
+predicts a token from the one before it alone. The best it can be at that is known without training,
+from the counts of neighbouring tokens. It is a matrix of V x V; the model holds the best
+approximation that its width allows.
 
-V: vocabulary; D: width; R: tokens in a step.
+V: vocabulary; D: width.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,12 +20,11 @@ from trainer import distributed
 from trainer.console import log
 
 DISCOUNT = 0.75  # taken from each count, as usual for absolute discounting
+EXPONENT = 0.25  # of a token's frequency, in the weight of its row or column
+EMBEDDING_STD = 0.3125  # root mean square of an embedding's components
+CLIPPED_SHARE = 0.02  # of tokens, whose vectors are too long and are shortened
 MAX_TOKENS = 2**24  # counted in seconds; more tell little that updates would not, soon
-# Of the fit; measured in docs/RECIPES.md.
-NUM_STEPS, TOKENS_PER_STEP, STABLE_SHARE = 80, 1024, 0.4
-EMBEDDING_LR, HEAD_LR, BETAS = 0.02, 0.007, (0.8, 0.99)
-RARENESS = 0.75  # exponent of a token's frequency in how often it is drawn
-EMBEDDING_STD = 0.3125  # root mean square of an embedding's components in the end
+ITERATIONS = 2  # of the approximate factorization
 # Of heads that look back: how far, in turn; what their fastest pairs of channels contribute, so
 # that the sum over pairs peaks at one distance; the weight of their norms, which makes it sharp.
 DISTANCES = (1, 2, 1, 3)
@@ -41,8 +41,7 @@ def start_from_bigrams(model: MiniMindForCausalLM, batches: Iterable[Any]) -> No
             f"embedding from {int(counts.values().sum()):,} pairs of neighbouring tokens, "
             f"{counts.values().numel():,} of them different"
         )
-        embedding, head = fit(counts, model.config.hidden_size, model.device)
-        return embedding.cpu(), head.cpu()
+        return factors(counts, model.config.hidden_size)
 
     embedding, head = distributed.on_main_process(work)
     with torch.no_grad():
@@ -92,43 +91,33 @@ def log_probabilities(counts: Tensor) -> tuple[Tensor, Tensor]:
     return base.log(), sparse(counts.indices(), bonus, len(counts))
 
 
-def fit(counts: Tensor, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embedding and head, (V, D) each, whose product after a norm of the embedding is close to
-    ``log_probabilities``, by the cross-entropy of what follows tokens as frequent as they are.
+def factors(counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Embedding and head (V, D) whose product, after a norm of the embedding, is nearest to
+    ``log_probabilities``; errors count by the tokens' frequencies.
 
-    The first component is a constant at first, which the head multiplies by the base; the others
-    are small, so that a token that is never drawn predicts what is probable anyway."""
+    Two components serve other purposes: a constant, which the head multiplies by the base, and one
+    that gives all embeddings the same length, since the norm would undo any other."""
     base, bonus = log_probabilities(counts)
-    vocab_size = len(counts)
-    embedding = 0.05 * torch.randn(vocab_size, width)
-    embedding[:, 0] = 1.25
-    head = torch.zeros(vocab_size, width)
-    head[:, 0] = base / normed(embedding)[:, 0].mean()
-    embedding, head, base = (t.to(device) for t in (embedding, head, base))
+    v, w = bonus.indices()
+    frequency = torch.bincount(v, counts.values(), minlength=len(counts)).float() + 0.5
+    row_weight, column_weight = frequency**EXPONENT, base.exp() ** EXPONENT
+    weighted = sparse(
+        bonus.indices(), bonus.values() * row_weight[v] * column_weight[w], len(counts)
+    )
+    rank = min(width - 2, len(counts))
+    left, values, right = torch.svd_lowrank(weighted, q=rank, niter=ITERATIONS)
+    left = left * values.sqrt() / row_weight[:, None]
+    right = right * values.sqrt() / column_weight[:, None]
 
-    frequency = torch.bincount(counts.indices()[0], counts.values(), minlength=vocab_size)
-    frequency = (frequency / frequency.sum()).float()
-    drawn = frequency**RARENESS / (frequency**RARENESS).sum()
-    groups = [
-        {"params": [embedding.requires_grad_()], "peak": EMBEDDING_LR},
-        {"params": [head.requires_grad_()], "peak": HEAD_LR},
-    ]
-    optimizer = torch.optim.Adam(groups, betas=BETAS)
-    for step in range(NUM_STEPS):
-        for group in optimizer.param_groups:
-            left = (1 - step / NUM_STEPS) / (1 - STABLE_SHARE)
-            group["lr"] = group["peak"] * min(1.0, left)
-        tokens, times = torch.multinomial(drawn, TOKENS_PER_STEP, replacement=True).unique(
-            return_counts=True
-        )
-        weights = (times * frequency[tokens] / drawn[tokens]).to(device)  # each as in the text
-        target = (base + bonus.index_select(0, tokens).to_dense().to(device)).softmax(-1)
-        logits = normed(embedding[tokens.to(device)]) @ head.T  # (R, V)
-        losses = logits.logsumexp(-1) - (target * logits).sum(-1)
-        optimizer.zero_grad()
-        ((losses * weights).sum() / weights.sum()).backward()
-        optimizer.step()
-    return normed(embedding.detach()) * EMBEDDING_STD, head.detach()
+    longest = left.norm(dim=1).quantile(1 - CLIPPED_SHARE).clamp(min=1e-3)
+    left = left * (longest / left.norm(dim=1, keepdim=True).clamp(min=1e-9)).clamp(max=1)
+    filling = (longest.square() - left.square().sum(1)).clamp(min=0).sqrt()
+    length = longest * math.sqrt(2)  # of each row below
+    embedding, head = torch.zeros(2, len(counts), width)
+    embedding[:, 0], embedding[:, 1], embedding[:, 2 : 2 + rank] = longest, filling, left
+    head[:, 0], head[:, 2 : 2 + rank] = base / longest, right
+    norm = math.sqrt(width)  # the length of an embedding after the norm
+    return embedding * (EMBEDDING_STD * norm / length), head * (length / norm)
 
 
 def normed(x: Tensor) -> Tensor:
