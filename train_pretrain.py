@@ -246,8 +246,7 @@ def build_run(
     dtype, num_ranks = args.torch_dtype, distributed.world_size()
     model.model.residual_dtype = getattr(torch, str(args.residual_dtype))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    some = data.__getitems__([*range(min(8, len(data)))]).to(device)
-    args = choose(args, model, len(data), state, partial(rows_per_second, model, some, autocast))
+    args = choose(args, model, len(data), state, partial(rows_per_second, model, data, autocast))
     rounding = args.rounding_settings(num_ranks)
     if state is not None:
         args = args.keep_split(state, num_ranks)

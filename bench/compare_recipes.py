@@ -442,12 +442,8 @@ def nanochat(contest: Contest, tokens: int) -> Iterator[str]:
         trial = Trial(f"nanochat, rates x {factor:g}", {}, tokens, args.seeds[0])
         key = trial.key(decides)
         if key not in contest.done:
-            command = [
-                args.nanochat_python,
-                ROOT / "bench/run_nanochat.py",
-                "--device",
-                args.device,
-            ]
+            command = [args.nanochat_python, ROOT / "bench/run_nanochat.py"]
+            command += ["--device", args.device]
             command += ["--checkout", args.nanochat, "--data_path", folder / "train.jsonl"]
             command += ["--score", score, "--folder", folder / "nanochat"]
             command += ["--tokens", tokens, "--rate_factor", factor]

@@ -44,7 +44,7 @@ def test_the_rules_are_those_published(tokens: float, rate: float, update: float
     assert best_update_tokens(tokens) == pytest.approx(update, rel=0.04)
 
 
-def test_weights_of_embedding_and_head_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_embedding_and_head_do_not_count() -> None:
     layers = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32 + 2 * 8) + 32
     for tied in (True, False):
         words = "--learning_rate auto --batch_size auto --accumulation_steps 1 --max_seq_len 100"

@@ -20,8 +20,9 @@ from trainer.weights import get_model_params
 USABLE = 0.8  # share of the time left that passes take; the rest is for optimizer, evaluations
 SMALLEST_TOKENS = 10**5  # the rules were not looked at below
 LARGEST_RATE = 2e-2
-OWN_FACTOR = 1.3
-ROWS_ON_CPU = 16  # in a pass: more take memory, and are no faster
+OWN_FACTOR = 1.3  # times Step Law's rate, see docs/RECIPES.md
+TOKENS_TIMED = 4096  # in a pass
+ROWS_ON_CPU = 16  # in a pass, at most, for its memory
 
 
 def best_learning_rate(num_weights: float, num_tokens: float) -> float:
@@ -63,7 +64,8 @@ def choose(
         if auto_rows and rows % (ranks * args.accumulation_steps):
             raise SettingsError(
                 f"--batch_size auto: an update of {rows} rows, as in the saved run, does not "
-                f"divide among {ranks} ranks x {args.accumulation_steps} --accumulation_steps"
+                f"divide among {ranks} ranks x {args.accumulation_steps} --accumulation_steps; use "
+                f"numbers whose product divides it."
             )
         return with_choice(args, rate, rows)
 
@@ -109,12 +111,13 @@ def with_choice(args: TrainConfig, rate: float, rows_per_update: int) -> TrainCo
 
 
 def rows_per_second(
-    model: MiniMindForCausalLM, rows: Any, autocast: AbstractContextManager
+    model: MiniMindForCausalLM, data: Any, autocast: AbstractContextManager
 ) -> float:
     """How many rows this rank trains on in a second, without compilation and optimizer.
 
-    Args: rows: a batch on the model's device."""
-    seconds = []
+    Args: data: the dataset of the rows."""
+    some = range(min(max(1, TOKENS_TIMED // data.row_length), len(data)))
+    rows, seconds = data.__getitems__([*some]).to(model.device), []
     for _ in range(4):
         since = time.monotonic()
         with autocast:

@@ -33,7 +33,7 @@ SHARPNESS = 1.5
 
 
 def start_from_bigrams(model: MiniMindForCausalLM, batches: Iterable[Any]) -> None:
-    """Fit embedding and head of a new model to the rows of these, the same on all ranks."""
+    """Set embedding and head of a new model from the rows of these, the same on all ranks."""
 
     def work() -> tuple[Tensor, Tensor]:
         counts = count_pairs(batches, model.config.vocab_size)
@@ -120,16 +120,12 @@ def factors(counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return embedding * (EMBEDDING_STD * norm / length), head * (length / norm)
 
 
-def normed(x: Tensor) -> Tensor:
-    """(K, D), as the final norm begins."""
-    return x / x.square().mean(-1, keepdim=True).sqrt()
-
-
 @torch.no_grad()
 def look_back(model: MiniMindForCausalLM, num_heads: int) -> None:
     """Let so many heads of the first layer begin by attending to the tokens one to three before.
 
-    Queries and keys there begin as constants, so that rotary embedding alone decides: a query
+    Their queries and keys begin as constants, made of the component that ``factors`` gives the same
+    value in all embeddings, so that rotary embedding alone decides: a query
     that is turned back by some positions fits the key which is so many before it. Their outputs
     are zero at first, as all. A later layer can then ask what followed an earlier token, which
     takes much training to find otherwise (Olsson et al. 2022, induction heads)."""
@@ -139,9 +135,7 @@ def look_back(model: MiniMindForCausalLM, num_heads: int) -> None:
     assert isinstance(first, Block)
     attention = first.self_attn
 
-    table = normed(model.model.embed_tokens.weight)
-    common = table.mean(0)  # (D,): every token has much of it, as embeddings began with a constant
-    common = common / common.square().sum()
+    constant = math.sqrt(config.hidden_size / 2)  # what the norm makes of that component
     half = config.head_dim // 2
     share = torch.zeros(half)
     share[: len(PAIRS)] = torch.tensor(PAIRS)[:half]
@@ -152,10 +146,10 @@ def look_back(model: MiniMindForCausalLM, num_heads: int) -> None:
         angle = speed * DISTANCES[head % len(DISTANCES)]
         query = torch.cat((size * angle.cos(), -size * angle.sin()))
         rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
-        attention.q_proj.weight[rows] += torch.outer(query.to(common), common)
-    key = torch.cat((size, torch.zeros(half))).to(common)
+        attention.q_proj.weight[rows, 0] = query.to(model.device) / constant
+    key = torch.cat((size, torch.zeros(half))).to(model.device) / constant
     for group in range(-(-num_heads // shared_by)):
         rows = slice(group * config.head_dim, (group + 1) * config.head_dim)
-        attention.k_proj.weight[rows] += torch.outer(key, common)
+        attention.k_proj.weight[rows, 0] = key
     attention.q_norm.weight.fill_(SHARPNESS)
     attention.k_norm.weight.fill_(SHARPNESS)

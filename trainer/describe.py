@@ -34,12 +34,11 @@ def describe_run(run: Run, corpus: dict, num_held_out: int) -> None:
     total, active = get_model_params(run.model, run.config)
     size = f"{total / 1e6:.2f}M" + (f"-A{active / 1e6:.2f}M" if active < total else "")
     vocab_size, length = run.config.vocab_size, run.args.max_seq_len
-    begins = run.args.embedding_init
+    expected = "near" if run.args.embedding_init == "random" else "well below"
     log(
-        f"model: {size} parameters, vocabulary {vocab_size:,}: the first loss should be "
-        + f"near ln {vocab_size} = {math.log(vocab_size):.2f}; " * (begins == "random")
-        + f"well below ln {vocab_size} = {math.log(vocab_size):.2f}; " * (begins != "random")
-        + f"{memory_of_weights(run.optimizer) / 2**30:.2f} GiB with gradients and moments"
+        f"model: {size} parameters, vocabulary {vocab_size:,}: "
+        f"the first loss should be {expected} ln {vocab_size} = {math.log(vocab_size):.2f}; "
+        f"{memory_of_weights(run.optimizer) / 2**30:.2f} GiB with gradients and moments"
     )
     log(
         f"data: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens, "
