@@ -21,7 +21,7 @@ from tests.running import (
 )
 from trainer.bigrams import count_pairs, factors, look_back, sparse
 from trainer.errors import SettingsError
-from trainer.flags import parse_flags
+from trainer.flags import AUTO, parse_flags
 
 ON = {"embedding_init": "bigrams", "tie_word_embeddings": 0}
 
@@ -154,6 +154,20 @@ def test_heads_begin_by_looking_back_as_far_as_they_should() -> None:
         f"{part}.weight" for part in ("q_proj", "k_proj", "q_norm", "k_norm")
     }
     assert all(n.startswith("model.layers.0.") for n in changed)
+
+
+def test_auto_is_half_of_the_heads_however_many_there_are() -> None:
+    """So `--recipe best` fits any model."""
+    for heads in (1, 2, 6):
+        sizes = {"hidden_size": 96, "num_attention_heads": heads, "num_key_value_heads": 1}
+        torch.manual_seed(5)
+        model = MiniMindForCausalLM(tiny_config(**sizes, tie_word_embeddings=False))
+        query = model.model.layers[0].self_attn.q_proj.weight
+        before = query.detach().clone()
+        look_back(model, AUTO)
+        changed = (query != before).any(1).view(heads, -1)
+        assert changed.any(1).tolist() == [head < heads // 2 for head in range(heads)]
+        parse_flags(f"--recipe best --num_attention_heads {heads}".split())
 
 
 @pytest.mark.parametrize("words", ["--look_back_heads 2", "--recipe best --look_back_heads 9"])

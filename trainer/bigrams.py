@@ -18,6 +18,7 @@ from torch import Tensor
 from model.model_minimind import IGNORE, Block, MiniMindForCausalLM
 from trainer import distributed
 from trainer.console import log
+from trainer.flags import AUTO
 
 DISCOUNT = 0.75  # taken from each count, as usual for absolute discounting
 EXPONENT = 0.25  # of a token's frequency, in the weight of its row or column
@@ -122,16 +123,19 @@ def factors(counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def look_back(model: MiniMindForCausalLM, num_heads: int) -> None:
-    """Let so many heads of the first layer begin by attending to the tokens one to three before.
+    """Let so many heads of the first layer, half of them with AUTO, begin by attending to the
+    tokens one to three before.
 
     Their queries and keys begin as constants, made of the component that ``factors`` gives the same
     value in all embeddings, so that rotary embedding alone decides: a query
     that is turned back by some positions fits the key which is so many before it. Their outputs
     are zero at first, as all. A later layer can then ask what followed an earlier token, which
     takes much training to find otherwise (Olsson et al. 2022, induction heads)."""
+    config, first = model.config, model.model.layers[0]
+    if num_heads == AUTO:
+        num_heads = config.num_attention_heads // 2
     if not num_heads:
         return
-    config, first = model.config, model.model.layers[0]
     assert isinstance(first, Block)
     attention = first.self_attn
 

@@ -107,7 +107,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {
         "tie_word_embeddings": 0,
         "embedding_init": "bigrams",
-        "look_back_heads": 4,
+        "look_back_heads": AUTO,
         "batch_size": AUTO,
         "accumulation_steps": 1,
         "optimizer": "muon",
@@ -159,10 +159,11 @@ class ModelFlags:
     )
     look_back_heads: int = flag(
         0,
-        "heads of the first layer that begin by attending to the tokens one to three before; needs "
-        "--embedding_init bigrams",
+        "heads of the first layer that begin by attending to the tokens one to three before; auto: "
+        "half of them; needs --embedding_init bigrams",
         resume=DECIDES,
         older=0,
+        auto=True,
         least=0,
     )
     tokenizer_path: str = flag("model", "folder of a transformers tokenizer")
@@ -579,7 +580,7 @@ def check_flags(config: TrainConfig) -> None:
     )
     heads, most = config.look_back_heads, config.num_attention_heads
     expect(
-        heads <= 0 or (config.embedding_init == "bigrams" and heads <= most),
+        not heads or (config.embedding_init == "bigrams" and heads <= most),
         f"--look_back_heads is {heads}, expected at most {most}, with --embedding_init bigrams",
     )
     name = config.save_weight
