@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.model_minimind import MiniMindForCausalLM
 from tests.helpers import tiny_config
@@ -18,9 +20,10 @@ from tests.running import (
     train_on_ranks,
     training_command,
 )
-from trainer.auto import best_learning_rate, best_update_tokens, choose
+from trainer.auto import best_learning_rate, best_update_tokens, choose, least_update_tokens
 from trainer.errors import CheckpointError, SettingsError
 from trainer.flags import AUTO, PRESETS, RECIPES, parse_flags
+from trainer.optimizer import build_optimizer
 from trainer.weights import get_model_params
 
 # Step Law for 59 M weights, worked out by hand from its published constants.
@@ -60,6 +63,32 @@ def test_a_larger_update_than_suits_gets_a_higher_rate() -> None:
     words, sizes = "--learning_rate auto --accumulation_steps 1 --batch_size", {"hidden_size": 256}
     rates = [chosen(f"{words} {rows}", 10**4, **sizes).learning_rate for rows in (1, 4)]
     assert rates[1] == pytest.approx(2 * rates[0], rel=0.1)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_an_update_is_large_enough_for_what_muon_multiplies(experts: int) -> None:
+    """Against torch's own count of operations."""
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512}
+    if experts:
+        sizes |= {"use_moe": True, "num_experts": experts}
+    model = MiniMindForCausalLM(tiny_config(**sizes))
+    optimizer, ids = build_optimizer(model, 1e-3, "muon"), torch.arange(512).view(8, 64)
+    with FlopCounterMode(display=False) as passes:
+        model(ids, labels=ids).loss.backward()
+    with FlopCounterMode(display=False) as step:
+        optimizer.step()
+    per_token = passes.get_total_flops() / ids.numel()
+    if experts:  # whose products it does not count
+        per_token = 6 * (get_model_params(model, model.config)[1])
+    tokens = least_update_tokens(model, 1e12)
+    assert step.get_total_flops() / (tokens * per_token) == pytest.approx(0.25, rel=0.03)
+    assert least_update_tokens(model, 200.0) == 1
+
+    words, rows = "--recipe best --max_seq_len 8", 10**6 if experts else 20_000
+    wanted = max(tokens, best_update_tokens(8 * rows))
+    assert chosen(words, rows, **sizes).batch_size * 8 == pytest.approx(wanted, rel=0.1)
+    plain = chosen(f"{words} --optimizer adamw", rows, **sizes)
+    assert plain.batch_size * 8 == pytest.approx(best_update_tokens(8 * rows), rel=0.1)
 
 
 def test_a_time_counts_as_what_fits_into_it() -> None:

@@ -13,6 +13,7 @@ from trainer.console import log
 from trainer.describe import run_time
 from trainer.errors import SettingsError
 from trainer.flags import AUTO, TrainConfig
+from trainer.muon import NUM_STEPS
 from trainer.run import largest_divisor
 from trainer.state import refuse_unless
 from trainer.weights import get_model_params
@@ -22,6 +23,8 @@ SMALLEST_TOKENS = 10**5  # the rules were not looked at below
 LARGEST_RATE = 2e-2
 OWN_FACTOR = 1.3  # times Step Law's rate, see docs/RECIPES.md
 TOKENS_TIMED = 4096  # in a pass
+MUON_SHARE = 0.25  # of the passes' operations, at most
+FEWEST_UPDATES = 200
 ROWS_ON_CPU = 16  # in a pass, at most, for its memory
 
 
@@ -36,6 +39,29 @@ def best_learning_rate(num_weights: float, num_tokens: float) -> float:
 def best_update_tokens(num_tokens: float) -> float:
     """Tokens of an update over a run of this length. Source: as above."""
     return 0.58 * num_tokens**0.571
+
+
+def least_update_tokens(model: MiniMindForCausalLM, num_tokens: float) -> float:
+    """Tokens of an update whose passes have MUON_SHARE of their operations again in Muon's step.
+
+    Fewer would learn more from each token, but less in an hour. Never so many that the run has
+    under FEWEST_UPDATES updates."""
+    config = model.config
+    operations = 0.0  # of the iteration on matrices of r x c, r <= c
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and parameter.ndim >= 2:
+            r, c = sorted(parameter.shape[-2:])
+            matrices = parameter.numel() / (r * c)
+            operations += matrices * NUM_STEPS * (4 * r * r * c + 2 * r**3)
+    multiplied = weights_in_layers(model) + config.vocab_size * config.hidden_size
+    return min(operations / (MUON_SHARE * 6 * multiplied), num_tokens / FEWEST_UPDATES)
+
+
+def weights_in_layers(model: MiniMindForCausalLM) -> float:
+    """Those that a token passes, without embedding and head."""
+    config = model.config
+    in_tables = config.vocab_size * config.hidden_size * (2 - int(config.tie_word_embeddings))
+    return get_model_params(model, config)[1] - in_tables
 
 
 def choose(
@@ -74,17 +100,15 @@ def choose(
         seconds = max(60 * args.max_minutes - run_time(), 1.0)
         rows = round(distributed.broadcast(USABLE * seconds * rows_per_second() * ranks))
     tokens = max(rows * args.max_seq_len, SMALLEST_TOKENS)
-    config = model.config
-    in_tables = config.vocab_size * config.hidden_size * (2 - int(config.tie_word_embeddings))
-    weights = get_model_params(model, config)[1] - in_tables
-    wanted = best_update_tokens(tokens)
+    weights, best = weights_in_layers(model), best_update_tokens(tokens)
+    wanted = max(best, least_update_tokens(model, tokens)) if args.optimizer == "muon" else best
     step = ranks * args.accumulation_steps * (args.micro_batch_size or 1)
     step *= 8 if wanted / args.max_seq_len / step >= 16 else 1  # it should divide by many numbers
     rows_per_update = step * max(1, round(wanted / args.max_seq_len / step))
     if not auto_rows:
         rows_per_update = args.batch_size * args.accumulation_steps * ranks
     # Noise falls with the size of an update, and so the rate may rise; by its square root.
-    larger = rows_per_update * args.max_seq_len / wanted
+    larger = rows_per_update * args.max_seq_len / best
     rate = best_learning_rate(weights, tokens) * math.sqrt(min(larger, 4.0))
     rate = float(f"{min(rate, LARGEST_RATE):.2g}")
     if not auto_rate:
