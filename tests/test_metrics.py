@@ -323,6 +323,15 @@ def test_a_held_out_loss_that_rises_is_told(
     assert "held-out loss has risen" not in train_in_process(tmp_path, eval_interval=6)
     held = [r["heldout_loss"] for r in read_metrics(tmp_path) if "heldout_loss" in r]
     monkeypatch.setattr(metrics, "OVERFITTING_NATS", -10.0)
-    output = train_in_process(tmp_path, eval_interval=6, overwrite=1)
-    warned = re.findall(r"warning: the held-out loss has risen from ([\d.]+):", output)
-    assert warned == [f"{min(held[:i]):.4f}" for i in range(1, len(held))]
+    output = train_in_process(tmp_path, eval_interval=6, log_interval=6, overwrite=1)
+    rows = [r["rows"] for r in read_metrics(tmp_path) if "rows" in r]
+    epochs = max(r["epoch"] for r in read_metrics(tmp_path) if "epoch" in r)
+    told = r"has risen from ([\d.]+), after ([\d.]+) passes .* --epochs (\d+);"
+    warned = re.findall(told, output)
+    for i, (lowest, passes, fewer) in enumerate(warned, start=1):
+        best = min(range(i), key=held.__getitem__)
+        assert lowest == f"{held[best]:.4f}"
+        # The last update of a pass is shorter, which the message does not know.
+        assert float(passes) == pytest.approx(rows[best] * epochs / rows[-1], abs=0.2)
+        assert int(fewer) == max(1, round(float(passes)))
+    assert len(warned) == len(held) - 1

@@ -242,7 +242,7 @@ class Metrics:
         self, scores: dict[str, float], texts: dict[str, str], repeated: float | None = None
     ) -> None:
         """Log held-out scores, if any, continuations by prompt, and how much these repeat."""
-        past = [r["heldout_loss"] for r in self.run.records if "heldout_loss" in r]
+        past = [(r["heldout_loss"], r["step"]) for r in self.run.records if "heldout_loss" in r]
         share = {} if repeated is None else {"repeated_4grams": round(repeated, 4)}
         self.write({"step": self.run.step, **scores, **share, "continuations": texts})
         if scores:
@@ -255,10 +255,13 @@ class Metrics:
                     if name.startswith("heldout_bits_per_byte_")
                 )
             )
-            if scores["heldout_loss"] > min(past, default=math.inf) + OVERFITTING_NATS:
+            lowest, step = min(past, default=(math.inf, 0))
+            if scores["heldout_loss"] > lowest + OVERFITTING_NATS:
+                passes = step * self.run.global_batch / self.run.rows_per_epoch
                 log(
-                    f"warning: the held-out loss has risen from {min(past):.4f}: the model is "
-                    f"memorizing the training text. Use more data, or fewer --epochs"
+                    f"warning: the held-out loss has risen from {lowest:.4f}, after {passes:.1f} "
+                    f"passes over the text: the model is memorizing it. Use more text, or "
+                    f"--epochs {max(1, round(passes))}; see docs/RECIPES.md"
                 )
         for prompt, text in texts.items():
             log(f"  {prompt} → {text}".replace("\n", "⏎"))
