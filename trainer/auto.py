@@ -20,7 +20,7 @@ from trainer.weights import get_model_params
 
 USABLE = 0.8  # share of the time left that passes take; the rest is for optimizer, evaluations
 SMALLEST_TOKENS = 10**5  # the rules were not looked at below
-LARGEST_RATE = 2e-2
+LARGEST_RATE = 4.5e-3  # for small models Step Law says more, which did harm: docs/RECIPES.md
 OWN_FACTOR = 1.3  # times Step Law's rate, see docs/RECIPES.md
 TOKENS_TIMED = 4096  # in a pass
 MUON_SHARE = 0.25  # of the passes' operations, at most
@@ -109,8 +109,8 @@ def choose(
         rows_per_update = args.batch_size * args.accumulation_steps * ranks
     # Noise falls with the size of an update, and so the rate may rise; by its square root.
     larger = rows_per_update * args.max_seq_len / best
-    rate = best_learning_rate(weights, tokens) * math.sqrt(min(larger, 4.0))
-    rate = float(f"{min(rate, LARGEST_RATE):.2g}")
+    rate = min(best_learning_rate(weights, tokens), LARGEST_RATE) * math.sqrt(min(larger, 4.0))
+    rate = float(f"{rate:.2g}")
     if not auto_rate:
         rate = args.learning_rate
     log(
