@@ -21,13 +21,17 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     wide = x.shape[-2] <= x.shape[-1]
     y = (x if wide else x.mT).to(dtype)  # the shorter side first makes the products smaller
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    y, shape = y.reshape(-1, *y.shape[-2:]), y.shape  # as torch.baddbmm takes it
     a, b, c = COEFFICIENTS
     if dtype == torch.float32 and y.shape[-1] >= 2 * y.shape[-2]:
         y = polynomial_of(y @ y.mT) @ y
-        return y if wide else y.mT
-    for _ in range(NUM_STEPS):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
+    else:
+        for _ in range(NUM_STEPS):
+            gram = y @ y.mT
+            # Sums inside the products: passes over memory of their own took as long on a CPU.
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            y = torch.baddbmm(y, factor, y, beta=a)
+    y = y.reshape(shape)
     return y if wide else y.mT
 
 
@@ -39,7 +43,7 @@ def polynomial_of(gram: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     total = None
     for step in range(NUM_STEPS):
-        factor = b * gram + c * gram @ gram
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         total = factor if total is None else factor @ total
         if step < NUM_STEPS - 1:
