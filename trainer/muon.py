@@ -28,7 +28,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     else:
         for _ in range(NUM_STEPS):
             gram = y @ y.mT
-            # Sums inside the products: passes over memory of their own took as long on a CPU.
+            # Sums inside the products, as passes over memory of their own take time.
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             y = torch.baddbmm(y, factor, y, beta=a)
     y = y.reshape(shape)
