@@ -174,3 +174,5 @@ def test_auto_is_half_of_the_heads_however_many_there_are() -> None:
 def test_more_heads_than_there_are_or_none_to_go_with_are_refused(words: str) -> None:
     with pytest.raises(SettingsError, match=r"--look_back_heads is \d, expected at most 8"):
         parse_flags(words.split())
+    with pytest.raises(SettingsError, match=r"--look_back_heads is auto, .* or 0"):
+        parse_flags(["--recipe", "best", "--embedding_init", "random"])

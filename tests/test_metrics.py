@@ -326,12 +326,15 @@ def test_a_held_out_loss_that_rises_is_told(
     output = train_in_process(tmp_path, eval_interval=6, log_interval=6, overwrite=1)
     rows = [r["rows"] for r in read_metrics(tmp_path) if "rows" in r]
     epochs = max(r["epoch"] for r in read_metrics(tmp_path) if "epoch" in r)
-    told = r"has risen from ([\d.]+), after ([\d.]+) passes .* --epochs (\d+);"
-    warned = re.findall(told, output)
-    for i, (lowest, passes, fewer) in enumerate(warned, start=1):
+    told = r"has risen from ([\d.]+), after ([\d.]+) passes .*(?:--epochs (\d+);|(rate)$)"
+    warned = re.findall(told, output, re.MULTILINE)
+    assert {bool(fewer) for *_, fewer, _ in warned} == {False, True}
+    for i, (lowest, passes, fewer, _) in enumerate(warned, start=1):
         best = min(range(i), key=held.__getitem__)
         assert lowest == f"{held[best]:.4f}"
         # The last update of a pass is shorter, which the message does not know.
         assert float(passes) == pytest.approx(rows[best] * epochs / rows[-1], abs=0.2)
-        assert int(fewer) == max(1, round(float(passes)))
+        # In the first pass, fewer of them are no advice.
+        assert bool(fewer) == (rows[i] > rows[-1] / epochs)
+        assert not fewer or int(fewer) == max(1, round(float(passes)))
     assert len(warned) == len(held) - 1

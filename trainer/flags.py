@@ -581,7 +581,8 @@ def check_flags(config: TrainConfig) -> None:
     heads, most = config.look_back_heads, config.num_attention_heads
     expect(
         not heads or (config.embedding_init == "bigrams" and heads <= most),
-        f"--look_back_heads is {heads}, expected at most {most}, with --embedding_init bigrams",
+        f"--look_back_heads is {'auto' if heads == AUTO else heads}, expected at most {most}, "
+        f"with --embedding_init bigrams, or 0",
     )
     name = config.save_weight
     # These characters have no special meaning in a glob pattern.

@@ -258,10 +258,18 @@ class Metrics:
             lowest, step = min(past, default=(math.inf, 0))
             if scores["heldout_loss"] > lowest + OVERFITTING_NATS:
                 passes = step * self.run.global_batch / self.run.rows_per_epoch
+                reason = (
+                    f"the model is memorizing it. Use more text, or --epochs "
+                    f"{max(1, round(passes))}; see docs/RECIPES.md"
+                )
+                if self.run.rows_seen <= self.run.rows_per_epoch:  # nothing was seen twice
+                    reason = (
+                        "a high rate undoes what was learnt, as of a start from counts. If the "
+                        "loss does not fall again with the rate, lower --learning_rate"
+                    )
                 log(
                     f"warning: the held-out loss has risen from {lowest:.4f}, after {passes:.1f} "
-                    f"passes over the text: the model is memorizing it. Use more text, or "
-                    f"--epochs {max(1, round(passes))}; see docs/RECIPES.md"
+                    f"passes over the text: {reason}"
                 )
         for prompt, text in texts.items():
             log(f"  {prompt} → {text}".replace("\n", "⏎"))
