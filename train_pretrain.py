@@ -81,7 +81,7 @@ def train(
     make_fast(run, data, partial(forward_backward, run))
     describe_pass(run)
     if config.dry_run:
-        return report_dry_run(run, (window for window, _ in windows(run, data)), step)
+        return report_dry_run(run, data, held_out, windows(run, data), step)
 
     # 5. Train
     metrics = open_metrics(run)

@@ -196,7 +196,9 @@ def excerpt(source: Path, cache: TokenCache, tokens: int, padded: bool) -> Path:
             raise SystemExit(f"{source}: has fewer than {tokens:,} tokens")
         own = path.with_name(f"{path.name}.{os.getpid()}")  # others may want it at the same time
         own.write_bytes(b"".join(lines[:enough]))
-        own.replace(path)
+        with contextlib.suppress(FileExistsError):  # the first stays: it may be in use already
+            os.link(own, path)
+        own.unlink()
     return path
 
 

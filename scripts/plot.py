@@ -1,4 +1,4 @@
-"""Plot the metrics of runs: loss, held-out bits per byte, learning rate, gradient norm, speed.
+"""Plot the metrics of runs: loss, held-out bits per byte and their forecast, learning rate, speed.
 
     python -m scripts.plot out/pretrain_768_metrics.jsonl                # -> out/pretrain_768.png
     python -m scripts.plot a_metrics.jsonl b_metrics.jsonl --output both.png
@@ -122,6 +122,12 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
             panel.plot(
                 tokens, values, label=name, linewidth=1.2, marker="." if len(values) < 20 else None
             )
+            expected = curve(records, "forecast_expected")
+            if key == "heldout_bits_per_byte" and expected[0]:
+                low, high = (curve(records, f"forecast_{end}")[1] for end in ("low", "high"))
+                color = panel.lines[-1].get_color()
+                panel.plot(*expected, color=color, linestyle=":", label="forecast of the end")
+                panel.fill_between(expected[0], low, high, color=color, alpha=0.12)
         panel.set_title(PANELS[key], fontsize=10)
         panel.set_xlabel("tokens seen")
         panel.grid(alpha=0.3)
@@ -132,7 +138,8 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
             if points:
                 seen, low, high = zip(*points, strict=True)
                 panel.fill_between(seen, low, high, alpha=0.25, label="band")
-        if key == "loss" and (len(runs) > 1 or band):
+        several = key == "loss" and (len(runs) > 1 or band)
+        if several or any(line.get_linestyle() == ":" for line in panel.lines):
             panel.legend(fontsize=8)
     return figure
 

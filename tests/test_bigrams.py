@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.lm_dataset import PretrainDataset
+from dataset.lm_dataset import IGNORE, Batch, PretrainDataset
 from model.model_minimind import MiniMindForCausalLM
 from tests.helpers import shipped_tokenizer, tiny_config
 from tests.running import (
@@ -19,7 +19,7 @@ from tests.running import (
     train_on_ranks,
     write_corpus,
 )
-from trainer.bigrams import count_pairs, factors, look_back, sparse
+from trainer.bigrams import count_pairs, factors, look_back, nats_of_pairs, sparse
 from trainer.errors import SettingsError
 from trainer.flags import AUTO, parse_flags
 
@@ -176,3 +176,24 @@ def test_more_heads_than_there_are_or_none_to_go_with_are_refused(words: str) ->
         parse_flags(words.split())
     with pytest.raises(SettingsError, match=r"--look_back_heads is auto, .* or 0"):
         parse_flags(["--recipe", "best", "--embedding_init", "random"])
+
+
+def test_nats_of_pairs_are_those_of_the_textbook() -> None:
+    """Also of pairs that never occurred, and after a token that was never seen."""
+    vocab_size = 12
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(10, (6, 20), generator=generator)
+    counted = Batch(ids, ids, None, ids.numel())
+    counts = count_pairs([counted], vocab_size)
+    pairs = Counter(zip(ids[:, :-1].flatten().tolist(), ids[:, 1:].flatten().tolist(), strict=True))
+
+    other = torch.randint(vocab_size, (3, 9), generator=generator)
+    labels = other.clone()
+    labels[0, 4] = labels[2, :5] = IGNORE
+    expected = 0.0
+    for row, wanted in zip(other.tolist(), labels.tolist(), strict=True):
+        for v, w in zip(row, wanted[1:], strict=False):
+            if w != IGNORE:
+                expected -= math.log(kneser_ney(pairs, vocab_size, v, w))
+    found = nats_of_pairs(counts, [Batch(other, labels, None, 0)])
+    assert found == pytest.approx(expected, rel=1e-5)

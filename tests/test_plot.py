@@ -66,6 +66,20 @@ def test_a_figure_holds_what_the_metrics_say(tmp_path: Path) -> None:
     assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx((1.8, 6.4))
 
 
+def test_a_forecast_is_drawn_with_its_range(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = records()
+    for record in found:
+        if record["step"] == 10 and "heldout_loss" in record:
+            record |= {f"forecast_{k}": v for k, v in (("low", 1), ("expected", 2), ("high", 4))}
+    held_out = draw({"a": read(write(tmp_path / "a.jsonl", found))}, {}).axes[1]
+    assert [line.get_linestyle() for line in held_out.lines] == ["-", ":"]
+    assert held_out.lines[1].get_xydata().tolist() == [[9000, 2.0]]
+    corners = held_out.collections[0].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (1, 4)
+    assert "forecast of the end" in [text.get_text() for text in held_out.get_legend().get_texts()]
+
+
 def test_the_program_writes_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = plot(write(tmp_path / "pretrain_256_metrics.jsonl", records()))

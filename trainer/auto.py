@@ -10,10 +10,10 @@ from typing import Any
 from model.model_minimind import MiniMindForCausalLM
 from trainer import distributed
 from trainer.console import log
-from trainer.describe import run_time
 from trainer.errors import SettingsError
 from trainer.flags import AUTO, TrainConfig
 from trainer.muon import NUM_STEPS
+from trainer.plan import run_time
 from trainer.run import largest_divisor
 from trainer.state import refuse_unless
 from trainer.weights import get_model_params

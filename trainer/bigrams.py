@@ -57,9 +57,7 @@ def count_pairs(batches: Iterable[Any], vocab_size: int) -> Tensor:
     counts = sparse(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0), vocab_size)
     num_pairs = 0
     for batch in batches:
-        tokens, nexts = batch.input_ids[:, :-1], batch.labels[:, 1:]
-        carries = nexts != IGNORE
-        pairs = torch.stack((tokens[carries], nexts[carries])).cpu()
+        pairs = torch.stack(pairs_of(batch))
         counts = (counts + sparse(pairs, torch.ones(pairs.shape[1]), vocab_size)).coalesce()
         num_pairs += pairs.shape[1]
         if num_pairs >= MAX_TOKENS:
@@ -90,6 +88,31 @@ def log_probabilities(counts: Tensor) -> tuple[Tensor, Tensor]:
     # p(w | v) = (C(v, w) - d) / C(v) + d n(v) / C(v) base(w); over the factor of base(w).
     bonus = torch.log1p((counts.values() - DISCOUNT) / (DISCOUNT * num_after[v] * base[w]))
     return base.log(), sparse(counts.indices(), bonus, len(counts))
+
+
+def nats_of_pairs(counts: Tensor, batches: Iterable[Any]) -> float:
+    """Summed nats of the labels in these, by the smoothed probabilities of pairs alone."""
+    base, bonus = log_probabilities(counts)
+    v = counts.indices()[0]
+    num_after = torch.bincount(v, minlength=len(counts)).float()
+    count = torch.bincount(v, counts.values(), minlength=len(counts))
+    # The term of v; a token that nothing followed yet leaves all to the base.
+    normalizer = torch.where(num_after > 0, (DISCOUNT * num_after / count).log(), 0.0)
+    known, nats = bonus.indices()[0] * len(counts) + bonus.indices()[1], 0.0
+    for batch in batches:
+        tokens, nexts = pairs_of(batch)
+        pair = tokens * len(counts) + nexts
+        place = torch.searchsorted(known, pair).clamp(max=len(known) - 1)
+        extra = torch.where(known[place] == pair, bonus.values()[place], 0.0)
+        nats -= (base[nexts] + normalizer[tokens] + extra).sum(dtype=torch.float64).item()
+    return nats
+
+
+def pairs_of(batch: Any) -> tuple[Tensor, Tensor]:
+    """(K,) and (K,) int64, on the host: the labels that carry loss, and the token before each."""
+    tokens, nexts = batch.input_ids[:, :-1], batch.labels[:, 1:]
+    carries = nexts != IGNORE
+    return tokens[carries].cpu(), nexts[carries].cpu()
 
 
 def factors(counts: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -13,8 +14,9 @@ from trainer import distributed
 from trainer.console import log
 from trainer.device import gpu_has_bfloat16
 from trainer.flags import TrainConfig
+from trainer.forecast import forecast_from_text
 from trainer.muon import moments_of
-from trainer.plan import GENERATION, SKIPPED, process_start
+from trainer.plan import GENERATION, SKIPPED, run_time
 from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.weights import get_model_params
@@ -127,13 +129,19 @@ def cost(args: TrainConfig, minutes: float) -> str:
 
 
 def report_dry_run(
-    run: Run, windows: Iterable[list], step: Callable[[Run, list, int], Outcome]
+    run: Run,
+    data: Any,
+    held_out: Any | None,
+    windows: Iterable[tuple[list, int]],
+    step: Callable[[Run, list, int], Outcome],
 ) -> None:
-    """--dry_run 1: estimate time, memory and cost of the whole run from a few updates.
+    """--dry_run 1: estimate time, memory, cost and loss of the whole run, from a few updates and
+    from the text.
 
-    Args: windows: each update's batches, made when asked for; step: makes the update."""
+    Args: data, held_out: the datasets of the rows; windows: each update's batches, made when asked
+        for; step: makes the update."""
     seconds, since = [], time.monotonic()
-    for window in itertools.islice(windows, DRY_RUN_UPDATES):
+    for window, _ in itertools.islice(windows, DRY_RUN_UPDATES):
         num_labels = distributed.totals(sum(batch.num_labels for batch in window))[0]
         step(run, window, int(num_labels)).grad_norm.item()  # waits for the device
         seconds.append(time.monotonic() - since)
@@ -162,8 +170,5 @@ def report_dry_run(
         f"{updates * tokens / total:.1f} per parameter, in {minutes:.1f} minutes"
         f"{cost(run.args, minutes)}; includes {evaluations:,} evaluations, but no saves"
     )
-
-
-def run_time() -> float:
-    """Seconds since this process started."""
-    return time.monotonic() - process_start()
+    if held_out is not None and distributed.is_main_process():
+        log(f"dry run: {forecast_from_text(run, data, held_out, updates * tokens)}")

@@ -14,12 +14,13 @@ from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.checkpoint import checkpoint_name, write_atomically
 from trainer.console import log
-from trainer.describe import cost, run_time
+from trainer.describe import cost
 from trainer.distributed import is_main_process
 from trainer.flags import TrainConfig
+from trainer.forecast import described, forecast_of
 from trainer.guard.fast_paths import ROWS_ON_DEVICE
 from trainer.guard.tracker import NoTracker, SwanLabTracker
-from trainer.plan import NOT_KNOWN
+from trainer.plan import NOT_KNOWN, run_time
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
 from trainer.weights import get_model_params
@@ -212,6 +213,7 @@ class Metrics:
             ("step", run.step, f"epoch {epoch}/{epochs}  step {run.step:>5}"),
             ("epoch", epoch, ""),
             ("rows", run.rows_seen, ""),
+            ("progress", self.share_done(), ""),
             ("tokens", run.progress.tokens_seen, ""),
             *((name, loss, f"{name} {loss:.4f}") for name, loss in losses.items()),
             ("experts", None, experts),
@@ -242,9 +244,17 @@ class Metrics:
         self, scores: dict[str, float], texts: dict[str, str], repeated: float | None = None
     ) -> None:
         """Log held-out scores, if any, continuations by prompt, and how much these repeat."""
-        past = [(r["heldout_loss"], r["step"]) for r in self.run.records if "heldout_loss" in r]
+        run = self.run
+        past = [(r["heldout_loss"], r["step"]) for r in run.records if "heldout_loss" in r]
+        lowest, lowest_step = min(past, default=(math.inf, 0))
+        has_risen = scores.get("heldout_loss", -math.inf) > lowest + OVERFITTING_NATS
+        memorizes = has_risen and run.rows_seen > run.rows_per_epoch
+        record = {"step": run.step, "progress": self.share_done(), **scores}
+        expected = forecast_of(run, record) if scores and not memorizes else None
+        if expected:
+            record |= {f"forecast_{k}": round(v, 4) for k, v in expected._asdict().items()}
         share = {} if repeated is None else {"repeated_4grams": round(repeated, 4)}
-        self.write({"step": self.run.step, **scores, **share, "continuations": texts})
+        self.write(record | share | {"continuations": texts})
         if scores:
             log(
                 f"held out: loss {scores['heldout_loss']:.4f}, "
@@ -255,26 +265,32 @@ class Metrics:
                     if name.startswith("heldout_bits_per_byte_")
                 )
             )
-            lowest, step = min(past, default=(math.inf, 0))
-            if scores["heldout_loss"] > lowest + OVERFITTING_NATS:
-                passes = step * self.run.global_batch / self.run.rows_per_epoch
+        if has_risen:
+            passes = lowest_step * run.global_batch / run.rows_per_epoch
+            reason = (
+                "a high rate undoes what was learnt, as of a start from counts. If the loss does "
+                "not fall again with the rate, lower --learning_rate"
+            )
+            if memorizes:
                 reason = (
                     f"the model is memorizing it. Use more text, or --epochs "
                     f"{max(1, round(passes))}; see docs/RECIPES.md"
                 )
-                if self.run.rows_seen <= self.run.rows_per_epoch:  # nothing was seen twice
-                    reason = (
-                        "a high rate undoes what was learnt, as of a start from counts. If the "
-                        "loss does not fall again with the rate, lower --learning_rate"
-                    )
-                log(
-                    f"warning: the held-out loss has risen from {lowest:.4f}, after {passes:.1f} "
-                    f"passes over the text: {reason}"
-                )
+            log(
+                f"warning: the held-out loss has risen from {lowest:.4f}, after {passes:.1f} "
+                f"passes over the text: {reason}"
+            )
+        if expected:
+            log(f"forecast: {described(expected)}")
         for prompt, text in texts.items():
             log(f"  {prompt} → {text}".replace("\n", "⏎"))
         if repeated is not None:
             log(f"  {repeated:.0%} of their 4-grams are repeated")
+
+    def share_done(self) -> float:
+        """The share of the run that is done, by its plan; 0 while none is known."""
+        run = self.run
+        return 0.0 if run.total_rows == NOT_KNOWN else round(run.plan.share(run.rows_seen), 4)
 
     def write(self, record: dict) -> None:
         """Append a record to the file, and send its numbers to the tracker."""

@@ -42,6 +42,11 @@ def process_start() -> float:
         return now
 
 
+def run_time() -> float:
+    """Seconds since this process started."""
+    return time.monotonic() - process_start()
+
+
 class Budget:
     """Plans a run's end so that training, evaluations and saves end when its time is up.
 

@@ -280,6 +280,7 @@ class Run:
         stable = 1 - args.decay_ratio
         self.plan = Plan(NOT_KNOWN if self.budget else self.rows_seen, self.rows_seen, stable)
         self.seconds_spent, self.tracker_id = 0.0, None  # they belong to the run that saved it
+        self.records = [r | {"progress": 0.0} for r in self.records]  # was that of its plan
         if self.budget:
             self.budget.spent_before = 0.0
         else:

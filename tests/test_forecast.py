@@ -1,0 +1,213 @@
+"""trainer/forecast.py: the expected end of a run, against independent formulas and real runs."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import forecast_runs
+from dataset.lm_dataset import PretrainDataset
+from tests.helpers import shipped_tokenizer
+from tests.running import read_metrics, train_in_process, train_on_ranks
+from trainer import forecast
+from trainer.bigrams import count_pairs, nats_of_pairs
+from trainer.forecast import (
+    EXPONENT,
+    FEW_SENTENCES,
+    FROM_COUNTS,
+    FROM_RANDOM,
+    Prior,
+    law_of,
+    losses_of,
+    priors_for,
+    rate_of,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+WSD = rate_of("wsd", 0.05, 0.85)
+RUNS = json.loads((ROOT / "docs" / "bands" / "forecast_runs.json").read_text())
+
+
+def losses(a: float, b: float, shares: list[float], end: float = 2.0) -> list[tuple[float, float]]:
+    """Losses that follow the law to the last digit, and reach ``end``."""
+    return [
+        (share, end * math.exp(a * fallen + b * rate))
+        for share, (fallen, rate) in zip(shares, law_of(WSD, shares), strict=True)
+    ]
+
+
+def test_the_sum_of_a_schedule_is_its_area() -> None:
+    """A triangle of the warm-up and one of the decay, from 0.15 on; their sum is 0.525."""
+    for share, area in ((0.05, 0.025), (0.15, 0.125), (1.0, 0.55)):
+        ((fallen, rate),) = law_of(WSD, [share])
+        assert fallen == pytest.approx((area / 0.55) ** -EXPONENT - 1, rel=1e-3)
+        assert rate == pytest.approx(WSD(share))
+    half = 0.125 + 0.85 * (1 - (0.5 / 0.85) ** 2) / 2  # of the decay, what is left is a triangle
+    ((fallen, _),) = law_of(WSD, [0.5])
+    assert fallen == pytest.approx((half / 0.55) ** -EXPONENT - 1, rel=2e-3)
+
+
+@pytest.mark.parametrize("prior", [FROM_RANDOM, FROM_COUNTS])
+def test_a_run_that_follows_the_law_ends_as_foretold(prior: Prior) -> None:
+    shares = [i / 20 for i in range(1, 21)]
+    points = losses(prior.a, prior.b, shares)
+    widths = []
+    for known in (4, 10, 16):
+        found = forecast.forecast(points[:known], [], WSD, [prior])
+        assert found is not None
+        assert found.expected == pytest.approx(2.0, rel=1e-3)
+        assert found.low < 2.0 < found.high
+        # With half of its tokens, the same law: S is half as large.
+        assert found.half == pytest.approx(2 * math.exp(prior.a * (0.5**-0.3 - 1)), rel=5e-3)
+        assert found.twice == pytest.approx(2 * math.exp(prior.a * (2**-0.3 - 1)), rel=5e-3)
+        widths.append(found.high - found.low)
+    assert widths[0] > widths[1] > widths[2]
+
+
+def test_what_losses_say_is_weighed_as_in_bayes_rule() -> None:
+    """Without correlated noise the law is a linear regression: precisions add up."""
+    prior = Prior(0.2, 0.05, 0.01, -0.001, 0.002, left_over=0.0)
+    shares = [0.2, 0.3, 0.4, 0.5]
+    points = [(x, y * (1 + 2e-3 * (-1) ** i)) for i, (x, y) in enumerate(losses(0.3, 0.02, shares))]
+    found = forecast.forecast(points, [], WSD, [prior])
+    assert found is not None
+
+    law = torch.tensor(law_of(WSD, shares), dtype=torch.float64)
+    features = torch.cat((torch.ones(4, 1, dtype=torch.float64), law), 1)
+    before = torch.zeros(3, 3, dtype=torch.float64)
+    before[1:, 1:] = torch.tensor([[0.01, -0.001], [-0.001, 0.002]]).double().inverse()
+    before[0, 0] = 1 / forecast.UNKNOWN
+    precision = before + features.T @ features / forecast.SCORE_NOISE**2
+    y = torch.tensor([y for _, y in points], dtype=torch.float64).log()
+    means = before @ torch.tensor([0.0, 0.2, 0.05]).double()
+    height, slope, _ = torch.linalg.solve(
+        precision, means + features.T @ y / forecast.SCORE_NOISE**2
+    )
+    deviation = math.sqrt(precision.inverse()[0, 0])
+    assert found.expected == pytest.approx(math.exp(height), rel=1e-6)
+    assert found.high == pytest.approx(math.exp(height + 1.645 * deviation), rel=1e-5)
+    assert found.low == pytest.approx(math.exp(height - 1.645 * deviation), rel=1e-5)
+    assert found.twice == pytest.approx(math.exp(height + slope * (2**-0.3 - 1)), rel=1e-4)
+
+
+def test_training_losses_tell_of_the_fall_whatever_their_height() -> None:
+    shares = [i / 40 for i in range(1, 9)]
+    points = losses(0.35, 0.02, shares)
+    few = points[-1:]
+    guessed = forecast.forecast(few, [], WSD, [FROM_RANDOM])
+    told = forecast.forecast(few, [(x, 3.7 * y) for x, y in points], WSD, [FROM_RANDOM])
+    assert guessed is not None and told is not None
+    assert abs(told.expected - 2) < 0.6 * abs(guessed.expected - 2)
+    assert told.high - told.low < guessed.high - guessed.low
+
+
+def test_a_text_of_another_kind_is_noticed() -> None:
+    """One made of few sentences, as the demo's, falls four times as far."""
+    shares = [i / 20 for i in range(1, 8)]
+    easy = losses(FEW_SENTENCES.a, FEW_SENTENCES.b, shares)
+    found = forecast.forecast(easy, [], WSD, priors_for(True))
+    assert found is not None and found.expected == pytest.approx(2, rel=0.05)
+    alone = forecast.forecast(easy, [], WSD, [FROM_RANDOM])
+    assert alone is not None and abs(alone.expected - 2) > 2 * abs(found.expected - 2)
+
+
+def test_records_become_points() -> None:
+    records = [
+        {"step": 1, "loss": 9.0, "rows": 4},  # of a version that did not note its progress
+        {"step": 2, "loss": 8.0, "rows": 8, "progress": 0.1},
+        {"step": 2, "heldout_bits_per_byte": 3.0, "progress": 0.1},
+        {"step": 4, "loss": 7.0, "rows": 16, "progress": 0.2},
+        {"step": 6, "loss": 6.0, "rows": 24, "progress": 0.3},  # the second pass
+        {"step": 6, "rows": 24, "progress": 0.3},  # all its updates were left out
+        {"step": 6, "heldout_bits_per_byte": 2.5, "progress": 0.3},
+    ]
+    held_out, training = losses_of(records, 20)
+    assert held_out == [(0.1, 3.0), (0.3, 2.5)]
+    assert training == [(0.05, 8.0), (pytest.approx(0.15), 7.0)]
+    assert forecast.forecast(held_out[:1], training, WSD, [FROM_RANDOM]) is None  # too early
+    assert forecast.forecast([], training, WSD, [FROM_RANDOM]) is None
+
+
+# ------------------------------------------------------------------------------------- real runs
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.8])
+def test_nine_of_ten_runs_end_where_it_was_foretold(share: float) -> None:
+    """Runs that the priors were not fitted to; docs/RECIPES.md says how they were made."""
+    found = [forecast_runs.errors(run, share) for run in forecast_runs.apart(RUNS)]
+    known = [pair for pair in found if pair]
+    assert len(known) >= 10
+    assert sum(inside for _, inside in known) >= 0.9 * len(known)
+
+
+def test_a_run_tells_its_end_from_15_percent_on(tmp_path: Path) -> None:
+    changes = {"epochs": 4, "eval_interval": 4, "heldout_fraction": 0.2, "lr_schedule": "wsd"}
+    said = train_in_process(tmp_path / "one", **changes)
+    records = [r for r in read_metrics(tmp_path / "one") if "heldout_bits_per_byte" in r]
+    for record in records:
+        foretold = "forecast_expected" in record
+        assert foretold == (0.15 <= record["progress"] < 1), record
+        if foretold:
+            low, expected, high = (record[f"forecast_{k}"] for k in ("low", "expected", "high"))
+            assert 0 < low < expected < high
+            assert record["forecast_twice"] <= expected <= record["forecast_half"]
+    lines = re.findall(
+        r"forecast: ([\d.]+) bits/byte at the end, in nine of ten runs between ([\d.]+) and "
+        r"([\d.]+); about ([\d.]+) with half of the tokens, ([\d.]+) with twice as many",
+        said,
+    )
+    names = ("expected", "low", "high", "half", "twice")
+    told = [r for r in records if "forecast_expected" in r]
+    assert len(lines) == len(told) > 3
+    for line, record in zip(lines, told, strict=True):
+        assert [*map(float, line)] == [record[f"forecast_{name}"] for name in names]
+
+    train_on_ranks(tmp_path / "two", 2, accumulation_steps=2, **changes)
+    again = [r for r in read_metrics(tmp_path / "two") if "forecast_expected" in r]
+    for a, b in zip(told, again, strict=True):
+        assert a["forecast_expected"] == pytest.approx(b["forecast_expected"], abs=2e-3)
+
+
+# ------------------------------------------------------------------------------------- dry runs
+
+
+def dry_run(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> str:
+    """What it says of the loss."""
+    monkeypatch.setattr(forecast, "MEASURED_TOKENS", (1e3, 1e7))
+    monkeypatch.setattr(forecast, "MEASURED_WEIGHTS", (1e3, 1e7))
+    said = train_in_process(folder, dry_run=1, **changes)
+    (line,) = re.findall(r"dry run: (.*(?:end|foretold).*)", said)
+    return line
+
+
+def test_a_dry_run_of_the_best_recipe_tells_the_loss_from_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = dry_run(tmp_path, monkeypatch, recipe="best", epochs=1)
+    numbers = [float(n) for n in re.findall(r"\d+\.\d+", line)]
+    expected, low, high, half, twice, pairs = numbers
+    assert low < expected < high < pairs * 1.2
+    assert high / expected == pytest.approx(expected / low, rel=1e-3)
+    data = PretrainDataset(
+        str(tmp_path / "corpus.jsonl"),
+        shipped_tokenizer(),
+        32,
+        heldout_fraction=0.1,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    held_out = data.held_out(10**6)
+    assert held_out is not None
+    counts = count_pairs([data.__getitems__([*range(len(data))])], 6400)
+    nats = nats_of_pairs(counts, [held_out.__getitems__([*range(len(held_out))])])
+    assert pairs == pytest.approx(nats / math.log(2) / held_out.num_text_bytes, abs=1e-4)
+    assert (half > expected > twice) or half == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 2, "recipe": "best"}, {"epochs": 1}])
+def test_a_dry_run_of_what_was_not_measured_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
+    assert dry_run(tmp_path, monkeypatch, **changes).startswith("its loss is foretold from 15%")
