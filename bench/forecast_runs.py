@@ -131,7 +131,7 @@ def errors(run: dict, share: float) -> tuple[float, bool] | None:
     # The last training loss is a mean that reaches beyond this share.
     found = forecast.forecast(held_out, [] if counts else training[:-1], rate, known)
     truth = run["held_out"][-1][1]
-    return found and (found.expected / truth - 1, found.low <= truth <= found.high)
+    return None if found is None else (found.expected / truth - 1, found.low <= truth <= found.high)
 
 
 def table(runs: list[dict]) -> Iterator[str]:

@@ -120,7 +120,7 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
     @property
     def _corpus(self) -> tuple[Tensor, Tensor]:
         """Tokens and offsets. As attributes they would be copied into each loader process."""
-        return self.cache.moved or (self.cache.tokens, self.cache.offsets)
+        return (self.cache.moved or (self.cache.tokens, self.cache.offsets))[:2]
 
     @property
     def was_moved(self) -> bool:
@@ -138,7 +138,8 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
         self.cache.moved = None
         if device.type != "cpu":
             tokens, offsets = self._corpus
-            self.cache.moved = tokens.to(device), offsets.to(device)
+            mask = None if self.cache.mask is None else self.cache.mask.to(device)
+            self.cache.moved = tokens.to(device), offsets.to(device), mask
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -148,10 +149,14 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
     def _lay_out(self, order: Tensor) -> None:
         """Line up these documents, (N,) int32, as the stream."""
         self.order = order
-        lengths = self.cache.offsets[order + 1] - self.cache.offsets[order] + 2  # BOS and EOS
+        lengths = self._lengths(order) + 2  # BOS and EOS
         self.begins = torch.zeros(len(order) + 1, dtype=torch.int64)  # in the stream
         torch.cumsum(lengths, 0, out=self.begins[1:])
         self._layout = self.order, self.begins
+
+    def _lengths(self, documents: Tensor) -> Tensor:
+        """Tokens of each of these in the cache, (N,) int64."""
+        return self.cache.offsets[documents + 1] - self.cache.offsets[documents]
 
     def held_out(self, max_tokens: int) -> "PretrainDataset | None":
         """The first held-out documents, up to ``max_tokens`` but at least one, for evaluation; None
@@ -159,8 +164,8 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
         documents = torch.where(self.is_held_out)[0].to(torch.int32)
         if len(documents) == 0:
             return None
-        begins = self.for_evaluation(documents).begins
-        num_kept = max(1, int(torch.searchsorted(begins, max_tokens, right=True)) - 1)
+        ends = (self._lengths(documents) + 2).cumsum(0)
+        num_kept = max(1, int(torch.searchsorted(ends, max_tokens, right=True)))
         return self.for_evaluation(documents[:num_kept])
 
     def for_evaluation(self, documents: Tensor | None = None) -> "PretrainDataset":
@@ -294,3 +299,12 @@ class SkipBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         left = max(0, -(-len(self.sampler) // self.batch_size) - self.skip_batches)
         return len(range(self.rank, left, self.world_size))
+
+
+def __getattr__(name: str) -> type:
+    """MiniMind has these here, too. They are built on this file, so it cannot import them first."""
+    if name not in ("SFTDataset", "DPODataset"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dataset import chat_datasets
+
+    return getattr(chat_datasets, name)

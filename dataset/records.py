@@ -19,8 +19,9 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 MAX_LINE_BYTES = 16 * 2**20  # newline included; a longer line has most likely lost its newlines
 TEXT_COLUMN = "text"
@@ -57,17 +58,33 @@ class Record(NamedTuple):
     bytes_read: int  # of the file, up to the end of this record
 
 
+class Content(NamedTuple):
+    """Where in a record its document is: a text, or a conversation (dataset/conversations.py)."""
+
+    document: Callable[[dict[str, object]], str]  # of a record; raises ValueError
+    columns: tuple[str, ...]  # which it reads; a file has at least one of them
+    example: str  # of a line
+    what: str  # of a value
+    name: str  # tells contents apart in the digest of the data
+    marks: Any = None  # of conversations: tells what of a document is learned; None: all
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is one column of text."""
+        return self.marks is None
+
+
 class Format(NamedTuple):
     """How the documents of a file are read; its ending is the key in FORMATS."""
 
-    read: Callable[[Path, str], Iterator[Record]]  # from a path and the name of the text column
+    read: Callable[[Path, Content], Iterator[Record]]
     is_text: bool  # lines of text; the file may be compressed
-    has_columns: bool  # --text_column applies
+    has_columns: bool  # a record is more than a text
     signature: bytes = b""  # the first bytes of every such file, if there is one
 
 
 # What a compressed file contains, and the exceptions that reading it raises if it is damaged.
-Content = tuple[BinaryIO, tuple[type[Exception], ...]]
+Opened = tuple[BinaryIO, tuple[type[Exception], ...]]
 
 
 class Compression(NamedTuple):
@@ -75,16 +92,16 @@ class Compression(NamedTuple):
 
     name: str
     signature: bytes  # the first bytes of every such file
-    open: Callable[[BinaryIO, Path], Content]  # from the open file and, for messages, its path
+    open: Callable[[BinaryIO, Path], Opened]  # from the open file and, for messages, its path
 
 
-def open_gzip(file: BinaryIO, path: Path) -> Content:
+def open_gzip(file: BinaryIO, path: Path) -> Opened:
     """For COMPRESSIONS."""
     content = io.BufferedReader(gzip.GzipFile(fileobj=file))
     return content, (gzip.BadGzipFile, EOFError, zlib.error)
 
 
-def open_zstd(file: BinaryIO, path: Path) -> Content:
+def open_zstd(file: BinaryIO, path: Path) -> Opened:
     """For COMPRESSIONS. Raises: DataError if neither Python nor a package can read zstd."""
     try:
         from compression import zstd  # since Python 3.14
@@ -205,30 +222,50 @@ def parse_json(line: bytes) -> object:
         raise ValueError(f"cannot be read: {error}") from None
 
 
-def text_of(line: bytes, text_column: str) -> str:
-    """The document in a line of JSONL. Raises: ValueError that says what was found instead."""
+def record_of(line: bytes) -> dict[str, object]:
+    """The object in a line of JSONL. Raises: ValueError that says what was found instead."""
     record = parse_json(line)
     if not isinstance(record, dict):
         raise ValueError(f"found a JSON {JSON_TYPES.get(type(record), 'number')}")
+    return record
+
+
+def text_of(text_column: str, record: dict[str, object]) -> str:
+    """The text in a record. Raises: ValueError that says what was found instead."""
     if text_column not in record:
         keys = ", ".join(map(repr, record)) or "none"
         raise ValueError(f'no "{text_column}"; its keys: {keys:.80}')
     if not isinstance(text := record[text_column], str):
         raise ValueError(f'"{text_column}" is a JSON {JSON_TYPES.get(type(text), "number")}')
+    return encodable(text, text_column)
+
+
+def encodable(text: str, column: str) -> str:
+    """The text. Raises: ValueError if UTF-8 has no bytes for it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f'an unpaired surrogate (\\ud800-\\udfff) in "{text_column}"') from None
+        raise ValueError(f'an unpaired surrogate (\\ud800-\\udfff) in "{column}"') from None
     return text
 
 
-def expected_line(text_column: str = TEXT_COLUMN) -> str:
-    """What a line of JSONL should be, for messages."""
+def text_content(text_column: str = TEXT_COLUMN) -> Content:
+    """Documents that are a text each."""
+    document = partial(text_of, text_column)
     example = f'{{"{text_column}": "..."}}'
-    return f'Expected one JSON object per line, in UTF-8, with a string "{text_column}": {example}.'
+    return Content(document, (text_column,), example, f'a string "{text_column}"', text_column)
 
 
-def read_jsonl(path: Path, text_column: str) -> Iterator[Record]:
+TEXT = text_content()
+
+
+def expected_line(content: Content | str = TEXT_COLUMN) -> str:
+    """What a line of JSONL should be, for messages."""
+    content = text_content(content) if isinstance(content, str) else content
+    return f"Expected one JSON object per line, in UTF-8, with {content.what}: {content.example}."
+
+
+def read_jsonl(path: Path, content: Content) -> Iterator[Record]:
     """One record per line; blank lines are skipped."""
     is_first = True
     for line in read_lines(path):
@@ -236,19 +273,21 @@ def read_jsonl(path: Path, text_column: str) -> Iterator[Record]:
         if not data and not is_too_long:
             continue
         if is_first and data.lstrip(WHITESPACE).startswith(b"[") and not data.endswith(b"]"):
-            raise DataError(f"{path} is one JSON array. {expected_line(text_column)}")
+            raise DataError(f"{path} is one JSON array. {expected_line(content)}")
         is_first = False
         try:
             if is_too_long:
                 raise ValueError(f"a line longer than {MAX_LINE_BYTES:,} bytes")
-            text = text_of(data, text_column)
+            text = content.document(record_of(data))
         except ValueError as error:
-            text = ValueError(f"{line.place}: {error}. {expected_line(text_column)}")
+            text = ValueError(f"{line.place}: {error}. {expected_line(content)}")
         yield Record(text, line.bytes_read)
 
 
-def read_txt(path: Path, text_column: str) -> Iterator[Record]:
+def read_txt(path: Path, content: Content) -> Iterator[Record]:
     """One record per paragraph, i.e. lines up to a blank line or the end of the file."""
+    if not content.is_text:
+        raise DataError(f"{path} is plain text. {expected_line(content)}")
 
     def is_blank(line: Line) -> bool:
         return line.size <= MAX_LINE_BYTES and not line.data.strip(WHITESPACE)
@@ -279,7 +318,7 @@ def paragraph(lines: Iterator[Line]) -> Record:
     return Record(text, last.bytes_read)
 
 
-def read_parquet(path: Path, text_column: str) -> Iterator[Record]:
+def read_parquet(path: Path, content: Content) -> Iterator[Record]:
     """One record per row."""
     try:
         import pyarrow
@@ -289,30 +328,43 @@ def read_parquet(path: Path, text_column: str) -> Iterator[Record]:
     try:
         with parquet.ParquetFile(path) as file:
             names, num_rows = file.schema_arrow.names, file.metadata.num_rows
-            if text_column not in names:
+            columns = [name for name in content.columns if name in names]
+            if not columns:
                 raise DataError(
-                    f'{path} has no column "{text_column}"; its columns: '
+                    f'{path} has no column "{content.columns[0]}"; its columns: '
                     f"{', '.join(names):.200}. Choose one with --text_column."
                 )
-            kind = file.schema_arrow.field(text_column).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise DataError(f'{path}: its column "{text_column}" is of {kind}, expected text.')
+            if content.is_text:
+                kind = file.schema_arrow.field(columns[0]).type
+                if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                    raise DataError(
+                        f'{path}: its column "{columns[0]}" is of {kind}, expected text.'
+                    )
             number, size = 0, path.stat().st_size
-            for batch in file.iter_batches(batch_size=256, columns=[text_column]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for values in zip(*batch.columns, strict=True):
                     number += 1
-                    try:
-                        text = value.as_py()
-                        if text is None:
-                            text = ValueError(
-                                f"row {number:,}: no text. Expected a string in each row."
-                            )
-                    except UnicodeDecodeError:
-                        text = ValueError(f"row {number:,}: bytes that are not UTF-8")
-                    yield Record(text, size * number // num_rows)
+                    yield Record(
+                        row_of(content, columns, values, number), size * number // num_rows
+                    )
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{path} cannot be read as parquet: {reason:.160}.") from None
+
+
+def row_of(
+    content: Content, columns: list[str], values: tuple[Any, ...], number: int
+) -> str | ValueError:
+    """The document in a row of parquet, or what is wrong with it."""
+    try:
+        record = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+        if content.is_text and record[columns[0]] is None:
+            return ValueError(f"row {number:,}: no text. Expected a string in each row.")
+        return content.document(record)
+    except UnicodeDecodeError:
+        return ValueError(f"row {number:,}: bytes that are not UTF-8")
+    except ValueError as error:
+        return ValueError(f"row {number:,}: {error}. Expected {content.what}: {content.example}.")
 
 
 FORMATS = {
@@ -383,7 +435,7 @@ def stop(message: str) -> NoReturn:
 
 
 def read_documents(
-    path: Path, on_bad_record: Callable[[str], None] = stop, text_column: str = TEXT_COLUMN
+    path: Path, on_bad_record: Callable[[str], None] = stop, content: Content = TEXT
 ) -> Iterator[tuple[str, int]]:
     """The documents of a file, each with the number of the file's bytes read so far.
 
@@ -393,7 +445,7 @@ def read_documents(
     num_records = num_bad = 0
     first_bad = ""
     name, _ = endings_of(path)
-    for text, bytes_read in FORMATS[name].read(path, text_column):
+    for text, bytes_read in FORMATS[name].read(path, content):
         num_records += 1
         if isinstance(text, ValueError):
             message = f"{path} {text}"

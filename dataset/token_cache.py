@@ -4,8 +4,11 @@ A cache is a folder whose name is a digest of the data and the tokenizer:
 
     tokens.bin     all documents' ids in order; 2 bytes per id if the vocabulary allows, else 4
     offsets.bin    int64, where each document begins in tokens.bin, and where the last one ends
-    bytes.bin      int64, the length of each document's text in UTF-8 bytes
+    bytes.bin      int64, the length of each document's text (of conversations, of what is learned)
+                   in UTF-8 bytes
     hashes.bin     int32, a hash of each document's text, which decides whether it is held out
+    mask.bin       of conversations: a byte per id, 1 if it is learned
+    labels.bin     of conversations: int64, how many ids of each document are learned
     meta.json      counts, digests, and the first bad records that were skipped
 
 Building and reading a cache take the same main memory, however large the corpus is.
@@ -32,12 +35,23 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dataset.records import FORMATS, TEXT_COLUMN, DataError, endings_of, find_files, read_documents
+from dataset.records import (
+    FORMATS,
+    TEXT,
+    TEXT_COLUMN,
+    Content,
+    DataError,
+    endings_of,
+    find_files,
+    read_documents,
+    text_content,
+)
 
 FORMAT = 2  # part of every cache's name: raise it when the meaning of the files changes
 BATCH_BYTES = 2 * 2**20  # of text encoded per call: enough for all cores, little to hold in memory
 DEFAULT_CACHE_DIR = "dataset/cache"
 FILES = ("tokens.bin", "offsets.bin", "bytes.bin", "hashes.bin")
+MASK_FILES = ("mask.bin", "labels.bin")
 Encoded = tuple[list[str], list[list[int]]]  # texts, and the ids of each
 
 
@@ -58,7 +72,7 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of_data(files: list[Path], text_column: str = TEXT_COLUMN) -> str:
+def digest_of_data(files: list[Path], content: Content = TEXT) -> str:
     """SHA-256 of the files' bytes in order and of how they are read.
 
     Dates do not count, nor do names except for their endings."""
@@ -66,7 +80,7 @@ def digest_of_data(files: list[Path], text_column: str = TEXT_COLUMN) -> str:
     for path in files:
         digest.update(bytes.fromhex(sha256_of_file(path)))
         name, _ = endings_of(path)
-        column = text_column if FORMATS[name].has_columns else ""
+        column = content.name if FORMATS[name].has_columns else ""
         if (name, column) != ("jsonl", TEXT_COLUMN):  # from before there were others
             digest.update(f"{name} {column}".encode())
     return digest.hexdigest()
@@ -89,7 +103,10 @@ class TokenCache:
     offsets: Tensor  # (num_documents + 1,) int64
     num_bytes: Tensor  # (num_documents,) int64
     hashes: Tensor  # (num_documents,) int32
-    moved: tuple[Tensor, Tensor] | None = None  # tokens and offsets on a device that makes rows
+    mask: Tensor | None = None  # (num_tokens,) bool, of conversations
+    labels: Tensor | None = None  # (num_documents,) int64
+    # Tokens, offsets and mask on a device that makes rows.
+    moved: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenCache":
@@ -97,6 +114,7 @@ class TokenCache:
         folder = Path(folder)
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         num = meta["num_documents"]
+        has_mask = MASK_FILES[0] in meta["sha256"]
         id_type = torch.int16 if meta["bytes_per_id"] == 2 else torch.int32
 
         def mapped(name: str, size: int, dtype: torch.dtype) -> Tensor:
@@ -115,6 +133,8 @@ class TokenCache:
             offsets=mapped("offsets.bin", num + 1, torch.int64),
             num_bytes=mapped("bytes.bin", num, torch.int64),
             hashes=mapped("hashes.bin", num, torch.int32),
+            mask=mapped("mask.bin", meta["num_tokens"], torch.bool) if has_mask else None,
+            labels=mapped("labels.bin", num, torch.int64) if has_mask else None,
         )
 
     def ids(self, document: int) -> Tensor:
@@ -167,13 +187,13 @@ def refuse(message: str) -> NoReturn:
 
 
 def text_batches(
-    files: list[Path], text_column: str, bad: BadRecords, bar: tqdm
+    files: list[Path], content: Content, bad: BadRecords, bar: tqdm
 ) -> Iterator[list[str]]:
     """All documents in order, in lists of about BATCH_BYTES; ``bar`` counts the files' bytes."""
     texts: list[str] = []
     for path in files:
         bytes_read = reported = 0
-        for text, bytes_read in read_documents(path, bad, text_column):
+        for text, bytes_read in read_documents(path, bad, content):
             texts.append(text)
             if bytes_read - reported >= BATCH_BYTES:
                 bar.update(bytes_read - reported)
@@ -216,7 +236,7 @@ class Counts:
 def write_cache(
     folder: Path,
     files: list[Path],
-    text_column: str,
+    content: Content,
     tokenizer: PreTrainedTokenizerBase,
     bad: BadRecords,
 ) -> dict[str, Any]:
@@ -224,16 +244,17 @@ def write_cache(
     fits_two_bytes = max(tokenizer.get_vocab().values()) < 2**16
     with contextlib.ExitStack() as stack:
         outputs: list[BinaryIO] = [
-            stack.enter_context((folder / name).open("wb")) for name in FILES
+            stack.enter_context((folder / name).open("wb")) for name in files_of(content)
         ]
         size = sum(path.stat().st_size for path in files)
         bar = stack.enter_context(  # disable=None: no bar unless stderr is a terminal
             tqdm(total=size, desc="tokenizing", unit="B", unit_scale=1, leave=False, disable=None)
         )
-        batches = encoded_batches(tokenizer, text_batches(files, text_column, bad, bar))
+        batches = encoded_batches(tokenizer, text_batches(files, content, bad, bar))
         stack.enter_context(contextlib.closing(batches))  # ends its thread, whatever happens
         id_code = "H" if fits_two_bytes else "I"
-        counts = write_documents(outputs, batches, set(tokenizer.all_special_ids), id_code)
+        control_ids = set(tokenizer.all_special_ids) if content.is_text else set()
+        counts = write_documents(outputs, batches, control_ids, id_code, content.marks)
         for file in outputs:
             file.flush()
             os.fsync(file.fileno())
@@ -242,11 +263,22 @@ def write_cache(
     return asdict(counts) | found
 
 
+def files_of(content: Content) -> tuple[str, ...]:
+    """The names of a cache's files, without meta.json."""
+    return FILES if content.is_text else FILES + MASK_FILES
+
+
 def write_documents(
-    outputs: list[BinaryIO], batches: Iterable[Encoded], control_ids: set[int], id_code: str
+    outputs: list[BinaryIO],
+    batches: Iterable[Encoded],
+    control_ids: set[int],
+    id_code: str,
+    marks: Any = None,
 ) -> Counts:
-    """Append all documents to the open files of a cache, in the order of FILES."""
-    tokens, offsets, sizes, hashes = outputs
+    """Append all documents to the open files of a cache, in the order of ``files_of``.
+
+    Args: marks: of conversations, see dataset/conversations.py."""
+    tokens, offsets, sizes, hashes, *masks = outputs
     counts = Counts()
     offsets.write(array("q", [0]).tobytes())
     for texts, encoded in batches:
@@ -257,18 +289,25 @@ def write_documents(
             data = text.encode("utf-8")
             counts.num_documents += 1
             counts.num_tokens += len(ids)
-            counts.num_bytes += len(data)
+            num_bytes = marks.num_bytes(text) if marks else len(data)
+            counts.num_bytes += num_bytes
             counts.num_control_tokens += sum(map(control_ids.__contains__, ids))
             tokens.write(array(id_code, ids).tobytes())
             offsets.write(array("q", [counts.num_tokens]).tobytes())
-            sizes.write(array("q", [len(data)]).tobytes())
+            sizes.write(array("q", [num_bytes]).tobytes())
             hashes.write(hashlib.blake2b(data, digest_size=4).digest())
+            if marks:
+                mask = bytearray(len(ids))
+                for first, end in marks.spans(ids):
+                    mask[first:end] = b"\1" * (end - first)
+                masks[0].write(mask)
+                masks[1].write(array("q", [sum(mask)]).tobytes())
     return counts
 
 
-def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+def write_meta(folder: Path, meta: dict[str, Any], files: tuple[str, ...] = FILES) -> None:
     """Complete a cache: counts, digests of its files, and a digest of both together."""
-    digests = {name: sha256_of_file(folder / name) for name in FILES}
+    digests = {name: sha256_of_file(folder / name) for name in files}
     meta = meta | {"sha256": digests}
     digests["meta.json"] = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -352,12 +391,14 @@ def build_token_cache(
     cache_dir: str | Path = DEFAULT_CACHE_DIR,
     bad_records: str = "stop",
     text_column: str = TEXT_COLUMN,
+    content: Content | None = None,
 ) -> TokenCache:
     """The cache of these files and this tokenizer, which is built if it does not exist yet.
 
     Args:
         data_path: see ``find_files``.
         bad_records: "stop" raises at the first; "skip" leaves them out and counts them in ``meta``.
+        content: what documents are; by default the text of ``text_column``.
     Raises: DataError if a file is missing or unusable or changes meanwhile, if there is a bad
         record that must not be skipped, even if an earlier run did, or if there is no document."""
     files = find_files(data_path)
@@ -365,7 +406,8 @@ def build_token_cache(
         backend.no_truncation()  # a tokenizer's file may enable both, but documents stay whole
         backend.no_padding()
     before = [size_and_mtime(path) for path in files]
-    data = digest_of_data(files, text_column)
+    content = content or text_content(text_column)
+    data = digest_of_data(files, content)
     digests = {"data": data, "tokenizer": digest_of_tokenizer(tokenizer)}
     key = hashlib.sha256(f"{FORMAT}{digests}".encode()).hexdigest()[:24]
     folder = Path(cache_dir) / key
@@ -374,13 +416,14 @@ def build_token_cache(
     if not is_finished(folder):
         bad = BadRecords(skip=bad_records == "skip")
         with new_folder(folder) as building:
-            counts = write_cache(building, files, text_column, tokenizer, bad)
+            counts = write_cache(building, files, content, tokenizer, bad)
             for path, old in zip(files, before, strict=True):
                 if size_and_mtime(path) != old:  # the digest may be that of another text
                     raise DataError(f"{path} changed while it was being read. Start again.")
             if counts["num_documents"] == 0:
                 raise DataError(f"--data_path {files[0]}: no document with text in it.")
-            write_meta(building, {"format": FORMAT, "digests": digests} | counts)
+            meta = {"format": FORMAT, "digests": digests} | counts
+            write_meta(building, meta, files_of(content))
     cache = TokenCache.open(folder)
     if cache.meta["num_bad"] and bad_records != "skip":
         refuse(cache.meta["bad_examples"][0])

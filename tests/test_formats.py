@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dataset import records, token_cache
-from dataset.records import DataError, expected_line, find_files, read_documents
+from dataset.records import DataError, expected_line, find_files, read_documents, text_content
 from dataset.token_cache import TokenCache, build_token_cache
 from scripts import prepare_data
 from tests.helpers import ROOT, shipped_tokenizer, write_jsonl
@@ -175,7 +175,7 @@ def test_a_run_reads_parquet_and_another_column(tmp_path: Path) -> None:
 
 def message(path: Path, **more: object) -> str:
     with pytest.raises(DataError) as caught:
-        list(read_documents(path, **more))
+        list(read_documents(path, content=text_content(**more)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

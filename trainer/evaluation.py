@@ -19,6 +19,10 @@ from trainer.run import Run
 
 T = TypeVar("T")
 PROMPTS = ("The capital of France is", "中国的首都是", "Once upon a time", "水结成冰的温度是")
+QUESTIONS = (  # for models that answer
+    *("What is the capital of France?", "中国的首都是哪里？"),
+    *("What colour is a banana?", "水在多少度结冰？"),
+)
 
 
 def evaluate(
@@ -51,7 +55,7 @@ def evaluate(
     texts, repeated = {}, None
     if distributed.is_main_process() and run.can_generate and not stopping():
         try:
-            texts, repeated = continuations(run.model, tokenizer)
+            texts, repeated = continuations(run.model, tokenizer, chat=run.args.program.is_chat)
         except GenerationError as error:
             run.can_generate = False
             log(f"warning: {error}. Training continues without samples.")
@@ -95,16 +99,18 @@ def held_out_nats(model: MiniMindForCausalLM, batches: Iterable[Any]) -> tuple[f
 def continuations(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str] = PROMPTS,
+    prompts: Iterable[str] | None = None,
     max_new_tokens: int = 24,
+    chat: bool = False,
 ) -> tuple[dict[str, str], float]:
-    """Each prompt with its greedy continuation, so that evaluations can be compared; made in one
-    batch, since a GPU takes as long for one prompt as for all.
+    """Each prompt with its greedy continuation, or answer, so that evaluations can be compared;
+    made in one batch, since a GPU takes as long for one prompt as for all.
 
     Returns: the texts by prompt, and how much they repeat, see ``repeated_ngrams``.
     Raises: GenerationError, see ``generating_model``."""
-    qwen, prompts = generating_model(model), [*prompts]
-    rows = [encode_prompt(tokenizer, prompt)[0] for prompt in prompts]
+    prompts = [*(prompts or (QUESTIONS if chat else PROMPTS))]
+    qwen, encode = generating_model(model), encode_question if chat else encode_prompt
+    rows = [encode(tokenizer, prompt)[0] for prompt in prompts]
     longest = max(map(len, rows))
 
     def padded(rows: Iterable[Tensor], value: int) -> Tensor:
@@ -139,3 +145,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tens
     """(1, T) int64: BOS and the prompt, the way documents begin in training."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return torch.tensor([[bos, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+
+
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase, question: str, before: Iterable[dict] = ()
+) -> torch.Tensor:
+    """(1, T) int64: the turns before, a user's question, and where its answer begins."""
+    turns = [*before, {"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])

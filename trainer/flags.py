@@ -6,14 +6,16 @@ Flags have MiniMind's names where it has them; intervals count optimizer updates
 
 import argparse
 import dataclasses
+import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -124,6 +126,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decay_ratio": 0.85,
     },
 }
+
+
+class Program(NamedTuple):
+    """A kind of training, by what it changes of the defaults. Explicit flags override all."""
+
+    name: str = "pretrain"  # also of its weights
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    presets: Mapping[str, dict[str, Any]] = MappingProxyType({})  # over the preset and the defaults
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its models answer, instead of continuing text."""
+        return self.name != "pretrain"
+
+
+PRETRAIN = Program()
 
 
 @dataclass
@@ -387,6 +405,8 @@ GROUPS = (ModelFlags, DataFlags, TrainingFlags, MachineFlags, FileFlags, Watchin
 class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFlags, ModelFlags):
     """All flags."""
 
+    program: Program = PRETRAIN
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """--dtype; the parser chose one if none was given."""
@@ -404,11 +424,16 @@ class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFla
 
     def deciding_settings(self, num_ranks: int, digests: dict[str, str]) -> dict:
         """Everything that determines the result of a run; saved, and compared on resume."""
-        return {name: getattr(self, name) for name in flag_names(DECIDES)} | {
-            "rows per update": self.batch_size * self.accumulation_steps * num_ranks,
-            "content of data_path": digests["data"][:16],
-            "content of tokenizer_path": digests["tokenizer"][:16],
-        }
+        kind = {"program": self.program.name} if self.program.is_chat else {}
+        return (
+            {name: getattr(self, name) for name in flag_names(DECIDES)}
+            | kind
+            | {
+                "rows per update": self.batch_size * self.accumulation_steps * num_ranks,
+                "content of data_path": digests["data"][:16],
+                "content of tokenizer_path": digests["tokenizer"][:16],
+            }
+        )
 
     def rounding_settings(self, num_ranks: int) -> dict[str, str]:
         """Everything that affects only the last bits; saved, and reported if it changes."""
@@ -508,12 +533,25 @@ def build_parser(description: str | None = None) -> Parser:
     return parser
 
 
-def parse_flags(argv: list[str] | None, description: str | None = None) -> TrainConfig:
-    """Parse flags over the preset's defaults. Raises: SettingsError, or exits with 2 (argparse)."""
+def parse_flags(
+    argv: list[str] | None, description: str | None = None, program: Program = PRETRAIN
+) -> TrainConfig:
+    """Parse flags over the defaults of preset, recipe and program, and the sizes of --from_weight.
+
+    Raises: SettingsError, or exits with 2 (argparse)."""
     parser = build_parser(description)
-    preset, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[preset.preset] | RECIPES[preset.recipe])
-    config = TrainConfig(**vars(parser.parse_args(argv)))
+    parser.set_defaults(**program.defaults)
+    chosen, _ = parser.parse_known_args(argv)
+    for defaults in (
+        PRESETS[chosen.preset],
+        RECIPES[chosen.recipe],
+        program.defaults,
+        program.presets.get(chosen.preset, {}),
+    ):
+        parser.set_defaults(**defaults)
+    if program.is_chat:
+        parser.set_defaults(**described_sizes(parser.parse_args(argv)))
+    config = TrainConfig(**vars(parser.parse_args(argv)), program=program)
     check_flags(config)
     if config.dtype is None:
         config.dtype = default_dtype(config.device)
@@ -522,6 +560,18 @@ def parse_flags(argv: list[str] | None, description: str | None = None) -> Train
     if config.use_compile is None:
         config.use_compile = int(config.device.startswith("cuda"))
     return config
+
+
+def described_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """The architecture of --from_weight as the ``.json`` beside it tells it; empty if none does."""
+    moe = "_moe" if args.use_moe else ""
+    path = Path(args.save_dir) / f"{args.from_weight}_{args.hidden_size}{moe}.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        names = [f.name for f in fields(ModelFlags) if f.name in config and f.name != "dropout"]
+        return {name: int(config[name]) for name in names}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}  # loading the weights will tell
 
 
 # ------------------------------------------------------------------------------------- checks
@@ -621,7 +671,7 @@ def skipped_updates(given: str | None) -> range:
 
 def flag_names(resume: str) -> list[str]:
     """The flags that are declared with this ``resume``."""
-    return [f.name for f in fields(TrainConfig) if f.metadata["resume"] == resume]
+    return [f.name for f in fields(TrainConfig) if f.metadata.get("resume") == resume]
 
 
 def check_same_settings(saved: dict, given: dict) -> None:

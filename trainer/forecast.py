@@ -73,12 +73,13 @@ class Forecast(NamedTuple):
 
 def forecast_of(run: Run, newest: dict) -> Forecast | None:
     """What the run's records, and the newest one that is not among them yet, tell of its end; None
-    before EARLIEST, at the end, and on all ranks but the first, which have no records.
+    before EARLIEST, at the end, of a model that was trained before, and on all ranks but the first,
+    which have no records.
 
     Records without a ``progress``, of earlier versions, do not count."""
-    if not run.records or newest["progress"] >= 1:
-        return None
     args = run.args
+    if not run.records or newest["progress"] >= 1 or args.from_weight != "none":
+        return None
     at_random = args.embedding_init == "random"
     # A start from counts knew the rows before, and so does a model that has seen them.
     held_out, training = losses_of([*run.records, newest], run.rows_per_epoch if at_random else 0)

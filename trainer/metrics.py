@@ -99,7 +99,7 @@ def open_metrics(run: Run) -> "Metrics":
         metrics.tracker = SwanLabTracker(
             config.wandb_project,
             config.save_weight,
-            config=vars(config),
+            config={k: v for k, v in vars(config).items() if k != "program"},
             log_dir=f"{config.save_dir}/swanlog",
             run_id=run.tracker_id,
             history=run.records,

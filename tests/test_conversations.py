@@ -1,0 +1,335 @@
+"""Conversations: the template, what is learned of them, how they share rows, what is refused."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dataset.chat_datasets import SFTDataset
+from dataset.conversations import Marks, chat_content, conversation_of, written_out
+from dataset.lm_dataset import IGNORE
+from dataset.packing import pack
+from dataset.records import DataError
+from tests.helpers import ROOT, shipped_tokenizer, tiny_model
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALLS = [{"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]
+ALL_ROLES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 加 2？"},
+    {"role": "assistant", "content": "", "tool_calls": CALLS},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "三", "reasoning_content": "1 + 2"},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": "Bye."},
+]
+WRITTEN = """<|im_start|>system
+Be brief.
+
+# Tools
+
+These functions may be called:
+<tools>
+{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+</tools>
+
+A call is written as
+<tool_call>
+{"name": ..., "arguments": {...}}
+</tool_call><|im_end|>
+<|im_start|>user
+1 加 2？<|im_end|>
+<|im_start|>assistant
+<tool_call>
+{"name": "add", "arguments": {"a": 1, "b": 2}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+3
+</tool_response><|im_end|>
+<|im_start|>assistant
+<think>
+1 + 2
+</think>
+
+三<|im_end|>
+<|im_start|>user
+Thanks.<|im_end|>
+<|im_start|>assistant
+Bye.<|im_end|>
+"""
+
+
+def conversation(*turns: str) -> dict:
+    """Turns of user and assistant, in turn."""
+    roles = ("user", "assistant")
+    found = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {"conversations": found}
+
+
+def some_conversations(num: int = 60, seed: int = 0) -> list[dict]:
+    """Of various lengths, some of which are longer than a row of 128 tokens."""
+    rng = random.Random(seed)
+
+    def words(most: int) -> str:
+        return " ".join(f"word{rng.randint(0, 99)}" for _ in range(rng.randint(1, most)))
+
+    return [
+        conversation(*(words(40 if i % 9 == 0 else 4) for _ in range(2 * rng.randint(1, 3))))
+        for i in range(num)
+    ]
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return path
+
+
+def dataset(folder: Path, records: list[dict], length: int = 128, **choice: object) -> SFTDataset:
+    path = write(folder / "chats.jsonl", records)
+    return SFTDataset(
+        str(path), shipped_tokenizer(), length, cache_dir=str(folder / "cache"), **choice
+    )
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, record: dict) -> list[int]:
+    """What transformers itself says is the assistant's, by the template's generation marks."""
+    found = tokenizer.apply_chat_template(
+        record["conversations"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
+    return [token for token, mask in pairs if mask]
+
+
+# ---------------------------------------------------------------------------------- the template
+
+
+def test_the_template_writes_every_kind_of_turn() -> None:
+    tokenizer = shipped_tokenizer()
+    assert written_out(tokenizer, ALL_ROLES, TOOLS) == WRITTEN
+    asked = written_out(tokenizer, ALL_ROLES[:2], None, for_answer=True)
+    assert asked == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 加 2？<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    ids = tokenizer(WRITTEN, add_special_tokens=False)["input_ids"]
+    found = tokenizer.apply_chat_template(
+        ALL_ROLES, tools=TOOLS, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert found["input_ids"] == ids
+    spans = Marks(tokenizer).spans(ids)
+    assert [i for i, m in enumerate(found["assistant_masks"]) if m] == [
+        i for first, end in spans for i in range(first, end)
+    ]
+    said = [tokenizer.decode(ids[first:end]) for first, end in spans]
+    assert said == [
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>\n',
+        "<think>\n1 + 2\n</think>\n\n三<|im_end|>\n",
+        "Bye.<|im_end|>\n",
+    ]
+    num_bytes = sum(len(text.removesuffix("<|im_end|>\n").encode()) for text in said)
+    assert Marks(tokenizer).num_bytes(WRITTEN) == num_bytes
+
+
+def test_ids_and_labels_are_those_that_minimind_s_class_makes() -> None:
+    """Recorded with SFTDataset of jingyaogong/minimind d65ef2c and the bundled tokenizer; the
+    label at each place is 1 if it is the token there."""
+    record = conversation("Hi! 你好", "Hello.", "What is 1+1?", "2")
+    ids = shipped_tokenizer()(
+        written_out(shipped_tokenizer(), record["conversations"], None), add_special_tokens=False
+    )["input_ids"]
+    expected = json.loads((ROOT / "tests/golden/minimind_sft.json").read_text())
+    assert ids == expected["input_ids"]
+    mask = [0] * len(ids)
+    for first, end in Marks(shipped_tokenizer()).spans(ids):
+        mask[first:end] = [1] * (end - first)
+    assert mask == expected["learned"]
+
+
+def test_a_tokenizer_without_such_a_template_is_refused() -> None:
+    tokenizer = shipped_tokenizer().__class__.from_pretrained(str(ROOT / "model"))
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="--tokenizer_path: the tokenizer has no chat template"):
+        chat_content(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="begins and ends an assistant's turn otherwise than with"):
+        chat_content(tokenizer)
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def test_no_conversation_is_cut_that_fits_and_every_label_stands_once(tmp_path: Path) -> None:
+    tokenizer, records = shipped_tokenizer(), some_conversations()
+    data = dataset(tmp_path, records)
+    texts = {written_out(tokenizer, r["conversations"], None): r for r in records}
+    rows = data.__getitems__([*range(len(data) + 2)])  # two are padding
+    assert rows.num_labels == int((rows.labels[:, 1:] != IGNORE).sum())
+    found: list[int] = []
+    whole = 0
+    for ids, labels, starts in zip(rows.input_ids, rows.labels, rows.document_starts, strict=True):
+        for start in sorted(set(starts[starts >= 0].tolist())):
+            inside = starts == start
+            text = tokenizer.decode(ids[inside])
+            said = [label for label in labels[inside].tolist() if label != IGNORE]
+            found += said
+            if text in texts:
+                assert said == learned(tokenizer, texts.pop(text))
+                whole += 1
+        used = (starts >= 0).sum()
+        assert (ids[used:] == data.pad).all() and (labels[used:] == IGNORE).all()
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert whole > 40 and lengths and min(lengths) > 128  # those that are left are too long
+    expected = [token for record in records for token in learned(tokenizer, record)]
+    assert sorted(found) == sorted(expected) and len(found) == rows.num_labels
+    assert (rows.document_starts[: len(data)] >= 0).float().mean() > 0.9
+
+
+def test_rows_are_shuffled_by_epoch_and_keep_what_they_hold(tmp_path: Path) -> None:
+    data = dataset(tmp_path, some_conversations())
+    everything = [*range(len(data))]
+    first = data.__getitems__(everything).input_ids
+    data.set_epoch(1)
+    second = data.__getitems__(everything).input_ids
+    assert not torch.equal(first, second)
+    assert sorted(map(tuple, first.tolist())) == sorted(map(tuple, second.tolist()))
+    documents = [data.documents_of([row]) for row in everything]
+    for row, inside in zip(everything, documents, strict=True):
+        assert len(inside) == len(set(data[row][2][data[row][2] >= 0].tolist()))
+    data.set_epoch(0)
+    assert torch.equal(data.__getitems__(everything).input_ids, first)
+
+
+def test_sharing_rows_changes_no_loss(tmp_path: Path) -> None:
+    records = some_conversations()
+    model = tiny_model(vocab_size=6400, max_position_embeddings=256)
+    sums, rows = [], []
+    for packing in (True, False):
+        data = dataset(tmp_path, records, packing=packing)
+        batch = data.__getitems__([*range(len(data))])
+        with torch.no_grad():
+            sums.append(model(**batch.model_inputs).loss.double() * batch.num_labels)
+        rows.append(len(data))
+    assert sums[0].item() == pytest.approx(sums[1].item(), rel=1e-6)
+    assert rows[0] < 0.7 * rows[1]
+
+
+def test_held_out_conversations_are_scored_on_answers_alone(tmp_path: Path) -> None:
+    data = dataset(tmp_path, some_conversations(200), heldout_fraction=0.2)
+    held_out = data.held_out(10**6)
+    assert held_out is not None and len(held_out.documents) > 20
+    parts = held_out.by_language(shipped_tokenizer())
+    assert [*parts] == ["en"]
+    part = parts["en"]
+    batch = part.__getitems__([*range(len(part))])
+    assert batch.num_labels == int(data.cache.labels[part.documents].sum())
+    texts = [data.cache.text(d, shipped_tokenizer()) for d in part.documents.tolist()]
+    marks = Marks(shipped_tokenizer())
+    assert part.num_text_bytes == sum(map(marks.num_bytes, texts))
+    assert not set(part.documents.tolist()) & set(data.documents.tolist())
+
+
+def test_packing_wastes_little_and_never_overlaps() -> None:
+    rng = random.Random(3)
+    lengths = [rng.randint(5, 300) for _ in range(2000)]
+    pieces = pack(lengths, 256)
+    assert sum(lengths) / (pieces.num_rows * 256) > 0.97
+    ends = pieces.begins + pieces.length
+    assert (ends[:-1] <= pieces.begins[1:]).all()
+    assert (pieces.begins // 256 == (ends - 1) // 256).all()  # none crosses into another row
+    for document, length in enumerate(lengths):
+        mine = pieces.document == document
+        if length <= 256:
+            assert pieces.length[mine].tolist() == [length]
+        else:
+            parts = sorted(
+                zip(pieces.first[mine].tolist(), pieces.length[mine].tolist(), strict=True)
+            )
+            assert parts == [(0, 256), (255, length - 255)]
+
+
+def test_files_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    records = some_conversations(20)
+    expected = dataset(tmp_path, records)
+    messages = [{"messages": record["conversations"]} for record in records]
+    lines = "".join(json.dumps(record) + "\n" for record in messages)
+    paths = [tmp_path / "m.jsonl", tmp_path / "m.jsonl.gz", tmp_path / "c.parquet"]
+    paths[0].write_text(lines)
+    paths[1].write_bytes(gzip.compress(lines.encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(records), paths[2])
+    for path in paths:
+        data = SFTDataset(str(path), shipped_tokenizer(), 128, cache_dir=str(tmp_path / "cache"))
+        rows = [*range(len(data))]
+        for found, wanted in zip(data.__getitems__(rows), expected.__getitems__(rows), strict=True):
+            assert torch.equal(torch.as_tensor(found), torch.as_tensor(wanted))
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+BAD = [
+    ({"text": "a"}, 'none of "conversations" and "messages"; its keys: \'text\''),
+    ({"conversations": [USER, ANSWER], "messages": [USER, ANSWER]}, "both of"),
+    ({"conversations": "a"}, '"conversations" is a JSON string'),
+    ({"conversations": []}, 'no turn of an assistant in "conversations"'),
+    ({"messages": [USER]}, 'no turn of an assistant in "messages"'),
+    ({"messages": [USER, USER]}, 'turn 2 of "messages": role user after user, expected assist'),
+    ({"messages": [ANSWER]}, "role assistant at the beginning, expected system or user"),
+    ({"messages": [USER, ANSWER, {"role": "system", "content": "a"}]}, "role system after assi"),
+    ({"messages": [USER, ANSWER, {"role": "tool", "content": "a"}]}, "without tool_calls"),
+    ({"messages": [{"role": "bot", "content": "a"}]}, "turn 1 of \"messages\": role 'bot', exp"),
+    ({"messages": [USER, {"role": "assistant"}]}, "no content in the turn of the assistant"),
+    ({"messages": [USER, {"role": "assistant", "content": " "}]}, "no content in the turn"),
+    ({"messages": [{"role": "user", "content": 3}, ANSWER]}, '"content" is a JSON number'),
+    ({"messages": [{"from": "human", "value": "a"}, ANSWER]}, 'expected "role" and "content"'),
+    ({"messages": [USER, ANSWER | {"weight": 0}]}, "key 'weight', expected role, content"),
+    ({"messages": [USER, ANSWER | {"tool_calls": "{"}]}, '"tool_calls" is no JSON'),
+    ({"messages": [USER, ANSWER | {"tool_calls": "{}"}]}, '"tool_calls" is a JSON object, not'),
+    (
+        {"messages": [{"role": "system", "content": "", "tools": "a"}, USER, ANSWER]},
+        '"tools" is no',
+    ),
+    ({"messages": [USER | {"content": "x<|im_start|>assistant\ny"}, ANSWER]}, "begins a turn of"),
+    ({"messages": [USER | {"content": "\ud800"}, ANSWER]}, "unpaired surrogate"),
+    ({"messages": ["a", ANSWER]}, "found a JSON string"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), BAD)
+def test_what_is_wrong_with_a_conversation_is_said(
+    tmp_path: Path, record: dict, message: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{json.dumps(conversation('a', 'b'))}\n{json.dumps(record)}\n")
+    with pytest.raises(DataError) as caught:
+        SFTDataset(str(path), shipped_tokenizer(), 64, cache_dir=str(tmp_path / "cache"))
+    found = str(caught.value)
+    assert message in found and f"{path} line 2 (byte " in found and "\n" not in found
+    assert "Expected one JSON object per line" in found and "--bad_records skip" in found
+    skipped = SFTDataset(
+        str(path), shipped_tokenizer(), 64, cache_dir=str(tmp_path / "cache"), bad_records="skip"
+    )
+    assert len(skipped) == 1 and skipped.cache.meta["num_bad"] == 1
+
+
+def test_plain_text_holds_no_conversations(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello\n")
+    with pytest.raises(DataError, match=r"a\.txt is plain text\. Expected one JSON object per li"):
+        SFTDataset(str(tmp_path / "a.txt"), shipped_tokenizer(), 64, cache_dir=str(tmp_path))
+
+
+def test_keys_that_hold_nothing_do_not_count() -> None:
+    """As parquet fills them in, and MiniMind's files do."""
+    empty = {"reasoning_content": None, "tools": None, "tool_calls": ""}
+    turns, tools = conversation_of({"conversations": [USER | empty, ANSWER | empty]})
+    assert turns == [USER, ANSWER] and tools is None
+    system = {"role": "system", "content": "", "tools": json.dumps(TOOLS)}
+    turns, tools = conversation_of({"conversations": [system, USER, ANSWER]})
+    assert tools == TOOLS and turns[0] == {"role": "system", "content": ""}

@@ -1,0 +1,88 @@
+"""Fine-tune a pretrained model on conversations, so that it answers.
+
+    python train_full_sft.py --preset demo            # after train_pretrain.py --preset demo
+    python train_full_sft.py --data_path chats.jsonl  # the weights out/pretrain_768.pth
+    torchrun --nproc_per_node 8 train_full_sft.py     # on eight GPUs
+    python train_full_sft.py --from_resume 1          # resume after a kill
+    python eval_llm.py --weight full_sft --interactive 1
+
+The loop, its flags and its guarantees are those of train_pretrain.py; rows are conversations, and
+the loss is on what the assistant says.
+"""
+
+import sys
+
+from transformers import PreTrainedTokenizerBase
+
+from dataset.chat_datasets import SFTDataset
+from dataset.conversations import chat_content
+from dataset.token_cache import TokenCache, build_token_cache
+from train_pretrain import build_run, train, train_step
+from trainer import distributed
+from trainer.flags import Program, TrainConfig, parse_flags
+from trainer.guard.guard import Guard
+from trainer.program import run_program
+
+FULL_SFT = Program(
+    "full_sft",
+    defaults={
+        "save_weight": "full_sft",
+        "from_weight": "pretrain",
+        "data_path": ["dataset/sft_t2t_mini.jsonl"],
+        "max_seq_len": 768,
+        "epochs": 2,
+        "batch_size": 16,
+        "accumulation_steps": 1,
+        "learning_rate": 1e-5,
+        "log_interval": 100,
+        "wandb_project": "MiniMind-Full-SFT",
+    },
+    presets={
+        "demo": {
+            "data_path": ["dataset/chat_sample.jsonl"],
+            "heldout_fraction": 0.02,
+            "max_seq_len": 256,
+            "epochs": 2,
+            "batch_size": 8,
+            "optimizer": "muon",
+            "learning_rate": 2e-3,
+            "lr_schedule": "wsd",
+            "log_interval": 20,
+        }
+    },
+)
+
+
+def open_data(args: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> SFTDataset:
+    """The rows, tokenized by one process of each machine while the others wait.
+
+    Raises: DataError."""
+
+    def build() -> str:
+        source = args.data_path, tokenizer, args.cache_dir, args.bad_records
+        return str(build_token_cache(*source, content=chat_content(tokenizer)).folder)
+
+    return SFTDataset(
+        TokenCache.open(distributed.on_each_machine(build)),
+        tokenizer,
+        args.max_seq_len,
+        packing=bool(args.packing),
+        seed=args.seed,
+        heldout_fraction=args.heldout_fraction,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status, see trainer/errors.py."""
+
+    def program() -> None:
+        config = parse_flags(argv, __doc__, FULL_SFT)
+        with Guard(config) as guard:
+            train(config, guard, open_data, build_run, train_step)
+            distributed.close()
+
+    return run_program(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
