@@ -1,12 +1,14 @@
-"""Continue prompts with a pretrained model, or measure its loss on a file.
+"""Continue prompts with a pretrained model, talk with a fine-tuned one, or measure its loss.
 
 python eval_llm.py                                      # built-in prompts
 python eval_llm.py --prompt "The capital of France is"  # your own; repeat --prompt for more
 python eval_llm.py --interactive 1                      # read prompts from the terminal
+python eval_llm.py --weight full_sft --interactive 1    # a conversation
 python eval_llm.py --data_path held_out.jsonl           # nats per token, bits per byte
 """
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -16,13 +18,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from dataset.chat_datasets import SFTDataset
+from dataset.conversations import holds_conversations
 from dataset.lm_dataset import PretrainDataset, SkipBatchSampler
+from dataset.records import find_files
 from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer.device import default_device, device_problems, setup_seed
 from trainer.errors import CheckpointError, SettingsError, printable
-from trainer.evaluation import bits_per_byte, encode_prompt, held_out_nats
+from trainer.evaluation import bits_per_byte, encode_prompt, encode_question, held_out_nats
 from trainer.flags import Parser
 from trainer.program import run_program
 from trainer.weights import load_tokenizer, load_weights, read_config, read_weights
@@ -38,6 +43,18 @@ PROMPTS = {
     "法国的首都是": "巴黎",
     "水结成冰的温度是": "零摄氏度",
     "《西游记》的作者是": "吴承恩",
+    "香蕉是什么颜色的？": "黄色",
+}
+# The same for models that answer.
+QUESTIONS = {
+    "What is the capital of France?": "Paris",
+    "What colour is a banana?": "yellow",
+    "Where does the Sun rise?": "east",
+    "Who wrote Hamlet?": "Shakespeare",
+    "中国的首都是哪里？": "北京",
+    "法国的首都叫什么？": "巴黎",
+    "水在多少度结冰？": "零摄氏度",
+    "谁写了《西游记》？": "吴承恩",
     "香蕉是什么颜色的？": "黄色",
 }
 TEMPERATURE = 0.5  # docs/LOG.md, 2026-11-24, compares the answers at other temperatures
@@ -66,6 +83,12 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("what to do").add_argument
     add("--prompt", action="append", help="text to continue; may be given several times")
     add("--interactive", type=int, default=0, choices=[0, 1], help="1: read prompts, one per line")
+    add(
+        *("--history", "--historys"),
+        type=int,
+        default=8,
+        help="with --interactive and a model that answers: how many turns of both it sees again",
+    )
     add("--data_path", nargs="+", help="files to measure the loss on instead")
     add("--text_column", default="text", help="with --data_path: the field that holds the text")
     add("--max_seq_len", type=int, default=512, help="with --data_path: tokens per row")
@@ -101,6 +124,7 @@ def check_flags(args: argparse.Namespace) -> None:
         "max_seq_len": 2,
         "temperature": 0,
         "top_k": 0,
+        "history": 0,
     }
     problems = [
         f"--{name} is {getattr(args, name)}, expected {least} or more"
@@ -109,6 +133,8 @@ def check_flags(args: argparse.Namespace) -> None:
     ]
     if not 0 < args.top_p <= 1:
         problems.append(f"--top_p is {args.top_p}, expected above 0, at most 1")
+    if args.history % 2:
+        problems.append(f"--history is {args.history}, expected an even number: both sides' turns")
     if args.repetition_penalty <= 0:
         problems.append(f"--repetition_penalty is {args.repetition_penalty}, expected above 0")
     if args.inference_rope_scaling and args.data_path:
@@ -142,8 +168,20 @@ def find_weights(args: argparse.Namespace) -> Path:
     expected = "several; choose with --hidden_size and --use_moe" if fitting else "no weights"
     raise CheckpointError(
         f"--weight {args.weight}: {expected} of that name and size in {args.save_dir} "
-        f"(found: {names}). Train them with train_pretrain.py, or give a .pth file."
+        f"(found: {names}). Train them first, or give a .pth file."
     )
+
+
+def is_chat(path: Path) -> bool:
+    """Whether these weights answer questions rather than continue text: by the description beside
+    them, or if there is none, as MiniMind does, by their name."""
+    try:
+        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return "program" in description["run"]["settings"]
+    except OSError:
+        return "pretrain" not in path.name
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
@@ -170,15 +208,14 @@ def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 def measure(
     args: argparse.Namespace, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Print the model's loss on all documents of --data_path, and bits per byte by language."""
-    data = PretrainDataset(
-        args.data_path,
-        tokenizer,
-        args.max_seq_len,
-        cache_dir=args.cache_dir,
-        bad_records=args.bad_records,
-        text_column=args.text_column,
-    )
+    """Print the model's loss on all documents of --data_path, and bits per byte by language; of
+    conversations, on what the assistant says."""
+    choice = {"cache_dir": args.cache_dir, "bad_records": args.bad_records}
+    if holds_conversations(find_files(args.data_path)[0]):
+        data = SFTDataset(args.data_path, tokenizer, args.max_seq_len, **choice)
+    else:
+        choice["text_column"] = args.text_column
+        data = PretrainDataset(args.data_path, tokenizer, args.max_seq_len, **choice)
     nats, num_labels, num_bytes, by_language = 0.0, 0.0, 0, []
     for language, part in data.by_language(tokenizer).items():
         batches = map(part.__getitems__, SkipBatchSampler(range(len(part)), args.batch_size))
@@ -216,14 +253,23 @@ def continue_prompts(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[str],
+    chat: bool = False,
 ) -> None:
-    """Print each prompt and its continuation while it is generated. Raises: GenerationError."""
+    """Print each prompt and its continuation, or answer, while it is generated.
+
+    Raises: GenerationError."""
     qwen = generating_model(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    turns: list[dict] = []  # of an interactive conversation
     for prompt in prompts:
         setup_seed(args.seed)  # each time, so that texts do not depend on earlier prompts
-        ids = encode_prompt(tokenizer, prompt).to(args.device)
-        print(prompt, end="", flush=True)
+        if chat:
+            seen = turns[-args.history :] if args.history else []
+            ids = encode_question(tokenizer, prompt, seen).to(args.device)
+        else:
+            ids = encode_prompt(tokenizer, prompt).to(args.device)
+        if not args.interactive or not chat:
+            print(prompt, end="\n" if chat else "", flush=True)
         start = time.monotonic()
         out = qwen.generate(
             ids,
@@ -235,6 +281,10 @@ def continue_prompts(
         )
         seconds = time.monotonic() - start
         print(f"[{(out.shape[1] - ids.shape[1]) / seconds:.0f} tokens/s]\n")
+        if args.interactive:
+            answer = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+            turns.append({"role": "user", "content": prompt})
+            turns.append({"role": "assistant", "content": answer.removesuffix("\n")})
 
 
 def evaluate(argv: list[str] | None) -> None:
@@ -246,8 +296,15 @@ def evaluate(argv: list[str] | None) -> None:
     if args.data_path:
         measure(args, model, tokenizer)
     else:
-        prompts = typed_prompts() if args.interactive else args.prompt or PROMPTS
-        continue_prompts(args, model, tokenizer, prompts)
+        chat = is_chat(find_weights(args))
+        if chat and not tokenizer.chat_template:
+            raise SettingsError(
+                f"--tokenizer_path {args.tokenizer_path}: the tokenizer has no chat template, "
+                f"which a model that answers needs. Give the one that it was fine-tuned with."
+            )
+        built_in = QUESTIONS if chat else PROMPTS
+        prompts = typed_prompts() if args.interactive else args.prompt or built_in
+        continue_prompts(args, model, tokenizer, prompts, chat)
 
 
 def main(argv: list[str] | None = None) -> int:

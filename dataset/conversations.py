@@ -7,11 +7,12 @@ An assistant's turn may have reasoning_content and tool_calls; a system turn, or
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dataset.records import JSON_TYPES, Content, DataError, encodable
+from dataset.records import JSON_TYPES, Content, DataError, encodable, read_documents
 
 COLUMNS = ("conversations", "messages", "tools")
 ROLES = ("system", "user", "assistant", "tool")
@@ -197,3 +198,19 @@ def chat_content(tokenizer: PreTrainedTokenizerBase) -> Content:
     what = 'turns in "conversations" or "messages"'
     name = f"conversations {tokenizer.chat_template}"
     return Content(document, COLUMNS, EXAMPLE, what, name, marks)
+
+
+def holds_conversations(path: Path) -> bool:
+    """Whether the first record of a file is a conversation rather than a text."""
+    found: list[bool] = []
+
+    def look(record: dict[str, object]) -> str:
+        found.append(any(record.get(name) is not None for name in COLUMNS[:2]))
+        return ""
+
+    content = Content(look, COLUMNS, EXAMPLE, "", "", marks=True)
+    try:
+        next(read_documents(path, lambda message: None, content), None)
+    except DataError:
+        return False  # reading it as text will tell
+    return found[:1] == [True]

@@ -4,6 +4,7 @@ Source: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The names of tensors 
 package."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ BLOCK = 32  # consecutive weights of a row that share a scale in q8_0
 SINGLE_DIGITS = {"type": "Digits", "individual_digits": True}
 # llama.cpp's names for how a text is split before merging, by whether digits are split one by one.
 PRE_TOKENIZER_NAMES = {False: "gpt-2", True: "smollm"}
+
+
+GENERATION_MARK = re.compile(r"{%-? (end)?generation -?%}")
 
 
 def pre_tokenizer_name(described: dict) -> str:
@@ -150,6 +154,9 @@ def add_tokenizer(
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
+    if tokenizer.chat_template:
+        # The marks tell trainers what the assistant says; other readers of templates lack them.
+        writer.add_chat_template(GENERATION_MARK.sub("", str(tokenizer.chat_template)))
 
 
 def check_gguf(

@@ -84,7 +84,7 @@ def test_the_folder_holds_settings_and_no_code(tmp_path: Path, use_moe: bool) ->
     folder, _ = exported(tmp_path, use_moe=use_moe)
     assert {file.name for file in folder.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     config = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in config and config["dtype"] == "float16"

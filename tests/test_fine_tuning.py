@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -11,10 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import jinja2
 import pytest
+import torch
+import transformers
 
+import eval_llm
 import train_full_sft
-from tests.helpers import ROOT
+from dataset.conversations import Marks, written_out
+from model.model_minimind import MiniMindForCausalLM
+from tests.helpers import ROOT, shipped_tokenizer
 from tests.running import (
     assert_same,
     metrics_without_times,
@@ -26,6 +33,7 @@ from tests.running import (
 )
 from tests.test_conversations import some_conversations, write
 from trainer.flags import parse_flags
+from trainer.weights import load_weights, read_config, read_weights
 
 NAME = "full_sft_32"
 
@@ -169,3 +177,114 @@ def test_a_pretraining_run_is_not_continued_as_fine_tuning(
     words[words.index("--data_path") + 1] = str(tmp_path / "corpus.jsonl")
     assert train_pretrain.main(words) == 2
     assert "program" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- talking
+
+
+def evaluated(folder: Path, *words: object, typed: str = "") -> str:
+    """What eval_llm.py prints with the weights of a run."""
+    command = [sys.executable, "eval_llm.py", "--save_dir", folder / "out", "--device", "cpu"]
+    done = subprocess.run(
+        [*map(str, [*command, "--max_new_tokens", 5, *words])],
+        cwd=ROOT,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_models_that_answer_get_the_template_and_others_do_not(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+    tokenizer = shipped_tokenizer()
+
+    class Model:
+        def generate(self, ids: torch.Tensor, **_: object) -> torch.Tensor:
+            seen.append(tokenizer.decode(ids[0]))
+            answer = tokenizer("yes<|im_end|>", add_special_tokens=False)["input_ids"]
+            return torch.cat((ids, torch.tensor([answer])), 1)
+
+    monkeypatch.setattr(eval_llm, "generating_model", lambda model: Model())
+    typed = iter(["one?", "two?", "three?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    words = ["--save_dir", str(whole / "out"), "--device", "cpu", "--weight", "full_sft"]
+    assert eval_llm.main([*words, "--interactive", "1", "--historys", "2"]) == 0
+    begin = "<|im_start|>assistant\n"
+    turns = [f"<|im_start|>user\n{word}?<|im_end|>\n{begin}" for word in ("one", "two", "three")]
+    said = "yes<|im_end|>\n"
+    assert seen == [turns[0], turns[0] + said + turns[1], turns[1] + said + turns[2]]
+
+    seen.clear()
+    path = whole / "out" / "pretrain_copy.pth"  # without a description, the name tells
+    path.write_bytes((whole / "out" / f"{NAME}.pth").read_bytes())
+    assert eval_llm.main([*words[:-1], str(path), "--prompt", "one?"]) == 0
+    assert seen == ["<|im_start|>one?"]
+    assert eval_llm.main([*words, "--history", "3"]) == 2
+    assert "--history is 3, expected an even number" in capsys.readouterr().err
+
+
+def test_an_answer_ends_with_its_turn(whole: Path) -> None:
+    said = evaluated(whole, "--weight", "full_sft", "--prompt", "word1", "--temperature", 0)
+    assert said.startswith("word1\n") and "<|im" not in said
+    asked = evaluated(whole, "--weight", "full_sft", "--interactive", 1, typed="word1\nword2\n\n")
+    assert asked.count("tokens/s]") == 2
+
+
+def test_the_loss_on_conversations_is_that_of_the_answers(whole: Path) -> None:
+    path = whole / "chats.jsonl"
+    said = evaluated(whole, "--weight", "full_sft", "--data_path", path, "--max_seq_len", 512)
+    loss, bits = re.search(r"loss ([\d.]+) nats/token, ([\d.]+) bits/byte", said).groups()
+    tokenizer = shipped_tokenizer()
+    marks, nats, labels, num_bytes = Marks(tokenizer), 0.0, 0, 0
+    weights = whole / "out" / f"{NAME}.pth"
+    model = MiniMindForCausalLM(read_config(weights, read_weights(weights))).eval()
+    load_weights(model, weights, flag="")
+    for record in some_conversations(120):
+        text = written_out(tokenizer, record["conversations"], None)
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            scores = model(ids).logits[0].log_softmax(-1)
+        assert ids.shape[1] <= 512, "none loses its context, as where one goes on in another row"
+        for first, end in marks.spans(ids[0].tolist()):
+            places = torch.arange(first, end)
+            nats -= scores[places - 1, ids[0, places]].sum().item()
+            labels += end - first
+        num_bytes += marks.num_bytes(text)
+    assert float(loss) == pytest.approx(nats / labels, abs=2e-3)
+    assert float(bits) == pytest.approx(nats / math.log(2) / num_bytes, abs=2e-3)
+
+
+# ----------------------------------------------------------------------------------- out and back
+
+
+def export(folder: Path, to: str, output: Path) -> None:
+    words = ["--weight", "full_sft", "--save_dir", folder / "out", "--to", to, "--output", output]
+    done = run_command([sys.executable, "-m", "scripts.export", *map(str, words)])
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_export_talks_in_transformers_own_pipeline(whole: Path, tmp_path: Path) -> None:
+    export(whole, "hf", tmp_path / "hf")
+    talk = transformers.pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")
+    question = [{"role": "user", "content": "word1"}]
+    (answer,) = talk(question, max_new_tokens=5, do_sample=False)
+    reply = answer["generated_text"][-1]
+    assert reply["role"] == "assistant"
+    said = evaluated(whole, "--weight", "full_sft", "--prompt", "word1", "--temperature", 0)
+    assert said.removeprefix("word1\n").startswith(reply["content"].strip("\n"))
+
+
+def test_a_gguf_file_has_the_template_without_marks_that_llama_cpp_lacks(
+    whole: Path, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    export(whole, "gguf", tmp_path / "a.gguf")
+    template = gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.chat_template"].contents()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    written = jinja2.Environment().from_string(template).render(messages=turns)
+    assert written == written_out(shipped_tokenizer(), turns, None)
