@@ -237,7 +237,7 @@ def test_an_answer_ends_with_its_turn(whole: Path) -> None:
 
 def test_the_loss_on_conversations_is_that_of_the_answers(whole: Path) -> None:
     path = whole / "chats.jsonl"
-    said = evaluated(whole, "--weight", "full_sft", "--data_path", path, "--max_seq_len", 512)
+    said = evaluated(whole, "--weight", "full_sft", "--data_path", path, "--max_seq_len", 1024)
     loss, bits = re.search(r"loss ([\d.]+) nats/token, ([\d.]+) bits/byte", said).groups()
     tokenizer = shipped_tokenizer()
     marks, nats, labels, num_bytes = Marks(tokenizer), 0.0, 0, 0
@@ -249,7 +249,7 @@ def test_the_loss_on_conversations_is_that_of_the_answers(whole: Path) -> None:
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
             scores = model(ids).logits[0].log_softmax(-1)
-        assert ids.shape[1] <= 512, "none loses its context, as where one goes on in another row"
+        assert ids.shape[1] <= 1024, "none loses its context, as where one goes on in another row"
         for first, end in marks.spans(ids[0].tolist()):
             places = torch.arange(first, end)
             nats -= scores[places - 1, ids[0, places]].sum().item()
