@@ -162,6 +162,42 @@ def test_the_page_continues_a_prompt(tmp_path: Path, browser: Any) -> None:
 
 
 @needs_browser
+def test_the_page_of_a_fine_tuned_model_is_a_conversation(tmp_path: Path, browser: Any) -> None:
+    pytest.importorskip("gradio")
+    model, tokenizer = tiny_model(vocab_size=6400, max_position_embeddings=512), shipped_tokenizer()
+    path = tmp_path / "full_sft_32.pth"
+    save_weights(path, model, {"settings": {"program": "full_sft"}})
+    model.load_state_dict(read_weights(path))
+    continuer, turns, answers = Continuer(generating_model(model), tokenizer), [], []
+    for question in ("Hello?", "Again?"):
+        answer = list(
+            continuer.text(question, 100, eval_llm.TEMPERATURE, 0.9, 42, before=list(turns))
+        )[-1]
+        answers.append(" ".join(answer.split()))
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    words = ["-m", "scripts.web_demo", "--weight", path, "--device", "cpu"]
+    with serving(tmp_path, *words) as address:
+        browser.get(address)
+        by = "css selector"
+        box = until(lambda: browser.find_elements(by, "textarea") or None)[0]
+        for number, question in enumerate(("Hello?", "Again?")):
+            box.send_keys(question)
+            box.send_keys("\n")
+
+            def complete(number: int = number) -> bool:
+                bots = browser.find_elements(by, "[data-testid=bot]")
+                said = [" ".join(bot.text.split()) for bot in bots]
+                return len(said) > number and plain(said[number]) == plain(answers[number])
+
+            until(complete)
+
+
+def plain(text: str) -> str:
+    """Without what a page makes of a text: it is shown as Markdown."""
+    return "".join(char for char in text if char.isalnum())
+
+
+@needs_browser
 def test_swanlab_s_dashboard_shows_the_loss_of_a_run(tmp_path: Path, browser: Any) -> None:
     pytest.importorskip("swanboard")
     words = [sys.executable, "train_pretrain.py", *tiny_flags(tmp_path), "--use_wandb"]
