@@ -95,7 +95,7 @@ def make(flags: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def apart(runs: list[dict]) -> list[dict]:
     """Those that the priors are not fitted to."""
-    return runs[1::2]
+    return [run for run in runs if run["apart"]]
 
 
 def kind_of(run: dict) -> str:
@@ -159,10 +159,11 @@ def main() -> None:
     runs = json.loads(args.json.read_text()) if args.json.exists() else []
     for flags in list(settings(args.data_path))[len(runs) :] if args.data_path else ():
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(make(flags, Path(folder)))
-        write_atomically(args.json, json.dumps(runs).encode())
+            runs.append(make(flags, Path(folder)) | {"apart": bool(len(runs) % 2)})
+        lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
+        write_atomically(args.json, f"[{lines}]\n".encode())
     print(surroundings(args, "bench.forecast_runs"))
-    print("", *priors(runs[::2]), "", *table(apart(runs)), sep="\n")
+    print("", *priors([run for run in runs if not run["apart"]]), "", *table(apart(runs)), sep="\n")
 
 
 if __name__ == "__main__":

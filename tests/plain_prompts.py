@@ -19,14 +19,15 @@ class PlainPrompt(NamedTuple):
         return self.text[-1] in "?？"
 
 
-def read_prompts() -> list[PlainPrompt]:
+def read_prompts(name: str = "plain_prompts.tsv") -> list[PlainPrompt]:
     """All of them, as they stand in the file."""
-    lines = Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines()[1:]
+    lines = Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()[1:]
     rows = (line.split("\t") for line in lines)
     return [PlainPrompt(kind, text, tuple(answers.split(";"))) for kind, text, answers in rows]
 
 
 PROMPTS = read_prompts()
+QUESTIONS = read_prompts("plain_questions.tsv")  # for models that answer
 
 
 def first_place(answers: tuple[str, ...], text: str) -> float:
@@ -43,7 +44,7 @@ def is_right(prompt: PlainPrompt, continuation: str) -> bool:
     first = re.split(r"(?<=[.。！!?？])|\n", continuation.strip())[0]
     others = {
         answer
-        for other in PROMPTS
+        for other in (QUESTIONS if prompt in QUESTIONS else PROMPTS)
         for answer in other.answers
         if (other.kind, other.text.isascii()) == (prompt.kind, prompt.text.isascii())
         and answer not in prompt.answers

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import eval_llm
+from dataset import make_chat_sample
 from model.generation import generating_model
 from tests.helpers import ROOT, shipped_tokenizer
-from tests.plain_prompts import PROMPTS, is_right, num_stated
+from tests.plain_prompts import PROMPTS, QUESTIONS, is_right, num_stated
 from tests.running import run_command
 from trainer.device import default_dtype
-from trainer.evaluation import encode_prompt
+from trainer.evaluation import continuations, encode_prompt
 from trainer.trainer_utils import setup_seed
 
 
@@ -69,6 +70,30 @@ def test_the_built_in_prompts_are_ten_of_them() -> None:
     assert all(answer in known[prompt] for prompt, answer in eval_llm.PROMPTS.items())
 
 
+def test_there_are_a_hundred_questions_that_no_sample_contains() -> None:
+    assert len({question.text for question in QUESTIONS}) == len(QUESTIONS) == 100
+    assert sum(question.text[0].isascii() for question in QUESTIONS) == 50
+    together = "\n".join(
+        (ROOT / "dataset" / f"{name}_sample.jsonl").read_text(encoding="utf-8").lower()
+        for name in ("pretrain", "chat", "preference")
+    )
+    assert [
+        q.text
+        for q in QUESTIONS
+        if json.dumps(q.text, ensure_ascii=False)[1:-1].lower() in together
+    ] == []
+    assert not {question.text for question in QUESTIONS} & {prompt.text for prompt in PROMPTS}
+
+
+def test_the_bundled_conversations_are_those_that_the_script_writes(tmp_path: Path) -> None:
+    made = make_chat_sample.make_conversations()
+    make_chat_sample.write(tmp_path / "chat.jsonl", [{"conversations": c} for c in made])
+    make_chat_sample.write(tmp_path / "preference.jsonl", make_chat_sample.make_pairs())
+    for name in ("chat", "preference"):
+        bundled = ROOT / "dataset" / f"{name}_sample.jsonl"
+        assert bundled.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
+
+
 # ------------------------------------------------------------------------ the whole demo, minutes
 
 
@@ -114,6 +139,34 @@ def num_right(folder: Path, **drawn: float) -> int:
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         num += is_right(prompt, text)
     return num
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(trained: Path) -> Path:
+    """The demo, fine-tuned as the README says."""
+    places = [
+        "--save_dir",
+        trained,
+        "--cache_dir",
+        trained.parent,
+        "--checkpoint_dir",
+        trained.parent,
+    ]
+    program = [sys.executable, "train_full_sft.py", "--preset", "demo", "--device", "cpu"]
+    done = run_command([*program, *map(str, places)], timeout=3600)
+    assert done.returncode == 0, done.stderr
+    return trained
+
+
+@pytest.mark.slow
+def test_questions_are_answered_in_words_that_were_never_seen(fine_tuned: Path) -> None:
+    words = ["--save_dir", str(fine_tuned), "--device", "cpu", "--weight", "full_sft"]
+    args, tokenizer = eval_llm.build_parser().parse_args(words), shipped_tokenizer()
+    model = eval_llm.load_model(args, tokenizer)
+    texts, repeated = continuations(model, tokenizer, [q.text for q in QUESTIONS], chat=True)
+    wrong = {q.text: texts[q.text] for q in QUESTIONS if not is_right(q, texts[q.text])}
+    assert len(wrong) <= 10, wrong
+    assert repeated < 0.05
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 import eval_llm
+import train_full_sft
 import train_pretrain
 from scripts import export, plot, prepare_data, train_tokenizer
 from tests.helpers import ROOT, write_jsonl
 from tests.running import MEMORIZE_FLAGS, fact_documents, short_documents
+from tests.test_conversations import some_conversations, write
 from trainer.flags import build_parser
 
 README, CHINESE = (
@@ -87,6 +89,11 @@ ELSEWHERE = {
 SMALL = MEMORIZE_FLAGS + "--overwrite 1 --save_interval 50 --eval_interval 100 --eval_tokens 500"
 MAINS = {
     "train_pretrain.py": (train_pretrain.main, SMALL),
+    "train_full_sft.py": (
+        train_full_sft.main,
+        "--hidden_size 64 --device cpu --dtype float32 --overwrite 1 --epochs 1 "
+        "--data_path chats.jsonl",
+    ),
     "eval_llm.py": (eval_llm.main, "--max_new_tokens 12 --device cpu --temperature 0"),
     "scripts.export": (export.main, ""),
     "scripts.plot": (plot.main, ""),
@@ -110,6 +117,7 @@ def test_each_command_of_the_readme_runs(
     (tmp_path / "dataset/pretrain_sample.jsonl").symlink_to(ROOT / "dataset/pretrain_sample.jsonl")
     for name in ("dataset/pretrain_t2t_mini", "my_texts", "corpus", "texts/a"):
         write_jsonl(tmp_path / f"{name}.jsonl", [*fact_documents() * 20, *short_documents(60)])
+    write(tmp_path / "chats.jsonl", some_conversations(30))
     inline = re.findall(r"`(python -m [^`]+)`", README)
     lines = [*commands(README), *(line for line in inline if "python -m bench" not in line)]
     ran, continued = Counter(), ""
@@ -138,5 +146,5 @@ def test_each_command_of_the_readme_runs(
     assert ran.keys() == MAINS.keys() and ran.total() >= 14, ran
     assert json.loads((tmp_path / "tuned/config.json").read_text())["model_type"] == "qwen3"
     made = {"out/pretrain_64.png", "out/tuned_64.pth", "pretrain.gguf", "out/timed_64.pth"}
-    made |= {"my_tokenizer/tokenizer.json"}
+    made |= {"my_tokenizer/tokenizer.json", "out/full_sft_64.pth"}
     assert all((tmp_path / name).exists() for name in made)
