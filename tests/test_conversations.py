@@ -1,13 +1,15 @@
 """Conversations: the template, what is learned of them, how they share rows, what is refused."""
 
 import gzip
+import importlib.util
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.chat_datasets import SFTDataset
 from dataset.conversations import Marks, chat_content, conversation_of, written_out
@@ -333,3 +335,36 @@ def test_keys_that_hold_nothing_do_not_count() -> None:
     system = {"role": "system", "content": "", "tools": json.dumps(TOOLS)}
     turns, tools = conversation_of({"conversations": [system, USER, ANSWER]})
     assert tools == TOOLS and turns[0] == {"role": "system", "content": ""}
+
+
+# ------------------------------------------------------------------------------------ MiniMind's
+
+
+@pytest.mark.skipif("MINIMIND" not in os.environ, reason="MINIMIND names no checkout of MiniMind")
+def test_minimind_s_tokenizer_gives_what_its_own_class_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its random parts left out: MINIMIND=/path/to/minimind pytest tests/test_conversations.py"""
+    pytest.importorskip("datasets")
+    root = Path(os.environ["MINIMIND"])
+    spec = importlib.util.spec_from_file_location("theirs", root / "dataset" / "lm_dataset.py")
+    assert spec and spec.loader
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    monkeypatch.setattr(theirs, "pre_processing_chat", lambda turns: turns)
+    monkeypatch.setattr(theirs, "post_processing_chat", lambda text: text)
+    system = {"role": "system", "content": "", "tools": json.dumps(TOOLS)}
+    calls = [dict(t) for t in ALL_ROLES[1:]]
+    for turn in calls:
+        if "tool_calls" in turn:
+            turn["tool_calls"] = json.dumps(turn["tool_calls"])
+    records = [{"conversations": [system, *calls]}, *some_conversations(30)]
+    path = write(tmp_path / "chats.jsonl", records)
+    tokenizer = AutoTokenizer.from_pretrained(str(root / "model"))
+    expected = theirs.SFTDataset(str(path), tokenizer, 1024)
+    data = SFTDataset(str(path), tokenizer, 1024, cache_dir=str(tmp_path / "cache"), packing=False)
+    rows = {tuple(data[i][0].tolist()): data[i][1] for i in range(len(data))}
+    assert len(rows) == len(expected) == 31
+    for i in range(len(expected)):
+        ids, labels = expected[i]
+        assert torch.equal(rows[tuple(ids.tolist())], labels)
