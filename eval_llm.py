@@ -69,6 +69,12 @@ def add_weight_flags(parser: Parser) -> argparse._ArgumentGroup:
     add("--hidden_size", type=int, help="needed if --save_dir has several sizes of that name")
     add("--use_moe", type=int, choices=[0, 1], help="1: with experts; needed if there are both")
     add("--tokenizer_path", default="model", help="the tokenizer that the model was trained with")
+    add(
+        "--chat",
+        type=int,
+        choices=[0, 1],
+        help="1: a model that answers; default: as its .json says, or else by its name",
+    )
     parser.set_defaults(inference_rope_scaling=False, device="cpu")
     return group
 
@@ -172,16 +178,17 @@ def find_weights(args: argparse.Namespace) -> Path:
     )
 
 
-def is_chat(path: Path) -> bool:
-    """Whether these weights answer questions rather than continue text: by the description beside
-    them, or if there is none, as MiniMind does, by their name."""
+def is_chat(args: argparse.Namespace) -> bool:
+    """Whether the weights answer questions rather than continue text: by --chat, by the description
+    of the run beside them, or as MiniMind does by their name."""
+    if args.chat is not None:
+        return bool(args.chat)
+    path = find_weights(args)
     try:
         description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return "program" in description["run"]["settings"]
-    except OSError:
+    except (OSError, ValueError, LookupError, TypeError):
         return "pretrain" not in path.name
-    except (ValueError, LookupError, TypeError):
-        return False
 
 
 def load_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
@@ -296,7 +303,7 @@ def evaluate(argv: list[str] | None) -> None:
     if args.data_path:
         measure(args, model, tokenizer)
     else:
-        chat = is_chat(find_weights(args))
+        chat = is_chat(args)
         if chat and not tokenizer.chat_template:
             raise SettingsError(
                 f"--tokenizer_path {args.tokenizer_path}: the tokenizer has no chat template, "

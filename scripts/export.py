@@ -260,7 +260,7 @@ def export(args: argparse.Namespace) -> None:
             from scripts.export_gguf import check_gguf, write_gguf
 
             made = Path(folder) / "model.gguf"
-            if not eval_llm.is_chat(eval_llm.find_weights(args)):
+            if not eval_llm.is_chat(args):
                 tokenizer.chat_template = None  # a server would talk with a model that cannot
             write_gguf(made, model, tokenizer, hf, args.gguf_type)
             found = check_gguf(made, model, tokenizer, prompt_ids(tokenizer))

@@ -174,7 +174,7 @@ def serve(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = generating_model(eval_llm.load_model(args, tokenizer))
-    chat = eval_llm.is_chat(eval_llm.find_weights(args))
+    chat = eval_llm.is_chat(args)
     page = (build_chat if chat else build_page)(Continuer(model, tokenizer))
     page.queue(default_concurrency_limit=1)  # pages take turns with the model
     page.launch(server_name="127.0.0.1", server_port=args.port)

@@ -224,6 +224,9 @@ def test_models_that_answer_get_the_template_and_others_do_not(
     path.write_bytes((whole / "out" / f"{NAME}.pth").read_bytes())
     assert eval_llm.main([*words[:-1], str(path), "--prompt", "one?"]) == 0
     assert seen == ["<|im_start|>one?"]
+    seen.clear()
+    assert eval_llm.main([*words[:-1], str(path), "--prompt", "one?", "--chat", "1"]) == 0
+    assert seen == [turns[0]]
     assert eval_llm.main([*words, "--history", "3"]) == 2
     assert "--history is 3, expected an even number" in capsys.readouterr().err
 
