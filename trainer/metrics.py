@@ -273,8 +273,8 @@ class Metrics:
             )
             if memorizes:
                 reason = (
-                    f"the model is memorizing it. Use more text, or --epochs "
-                    f"{max(1, round(passes))}; see docs/RECIPES.md"
+                    f"the model is memorizing it. Use more text, a larger --weight_decay, or "
+                    f"--epochs {max(1, round(passes))}; see docs/RECIPES.md"
                 )
             log(
                 f"warning: the held-out loss has risen from {lowest:.4f}, after {passes:.1f} "
