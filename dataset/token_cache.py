@@ -231,6 +231,7 @@ class Counts:
     num_bytes: int = 0
     num_empty: int = 0  # documents without text, which are dropped
     num_control_tokens: int = 0
+    num_labels: int = 0  # of conversations: ids that are learned
 
 
 def write_cache(
@@ -302,6 +303,7 @@ def write_documents(
                     mask[first:end] = b"\1" * (end - first)
                 masks[0].write(mask)
                 masks[1].write(array("q", [sum(mask)]).tobytes())
+                counts.num_labels += sum(mask)
     return counts
 
 

@@ -74,7 +74,11 @@ def command(words: list[str], num_ranks: int = 1) -> list[str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    fine_tune(folder)
+    said = fine_tune(folder)
+    share, held_out = re.search(
+        r"data: 120 conversations, .* (\d+)% of .*; (\d+) held out", said
+    ).groups()
+    assert 30 < int(share) < 70 and int(held_out) > 0
     return folder
 
 
@@ -152,11 +156,24 @@ def test_it_begins_with_pretrained_weights_of_their_own_architecture(tmp_path: P
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert train_full_sft.main(words) == 0
     first, _ = re.findall(r"loss ([\d.]+)", output.getvalue())[:2]
+    assert "--learning_rate 0.001 is as high as in pretraining (0.001)" in output.getvalue()
     described = json.loads((tmp_path / "out" / f"{NAME}.json").read_text())
     assert described["config"]["num_key_value_heads"] == 1
     assert described["config"]["intermediate_size"] == 40
     assert described["config"]["tie_word_embeddings"] is False
     assert float(first) < 8.7
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"config": 3, "run": 4}', '{"run": {"settings": []}}', "{"]
+)
+def test_a_description_that_somebody_broke_stops_nothing_before_the_weights_are_read(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pretrain_32.json").write_text(text)
+    assert train_full_sft.main(sft_flags(tmp_path, from_weight="pretrain")) == 4
+    assert "pretrain_32.pth: no such file." in capsys.readouterr().err
 
 
 def test_weights_that_are_missing_are_named(

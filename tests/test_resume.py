@@ -16,6 +16,7 @@ from tests.running import (
     train_in_process,
     train_on_ranks,
 )
+from trainer.checkpoint import list_states
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -109,3 +110,15 @@ def test_compiled_code_loses_the_same_over_fifty_updates_and_resumes_exactly(
     assert_same(newest_state(tmp_path / "cut"), newest_state(tmp_path / "compiled"))
     kept.append(set((tmp_path / "cache" / "compiled" / "fxgraph").rglob("*")))
     assert kept[0] and kept[2] == kept[0], "a later run compiled anew"
+
+
+def test_a_kill_while_the_last_save_removed_older_states_leaves_none_for_good(
+    tmp_path: Path,
+) -> None:
+    """A complete run saves no more, so the next start removes them; here, more were kept before."""
+    train_in_process(tmp_path, keep_states=4)
+    states = list_states(tmp_path / "checkpoints", "pretrain_32")
+    assert len(states) == 4
+    said = train_in_process(tmp_path, keep_states=2, from_resume=1)
+    assert "nothing to do" in said
+    assert list_states(tmp_path / "checkpoints", "pretrain_32") == states[:2]

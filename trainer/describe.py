@@ -13,7 +13,7 @@ import torch
 from trainer import distributed
 from trainer.console import log
 from trainer.device import gpu_has_bfloat16
-from trainer.flags import TrainConfig
+from trainer.flags import TrainConfig, description_of
 from trainer.forecast import forecast_from_text
 from trainer.muon import moments_of
 from trainer.plan import GENERATION, SKIPPED, run_time
@@ -42,12 +42,19 @@ def describe_run(run: Run, corpus: dict, num_held_out: int) -> None:
         f"the first loss should be {expected} ln {vocab_size} = {math.log(vocab_size):.2f}; "
         f"{memory_of_weights(run.optimizer) / 2**30:.2f} GiB with gradients and moments"
     )
-    log(
-        f"data: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens, "
-        f"{corpus['num_bytes'] / corpus['num_tokens']:.2f} bytes per token; "
-        f"{num_held_out:,} documents held out; dropped {corpus['num_empty']:,} empty ones, "
-        f"found {corpus['num_control_tokens']:,} control tokens in the text"
-    )
+    held_out, dropped = f"{num_held_out:,} held out", f"dropped {corpus['num_empty']:,} empty ones"
+    if labels := corpus.get("num_labels"):
+        log(
+            f"data: {corpus['num_documents']:,} conversations, {corpus['num_tokens']:,} tokens, "
+            f"{labels / corpus['num_tokens']:.0%} of them the assistant's; {held_out}; {dropped}"
+        )
+    else:
+        log(
+            f"data: {corpus['num_documents']:,} documents, {corpus['num_tokens']:,} tokens, "
+            f"{corpus['num_bytes'] / corpus['num_tokens']:.2f} bytes per token; "
+            f"{num_held_out:,} documents held out; {dropped}, "
+            f"found {corpus['num_control_tokens']:,} control tokens in the text"
+        )
     if corpus.get("num_bad"):
         log(
             f"warning: skipped {corpus['num_bad']:,} bad records; the first: "
@@ -78,6 +85,12 @@ def likely_mistakes(args: TrainConfig, updates: int, global_batch: int) -> list[
             f"--learning_rate {args.learning_rate:g} is high for a width of {args.hidden_size}: "
             f"above {max_rate:.1g} such models often diverge"
         )
+    rate = pretraining_rate(args)
+    if args.program.is_chat and rate is not None and args.learning_rate >= rate:
+        warnings.append(
+            f"--learning_rate {args.learning_rate:g} is as high as in pretraining ({rate:g}): "
+            f"fine-tuning at it forgets much and answers no better, see docs/CHAT.md"
+        )
     no_warmup = args.optimizer == "adamw" and args.warmup_ratio == 0
     if no_warmup and args.learning_rate >= WARMUP_RATE * 256 / args.hidden_size:
         warnings.append(
@@ -95,6 +108,17 @@ def likely_mistakes(args: TrainConfig, updates: int, global_batch: int) -> list[
             f"held-out loss may rise"
         )
     return warnings
+
+
+def pretraining_rate(args: TrainConfig) -> float | None:
+    """The learning rate of the run that made --from_weight, if it is known and of this optimizer's
+    kind."""
+    try:
+        before = description_of(args)["run"]["settings"]
+        same = before["optimizer"] == args.optimizer
+        return float(before["learning_rate"]) if same else None
+    except (LookupError, TypeError, ValueError):
+        return None
 
 
 def memory_of_weights(optimizer: torch.optim.Optimizer) -> int:

@@ -564,14 +564,23 @@ def parse_flags(
 
 def described_sizes(args: argparse.Namespace) -> dict[str, Any]:
     """The architecture of --from_weight as the ``.json`` beside it tells it; empty if none does."""
+    try:
+        config = description_of(args)["config"]
+        names = [f.name for f in fields(ModelFlags) if f.name in config and f.name != "dropout"]
+        return {name: int(config[name]) for name in names}
+    except (ValueError, LookupError, TypeError):
+        return {}  # loading the weights will tell
+
+
+def description_of(args: Any) -> dict[str, Any]:
+    """What the ``.json`` beside the weights of --from_weight says; empty if there is none."""
     moe = "_moe" if args.use_moe else ""
     path = Path(args.save_dir) / f"{args.from_weight}_{args.hidden_size}{moe}.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))["config"]
-        names = [f.name for f in fields(ModelFlags) if f.name in config and f.name != "dropout"]
-        return {name: int(config[name]) for name in names}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}  # loading the weights will tell
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 # ------------------------------------------------------------------------------------- checks

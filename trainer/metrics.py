@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
-from trainer.checkpoint import checkpoint_name, write_atomically
+from trainer.checkpoint import checkpoint_name, list_states, update_of, write_atomically
 from trainer.console import log
 from trainer.describe import cost
 from trainer.distributed import is_main_process
@@ -78,9 +78,15 @@ def metrics_path(args: TrainConfig, config: MiniMindConfig) -> Path:
 
 
 def complete_files(run: Run) -> None:
-    """Write the metrics and weights that a kill after the last state may have prevented."""
-    restore_file(metrics_path(run.args, run.config), run.records)
+    """Write the metrics and weights that a kill after the last state may have prevented, and remove
+    the states that its save would have removed."""
+    args = run.args
+    restore_file(metrics_path(args, run.config), run.records)
     run.export()
+    name = checkpoint_name(args.save_weight, run.config)
+    for old in list_states(args.checkpoint_dir, name)[args.keep_states :]:
+        if update_of(old) < run.step:
+            old.unlink(missing_ok=True)
 
 
 def restore_file(path: Path, records: list[dict]) -> None:
