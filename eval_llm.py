@@ -27,9 +27,10 @@ from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer.device import default_device, device_problems, setup_seed
 from trainer.errors import CheckpointError, SettingsError, printable
-from trainer.evaluation import bits_per_byte, encode_prompt, encode_question, held_out_nats
+from trainer.evaluation import bits_per_byte, held_out_nats
 from trainer.flags import Parser
 from trainer.program import run_program
+from trainer.samples import encode_prompt, encode_question
 from trainer.weights import load_tokenizer, load_weights, read_config, read_weights
 
 # Prompts and their answers: facts that the bundled sample states, though never in these words.

@@ -54,10 +54,11 @@ from dataset.token_cache import TokenCache, build_token_cache
 from model.model_minimind import next_token_nats
 from trainer.checkpoint import write_atomically
 from trainer.errors import BadUpdateError
-from trainer.evaluation import bits_per_byte, continuations
+from trainer.evaluation import bits_per_byte
 from trainer.muon import Muon
 from trainer.progress import Outcome
 from trainer.run import Run
+from trainer.samples import continuations
 from trainer.weights import load_tokenizer
 
 HELD_OUT = 0.05  # of the documents, the last ones

@@ -3,9 +3,9 @@
     python -m bench.forecast_runs --data_path corpus.jsonl --json runs.json
     python -m bench.forecast_runs --json runs.json                # runs that were made; no new ones
 
-Each run is the real program, in a process of its own. Runs with an even number fit the priors in
-trainer/forecast.py, which are printed; the others tell how far the forecasts were off, and how many
-runs ended within the range. --json keeps the runs' losses.
+Each run is the real program, in a process of its own. Every second run is kept apart. The others
+give the priors in trainer/forecast.py, which are printed; those kept apart tell how far the
+forecasts were off, and how many runs ended within the range. --json keeps the runs' losses.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def make(flags: dict[str, Any], folder: Path) -> dict[str, Any]:
     (metrics,) = (folder / "out").glob("*_metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     (summary,) = (folder / "out").glob("*.json")
-    found = json.loads(summary.read_text())["settings"]
+    found = json.loads(summary.read_text())["run"]["settings"]
     schedule = [found["lr_schedule"], found["warmup_ratio"], found["decay_ratio"]]
     held_out, training = forecast.losses_of(records, math.inf)
     return {

@@ -8,7 +8,6 @@ questions, each answered briefly or by a sentence. The pairs for train_dpo.py pr
 
 import argparse
 import json
-import os
 import random
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from dataset.make_sample import (
     phrases,
     pick_fact,
     same_relation,
+    write_records,
 )
 
 SEED = 20261126
@@ -112,21 +112,15 @@ def make_pairs(seed: int = SEED + 1) -> list[dict[str, list[Turn]]]:
     return list(found.values())
 
 
-def write(path: Path, records: list[dict]) -> None:
-    """Replace the file in one step, so that a reader never sees half a sample."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
 def main() -> None:
     """Parse the command line and write the samples."""
     parser = argparse.ArgumentParser(description="Write the demo's conversations and pairs.")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write them")
     folder = parser.parse_args().folder
-    write(folder / "chat_sample.jsonl", [{"conversations": c} for c in make_conversations()])
-    write(folder / "preference_sample.jsonl", make_pairs())
+    write_records(
+        folder / "chat_sample.jsonl", [{"conversations": c} for c in make_conversations()]
+    )
+    write_records(folder / "preference_sample.jsonl", make_pairs())
     print(f"{NUM_CONVERSATIONS} conversations, {NUM_PAIRS} pairs in {folder}")
 
 

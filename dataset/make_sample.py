@@ -851,8 +851,13 @@ def make_documents(seed: int = SEED) -> list[str]:
 
 
 def write_sample(path: Path, documents: list[str]) -> None:
+    """Write these documents."""
+    write_records(path, [{"text": text} for text in documents])
+
+
+def write_records(path: Path, records: list[dict]) -> None:
     """Replace the file in one step, so that a reader never sees half a sample."""
-    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
     os.replace(temporary, path)

@@ -36,9 +36,9 @@ import eval_llm
 from model.generation import MOE_SIZES, SIZES, generating_model
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.errors import CheckpointError, SettingsError
-from trainer.evaluation import encode_prompt
 from trainer.flags import Parser
 from trainer.program import run_program
+from trainer.samples import encode_prompt
 from trainer.weights import load_tokenizer, save_weights, weights_path
 
 TOLERANCE = 1e-3  # absolute difference of float32 logits: two implementations round differently

@@ -23,9 +23,9 @@ import eval_llm
 from model.generation import QwenModel, generating_model
 from trainer.device import setup_seed
 from trainer.errors import SettingsError
-from trainer.evaluation import encode_prompt, encode_question
 from trainer.flags import Parser
 from trainer.program import run_program
+from trainer.samples import encode_prompt, encode_question
 from trainer.weights import load_tokenizer
 
 HISTORY = 8  # turns of both that the model sees again

@@ -14,7 +14,7 @@ from tests.helpers import ROOT, shipped_tokenizer
 from tests.plain_prompts import PROMPTS, QUESTIONS, is_right, num_stated
 from tests.running import run_command
 from trainer.device import default_dtype
-from trainer.evaluation import continuations, encode_prompt
+from trainer.samples import continuations, encode_prompt
 from trainer.trainer_utils import setup_seed
 
 
@@ -87,8 +87,8 @@ def test_there_are_a_hundred_questions_that_no_sample_contains() -> None:
 
 def test_the_bundled_conversations_are_those_that_the_script_writes(tmp_path: Path) -> None:
     made = make_chat_sample.make_conversations()
-    make_chat_sample.write(tmp_path / "chat.jsonl", [{"conversations": c} for c in made])
-    make_chat_sample.write(tmp_path / "preference.jsonl", make_chat_sample.make_pairs())
+    make_chat_sample.write_records(tmp_path / "chat.jsonl", [{"conversations": c} for c in made])
+    make_chat_sample.write_records(tmp_path / "preference.jsonl", make_chat_sample.make_pairs())
     for name in ("chat", "preference"):
         bundled = ROOT / "dataset" / f"{name}_sample.jsonl"
         assert bundled.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()

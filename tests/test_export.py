@@ -22,7 +22,7 @@ from transformers import (
 from model.model_minimind import MiniMindForCausalLM
 from scripts import export
 from tests.helpers import shipped_tokenizer, tiny_model
-from trainer.evaluation import encode_prompt
+from trainer.samples import encode_prompt
 from trainer.weights import read_config, read_weights, save_weights
 
 DENSE_AND_MOE = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])

@@ -11,7 +11,13 @@ import torch
 from bench import forecast_runs
 from dataset.lm_dataset import PretrainDataset
 from tests.helpers import shipped_tokenizer
-from tests.running import read_metrics, train_in_process, train_on_ranks
+from tests.running import (
+    read_metrics,
+    short_documents,
+    train_in_process,
+    train_on_ranks,
+    write_corpus,
+)
 from trainer import forecast
 from trainer.bigrams import count_pairs, nats_of_pairs
 from trainer.forecast import (
@@ -141,6 +147,17 @@ def test_nine_of_ten_runs_end_where_it_was_foretold(share: float) -> None:
     known = [pair for pair in found if pair]
     assert len(known) >= 9
     assert sum(inside for _, inside in known) >= 0.9 * len(known)
+
+
+def test_the_program_that_makes_such_runs_makes_them(tmp_path: Path) -> None:
+    text = write_corpus(tmp_path / "corpus.jsonl", short_documents(400))
+    flags = {"hidden_size": 16, "num_hidden_layers": 1, "seed": 1, "batch_size": 1}
+    made = forecast_runs.make(flags | {"tokens": 9000, "text": text}, tmp_path)
+    assert made["schedule"] == ["wsd", 0.05, 0.9]
+    shares, scores = zip(*made["held_out"], strict=True)
+    assert len(shares) > 10 and list(shares) == sorted(shares) and shares[-1] == 1
+    assert scores[-1] < scores[0] and made["training"][-1][1] < made["training"][0][1]
+    assert forecast_runs.errors(made, 0.5) is not None
 
 
 def test_a_run_tells_its_end_from_15_percent_on(tmp_path: Path) -> None:

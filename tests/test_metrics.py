@@ -25,10 +25,10 @@ from tests.running import (
     write_corpus,
 )
 from trainer import describe, metrics
-from trainer.evaluation import continuations, encode_prompt, repeated_ngrams
 from trainer.flags import PRESETS, parse_flags
 from trainer.guard import fast_paths
 from trainer.metrics import flops_per_token, peak_flops, restore_file
+from trainer.samples import continuations, encode_prompt, repeated_ngrams
 from trainer.step_times import StepTimes, bottleneck, shares
 
 
