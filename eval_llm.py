@@ -27,7 +27,7 @@ from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
 from trainer.device import default_device, device_problems, setup_seed
 from trainer.errors import CheckpointError, SettingsError, printable
-from trainer.evaluation import bits_per_byte, held_out_nats
+from trainer.evaluation import bits_per_byte, held_out_sums
 from trainer.flags import Parser
 from trainer.program import run_program
 from trainer.samples import encode_prompt, encode_question
@@ -227,7 +227,7 @@ def measure(
     nats, num_labels, num_bytes, by_language = 0.0, 0.0, 0, []
     for language, part in data.by_language(tokenizer).items():
         batches = map(part.__getitems__, SkipBatchSampler(range(len(part)), args.batch_size))
-        part_nats, part_labels = held_out_nats(model, batches)
+        part_nats, part_labels = held_out_sums(model, batches)
         nats, num_labels = nats + part_nats, num_labels + part_labels
         num_bytes += part.num_text_bytes
         by_language.append(f"{language} {bits_per_byte(part_nats, part.num_text_bytes):.4f}")

@@ -15,7 +15,6 @@ import sys
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat_datasets import SFTDataset
-from dataset.conversations import chat_content
 from dataset.token_cache import TokenCache, build_token_cache
 from train_pretrain import build_run, train, train_step
 from trainer import distributed
@@ -37,6 +36,7 @@ FULL_SFT = Program(
         "log_interval": 100,
         "wandb_project": "MiniMind-Full-SFT",
     },
+    documents="conversations",
     presets={
         "demo": {
             "data_path": ["dataset/chat_sample.jsonl"],
@@ -53,16 +53,18 @@ FULL_SFT = Program(
 )
 
 
-def open_data(args: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> SFTDataset:
+def open_data(
+    args: TrainConfig, tokenizer: PreTrainedTokenizerBase, kind: type[SFTDataset] = SFTDataset
+) -> SFTDataset:
     """The rows, tokenized by one process of each machine while the others wait.
 
     Raises: DataError."""
 
     def build() -> str:
         source = args.data_path, tokenizer, args.cache_dir, args.bad_records
-        return str(build_token_cache(*source, content=chat_content(tokenizer)).folder)
+        return str(build_token_cache(*source, content=kind.content(tokenizer)).folder)
 
-    return SFTDataset(
+    return kind(
         TokenCache.open(distributed.on_each_machine(build)),
         tokenizer,
         args.max_seq_len,

@@ -160,7 +160,7 @@ def forward_backward(run: Run, batch: Batch, share: float) -> Tensor:
     Returns: (2 + E,) nats, aux loss * labels and the tokens that each expert had, in this batch."""
     batch = batch.to(run.device)
     with run.autocast:
-        out = run.model(**batch.model_inputs)
+        out = run.loss_of(run.model, batch)
     run.scaler.scale((out.loss + out.aux_loss) * share).backward()
     losses = torch.stack((out.loss.detach(), out.aux_loss.detach())) * batch.num_labels
     return torch.cat((losses, out.expert_load))

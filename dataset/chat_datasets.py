@@ -3,15 +3,17 @@
 Shapes: B rows in a batch, T tokens in a row, R rows in an epoch, N documents.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.conversations import chat_content
-from dataset.lm_dataset import IGNORE, Batch, PretrainDataset, permutation
+from dataset.lm_dataset import IGNORE, Batch, PretrainDataset, SkipBatchSampler, permutation
 from dataset.packing import OPEN_ROWS, Pieces, pack
+from dataset.preferences import pair_content
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, unsigned
 
 
@@ -26,6 +28,8 @@ class SFTDataset(PretrainDataset):
     pieces: Pieces
     row_order: Tensor  # (R,) int64, in this epoch
 
+    content = staticmethod(chat_content)  # what a record holds
+
     def __init__(
         self,
         data_path: str | list[str] | TokenCache,
@@ -39,7 +43,7 @@ class SFTDataset(PretrainDataset):
         bad_records: str = "stop",
     ) -> None:
         if not isinstance(data_path, TokenCache):
-            content = chat_content(tokenizer)
+            content = self.content(tokenizer)
             data_path = build_token_cache(
                 data_path, tokenizer, cache_dir, bad_records, content=content
             )
@@ -57,23 +61,29 @@ class SFTDataset(PretrainDataset):
     def _lay_out(self, order: Tensor) -> None:
         """Pack these documents, (N,) int32, into rows."""
         self.order = order
-        self.pieces = pieces = pack(
-            self._lengths(order).tolist(), self.row_length, OPEN_ROWS if self.share_rows else 0
-        )
+        self.pieces = pieces = self._pack(OPEN_ROWS if self.share_rows else 0)
         self.row_order = torch.arange(pieces.num_rows)
         documents = order[pieces.document].to(torch.int64)
         source = self.cache.offsets[documents] + pieces.first
         self._places = (source, pieces.length, pieces.begins, self.row_order)
-        mask, labels = self.cache.mask, self.cache.labels
-        assert mask is not None and labels is not None, "a cache of conversations has them"
-        learned = labels[documents]
-        for i in torch.where(self._lengths(documents) > pieces.length)[0].tolist():
-            begin, end = int(source[i]), int(source[i] + pieces.length[i])
-            learned[i] = mask[begin + 1 : end].sum()  # of a part; its first: before
         self.in_row = torch.zeros(2, pieces.num_rows, dtype=torch.int64)  # labels, documents
         row = pieces.begins // self.row_length
-        self.in_row[0].index_add_(0, row, learned)
+        self.in_row[0].index_add_(0, row, self._num_labels(documents, source))
         self.in_row[1].index_add_(0, row, torch.ones_like(row))
+
+    def _pack(self, num_open: int) -> Pieces:
+        """Where the documents of ``order`` stand; see ``pack``."""
+        return pack(self._lengths(self.order).tolist(), self.row_length, num_open)
+
+    def _num_labels(self, documents: Tensor, source: Tensor) -> Tensor:
+        """Labels of each piece, (P,) int64; of its document, and from where in the cache."""
+        mask, labels = self.cache.mask, self.cache.labels
+        assert mask is not None and labels is not None, "a cache of conversations has them"
+        learned, lengths = labels[documents], self.pieces.length
+        for i in torch.where(self._lengths(documents) > lengths)[0].tolist():
+            begin, end = int(source[i]), int(source[i] + lengths[i])
+            learned[i] = mask[begin + 1 : end].sum()  # of a part; its first: before
+        return learned
 
     def __len__(self) -> int:
         """Rows of an epoch, the same in every epoch."""
@@ -107,3 +117,128 @@ class SFTDataset(PretrainDataset):
         inside = self.row_order.new_tensor([row for row in rows if row < len(self)])
         num_labels, num_documents = self.in_row[:, self.row_order[inside]].sum(1).tolist()
         return Batch(ids, labels, starts, num_labels, num_documents + len(rows))
+
+
+class PreferenceBatch(NamedTuple):
+    """Rows of pairs, and where they stand. P: pairs."""
+
+    rows: Batch  # num_labels is P
+    first: Tensor  # (P, 2) int64: the first token of chosen and rejected, among the B * T
+    length: Tensor  # (P, 2) int64, tokens
+    longest: int  # of these
+    pair: Tensor  # (P,) int64, its number in the corpus
+    reference: Tensor  # (P, 2) float32, log-probability of both answers before training, nats
+
+    @property
+    def num_labels(self) -> int:
+        """Pairs, each of which has one loss."""
+        return self.rows.num_labels
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor | int | None]:
+        """As of the rows."""
+        return self.rows.model_inputs
+
+    def to(self, device: torch.device) -> "PreferenceBatch":
+        """As of the rows."""
+
+        def moved(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
+
+        return self._replace(
+            rows=self.rows.to(device),
+            first=moved(self.first),
+            length=moved(self.length),
+            reference=moved(self.reference),
+        )
+
+
+class DPODataset(SFTDataset):
+    """Pairs of a chosen and a rejected conversation, both in the same row.
+
+    Rows have twice ``max_length`` tokens; a conversation longer than ``max_length`` is cut at its
+    end. Each row holds as many pairs as fit, without ``packing`` one.
+
+    Args: as SFTDataset; ``data_path`` holds pairs, see dataset/preferences.py."""
+
+    content = staticmethod(pair_content)
+    reference: Tensor  # (N, 2) float32, see PreferenceBatch; not a number until it is filled in
+
+    def __init__(
+        self,
+        data_path: str | list[str] | TokenCache,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 1024,
+        **choice: Any,
+    ) -> None:
+        self.longest = max_length
+        super().__init__(data_path, tokenizer, 2 * max_length, **choice)
+
+    def of_all_pairs(self, num_tokens: int) -> Iterator[Any]:
+        """Batches of about so many tokens that hold each pair of the corpus once."""
+        rows = self.for_evaluation(torch.arange(len(self.reference), dtype=torch.int32))
+        yield from map(
+            rows.__getitems__,
+            SkipBatchSampler(range(len(rows)), max(1, num_tokens // self.row_length)),
+        )
+
+    def _lay_out(self, order: Tensor) -> None:
+        if not hasattr(self, "separator"):
+            num = len(self.cache.offsets) - 1
+            self.separator = torch.where(unsigned(self.cache.tokens) == self.pad)[0]
+            self.reference = torch.full((num, 2), torch.nan)
+            assert len(self.separator) == num, "one in each pair"
+        super()._lay_out(order)
+        rows = torch.arange(self.pieces.num_rows + 1) * self.row_length
+        self.pairs_before = torch.searchsorted(self.pieces.begins, rows) // 2  # (R + 1,), by row
+
+    def whole_lengths(self, documents: Tensor) -> Tensor:
+        """Tokens of both conversations of these pairs, (N, 2) int64."""
+        begin, end = self.cache.offsets[documents], self.cache.offsets[documents + 1]
+        middle = self.separator[documents.to(torch.int64)]
+        return torch.stack((middle - begin, end - middle - 1), 1)
+
+    @property
+    def num_cut(self) -> int:
+        """Pairs of which a conversation is longer than ``max_length``."""
+        return int((self.whole_lengths(self.documents) > self.longest).any(1).sum())
+
+    def _pack(self, num_open: int) -> Pieces:
+        whole = self.whole_lengths(self.order)
+        length = whole.clamp(max=self.longest)
+        pairs = pack(length.sum(1).tolist(), self.row_length, num_open)
+        length, whole = length[pairs.document], whole[pairs.document]
+        zero = torch.zeros_like(pairs.begins)
+        return Pieces(
+            pairs.document.repeat_interleave(2),
+            torch.stack((zero, whole[:, 0] + 1), 1).flatten(),  # after the separator
+            length.flatten(),
+            torch.stack((pairs.begins, pairs.begins + length[:, 0]), 1).flatten(),
+            pairs.num_rows,
+        )
+
+    def _num_labels(self, documents: Tensor, source: Tensor) -> Tensor:
+        return (self.pieces.first == 0).to(torch.int64)  # one loss for both
+
+    # pyrefly: ignore[bad-override]  # it has what is asked of a batch in training
+    def __getitems__(self, rows: list[int]) -> PreferenceBatch:
+        """As in PretrainDataset."""
+        batch = super().__getitems__(rows)
+        inside = [(i, int(self.row_order[row])) for i, row in enumerate(rows) if row < len(self)]
+        nth, moved = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+        for i, row in inside:
+            first, end = self.pairs_before[row : row + 2].tolist()
+            nth.append(torch.arange(first, end))
+            moved.append(torch.full((end - first,), (i - row) * self.row_length))
+        pair, shift = torch.cat(nth), torch.cat(moved)[:, None]
+        pieces = 2 * pair[:, None] + torch.arange(2)  # (P, 2)
+        length = self.pieces.length[pieces]
+        number = self.order[self.pieces.document[2 * pair]].to(torch.int64)
+        return PreferenceBatch(
+            batch,
+            self.pieces.begins[pieces] + shift,
+            length,
+            int(length.max()) if len(pair) else 0,
+            number,
+            self.reference[number],
+        )

@@ -183,17 +183,22 @@ def written_out(
         raise ValueError(f"the chat template cannot write it ({reason:.120})") from None
 
 
+def checked_text(
+    tokenizer: PreTrainedTokenizerBase, marks: Marks, turns: list[Turn], tools: list | None
+) -> str:
+    """``written_out``, in which only the assistant's turns begin like one. Raises: ValueError."""
+    text, begin = written_out(tokenizer, turns, tools), marks.text[0]
+    if text.count(begin) != sum(turn["role"] == "assistant" for turn in turns):
+        raise ValueError(f"a turn contains {begin!r}, which begins a turn of the assistant")
+    return text
+
+
 def chat_content(tokenizer: PreTrainedTokenizerBase) -> Content:
     """Documents that are a conversation each, written out. Raises: DataError, see ``Marks``."""
     marks = Marks(tokenizer)
 
     def document(record: dict[str, object]) -> str:
-        turns, tools = conversation_of(record)
-        text = written_out(tokenizer, turns, tools)
-        begin, _ = marks.text
-        if text.count(begin) != sum(turn["role"] == "assistant" for turn in turns):
-            raise ValueError(f"a turn contains {begin!r}, which begins a turn of the assistant")
-        return text
+        return checked_text(tokenizer, marks, *conversation_of(record))
 
     what = 'turns in "conversations" or "messages"'
     name = f"conversations {tokenizer.chat_template}"

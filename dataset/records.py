@@ -422,7 +422,7 @@ def files_at(name: str | Path) -> list[Path]:
     else:
         files = [p for p in map(Path, sorted(glob.glob(f"{name}", recursive=True))) if p.is_file()]
         expected = f"Expected a file, a folder or a pattern, relative to {Path.cwd()}."
-        is_minimind_s = path.name.startswith(("pretrain_t2t", "sft_t2t"))
+        is_minimind_s = path.name.startswith(("pretrain_t2t", "sft_t2t", "dpo"))
         problem = f"no such file. {DOWNLOAD_HINT if is_minimind_s else expected}"
     if not files:
         raise DataError(f"--data_path {name}: {problem}")

@@ -397,11 +397,20 @@ def next_token_nats(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide, shifted(labels).flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def nats_of_each(logits: Tensor, labels: Tensor) -> Tensor:
+    """As ``next_token_nats``, which it can replace, but (B, T): position t has those of t + 1."""
+    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    targets = shifted(labels)
+    nats = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return nats.view_as(targets)
+
+
 @dataclass
 class CausalLMOutput:
     """Output of the model; only ``logits`` if no labels are given."""
 
     logits: Tensor  # (B, T, V)
+    nats: Tensor | None = None  # () summed, or (B, T), see nats_of_each
     loss: Tensor | None = None  # () mean nats per label, 0 if no label carries loss
     aux_loss: Tensor | None = None  # () weighted balance loss of all layers, 0 without experts
     expert_load: Tensor | None = None  # (E,) float32, tokens per expert, without padding
@@ -511,7 +520,8 @@ class MiniMindForCausalLM(nn.Module):
             return out
 
         num_labels = (shifted(labels) != IGNORE).sum(1)  # (B,)
-        out.loss = self.next_token_nats(out.logits, labels) / num_labels.sum().clamp(min=1)
+        out.nats = self.next_token_nats(out.logits, labels)
+        out.loss = out.nats.sum() / num_labels.sum().clamp(min=1)
         real = labels != IGNORE if document_starts is None else document_starts >= 0
         out.aux_loss = hidden.new_zeros(())
         out.expert_load = hidden.new_zeros(self.num_experts, dtype=torch.float32)

@@ -42,7 +42,13 @@ TINY_FLAGS = {
 }
 
 
-TIMED = ("tokens_per_second", "eta_minutes", "minutes_spent", "mfu")  # differ between runs
+TIMED = (
+    "tokens_per_second",
+    "pairs_per_second",
+    "eta_minutes",
+    "minutes_spent",
+    "mfu",
+)  # differ between runs
 TIMED += tuple(f"share_{part}" for part in PARTS)
 
 

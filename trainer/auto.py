@@ -99,23 +99,23 @@ def choose(
     if args.max_minutes:
         seconds = max(60 * args.max_minutes - run_time(), 1.0)
         rows = round(distributed.broadcast(USABLE * seconds * rows_per_second() * ranks))
-    tokens = max(rows * args.max_seq_len, SMALLEST_TOKENS)
+    tokens = max(rows * args.row_length, SMALLEST_TOKENS)
     weights, best = weights_in_layers(model), best_update_tokens(tokens)
     wanted = max(best, least_update_tokens(model, tokens)) if args.optimizer == "muon" else best
     step = ranks * args.accumulation_steps * (args.micro_batch_size or 1)
-    step *= 8 if wanted / args.max_seq_len / step >= 16 else 1  # it should divide by many numbers
-    rows_per_update = step * max(1, round(wanted / args.max_seq_len / step))
+    step *= 8 if wanted / args.row_length / step >= 16 else 1  # it should divide by many numbers
+    rows_per_update = step * max(1, round(wanted / args.row_length / step))
     if not auto_rows:
         rows_per_update = args.batch_size * args.accumulation_steps * ranks
     # Noise falls with the size of an update, and so the rate may rise; by its square root.
-    larger = rows_per_update * args.max_seq_len / best
+    larger = rows_per_update * args.row_length / best
     rate = min(best_learning_rate(weights, tokens), LARGEST_RATE) * math.sqrt(min(larger, 4.0))
     rate = float(f"{rate:.2g}")
     if not auto_rate:
         rate = args.learning_rate
     log(
         f"auto: --learning_rate {rate:g}, {rows_per_update:,} rows "
-        f"({rows_per_update * args.max_seq_len:,} tokens) per update, for {weights / 1e6:.2f}M "
+        f"({rows_per_update * args.row_length:,} tokens) per update, for {weights / 1e6:.2f}M "
         f"weights in layers and about {tokens / 1e6:,.2f}M tokens; see docs/RECIPES.md"
     )
     return with_choice(args, rate, rows_per_update)

@@ -35,18 +35,24 @@ def describe_run(run: Run, corpus: dict, num_held_out: int) -> None:
     Args: corpus: counts from the token cache; num_held_out: documents."""
     total, active = get_model_params(run.model, run.config)
     size = f"{total / 1e6:.2f}M" + (f"-A{active / 1e6:.2f}M" if active < total else "")
-    vocab_size, length = run.config.vocab_size, run.args.max_seq_len
+    vocab_size, length = run.config.vocab_size, run.args.row_length
     expected = "near" if run.args.embedding_init == "random" else "well below"
+    if run.args.from_weight == "none":
+        expected = (
+            f"the first loss should be {expected} ln {vocab_size} = {math.log(vocab_size):.2f}"
+        )
+    else:
+        expected = f"begins as {run.args.from_weight}"
     log(
-        f"model: {size} parameters, vocabulary {vocab_size:,}: "
-        f"the first loss should be {expected} ln {vocab_size} = {math.log(vocab_size):.2f}; "
+        f"model: {size} parameters, vocabulary {vocab_size:,}: {expected}; "
         f"{memory_of_weights(run.optimizer) / 2**30:.2f} GiB with gradients and moments"
     )
     held_out, dropped = f"{num_held_out:,} held out", f"dropped {corpus['num_empty']:,} empty ones"
     if labels := corpus.get("num_labels"):
         log(
-            f"data: {corpus['num_documents']:,} conversations, {corpus['num_tokens']:,} tokens, "
-            f"{labels / corpus['num_tokens']:.0%} of them the assistant's; {held_out}; {dropped}"
+            f"data: {corpus['num_documents']:,} {run.args.program.documents}, "
+            f"{corpus['num_tokens']:,} tokens, {labels / corpus['num_tokens']:.0%} of them the "
+            f"assistant's; {held_out}; {dropped}"
         )
     else:
         log(
@@ -173,7 +179,7 @@ def report_dry_run(
     measured = seconds[SKIPPED:] or seconds
     update_seconds = statistics.median(measured)
     startup_seconds = run_time() - len(seconds) * update_seconds  # includes compilation
-    tokens = run.global_batch * run.args.max_seq_len
+    tokens = run.global_batch * run.args.row_length
     evaluation_seconds = run.evaluation_updates * update_seconds + GENERATION
     if run.budget:
         seconds_left = run.budget.seconds - startup_seconds - evaluation_seconds

@@ -13,7 +13,7 @@ from model.model_minimind import MiniMindForCausalLM
 from trainer import distributed
 from trainer.console import log
 from trainer.metrics import Metrics
-from trainer.run import Run
+from trainer.run import LossOf, Run, next_token_loss
 from trainer.samples import continuations
 
 T = TypeVar("T")
@@ -32,20 +32,25 @@ def evaluate(
         held_out: batches and bytes of text, by language; scored separately and all together.
         stopping: called before each batch and the prompts; if true on any rank, none is reported.
     Returns: whether the evaluation was completed, the same on every rank."""
-    scores, sums = {}, list[tuple[float, int, int]]()
+    total, total_bytes, by_language = [0.0] * (2 + len(run.measures)), 0, {}
+
+    def named(sums: list[float], num_bytes: int) -> dict[str, float]:
+        nats, num_labels, *others = sums
+        if not run.measures:
+            return {"heldout_bits_per_byte": bits_per_byte(nats, num_bytes)}
+        means = (value / max(num_labels, 1) for value in others)
+        return {f"heldout_{name}": mean for name, mean in zip(run.measures, means, strict=True)}
+
     for language, (batches, num_bytes) in held_out.items():
         with run.autocast:
-            nats, num_labels = held_out_nats(run.model, unless(stopping, batches))
-        sums.append((nats, num_labels, num_bytes))
-        scores[f"heldout_bits_per_byte_{language}"] = bits_per_byte(nats, num_bytes)
-    if sums:
-        nats, num_labels = sum(part[0] for part in sums), sum(part[1] for part in sums)
-        num_bytes = sum(part[2] for part in sums)
-        overall = {
-            "heldout_loss": nats / max(num_labels, 1),  # no labels if stopped immediately
-            "heldout_bits_per_byte": bits_per_byte(nats, num_bytes),
-        }
-        scores = overall | (scores if len(sums) > 1 else {})
+            found = held_out_sums(run.model, unless(stopping, batches), run.loss_of, run.measures)
+        total, total_bytes = [*map(sum, zip(total, found, strict=True))], total_bytes + num_bytes
+        by_language |= {f"{k}_{language}": v for k, v in named(found, num_bytes).items()}
+    scores = {}
+    if held_out:
+        nats, num_labels, *_ = total
+        scores = {"heldout_loss": nats / max(num_labels, 1)}  # no labels if stopped immediately
+        scores |= named(total, total_bytes) | (by_language if len(held_out) > 1 else {})
     texts, repeated = {}, None
     if distributed.is_main_process() and run.can_generate and not stopping():
         try:
@@ -72,19 +77,26 @@ def unless(stopping: Callable[[], bool], items: Iterable[T]) -> Iterator[T]:
     return itertools.takewhile(lambda _: not stopping(), items)
 
 
-def held_out_nats(model: MiniMindForCausalLM, batches: Iterable[Any]) -> tuple[float, int]:
-    """Summed nats and number of labels of batches from ``PretrainDataset.for_evaluation``.
+def held_out_sums(
+    model: MiniMindForCausalLM,
+    batches: Iterable[Any],
+    loss_of: LossOf = next_token_loss,
+    measures: tuple[str, ...] = (),
+) -> list[float]:
+    """Summed nats, number of labels and summed ``measures`` of batches from
+    ``PretrainDataset.for_evaluation``; see ``Run``.
 
     Each rank passes its share of the batches; the sums are over all ranks, on every rank."""
     was_training, device = model.training, model.device
-    nats, num_labels = torch.zeros((), device=device), 0
+    sums, num_labels = torch.zeros(1 + len(measures), device=device), 0
     model.eval()
     with torch.inference_mode():
         for batch in batches:
             batch = batch.to(device)
-            out = model(**batch.model_inputs)
-            nats += out.loss * batch.num_labels
+            out = loss_of(model, batch)
+            means = [out.loss, *(getattr(out, name) for name in measures)]
+            sums += torch.stack(means) * batch.num_labels
             num_labels += batch.num_labels
     model.train(was_training)
-    all_nats, all_labels = distributed.totals(nats.item(), num_labels)
-    return all_nats, int(all_labels)
+    nats, *others = sums.tolist()
+    return distributed.totals(nats, num_labels, *others)

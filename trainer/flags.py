@@ -134,6 +134,10 @@ class Program(NamedTuple):
     name: str = "pretrain"  # also of its weights
     defaults: Mapping[str, Any] = MappingProxyType({})
     presets: Mapping[str, dict[str, Any]] = MappingProxyType({})  # over the preset and the defaults
+    flags: type | None = None  # a dataclass of flags of its own, beside those of TrainConfig
+    documents: str = "documents"
+    unit: str = "tokens"  # what has a loss, and is counted
+    per_row: int = 1  # how many times --max_seq_len fit into a row
 
     @property
     def is_chat(self) -> bool:
@@ -408,6 +412,11 @@ class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFla
     program: Program = PRETRAIN
 
     @property
+    def row_length(self) -> int:
+        """Tokens in a row."""
+        return self.program.per_row * self.max_seq_len
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """--dtype; the parser chose one if none was given."""
         return getattr(torch, str(self.dtype))
@@ -426,7 +435,7 @@ class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFla
         """Everything that determines the result of a run; saved, and compared on resume."""
         kind = {"program": self.program.name} if self.program.is_chat else {}
         return (
-            {name: getattr(self, name) for name in flag_names(DECIDES)}
+            {name: getattr(self, name) for name in flag_names(DECIDES, type(self))}
             | kind
             | {
                 "rows per update": self.batch_size * self.accumulation_steps * num_ranks,
@@ -526,10 +535,10 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[type, ...] = GROUPS
                 )
 
 
-def build_parser(description: str | None = None) -> Parser:
-    """The command line of train_pretrain.py."""
+def build_parser(description: str | None = None, program: Program = PRETRAIN) -> Parser:
+    """The command line of train_pretrain.py, or of another program."""
     parser = Parser(description)
-    add_flags(parser)
+    add_flags(parser, GROUPS if program.flags is None else (*GROUPS, program.flags))
     return parser
 
 
@@ -539,7 +548,7 @@ def parse_flags(
     """Parse flags over the defaults of preset, recipe and program, and the sizes of --from_weight.
 
     Raises: SettingsError, or exits with 2 (argparse)."""
-    parser = build_parser(description)
+    parser = build_parser(description, program)
     parser.set_defaults(**program.defaults)
     chosen, _ = parser.parse_known_args(argv)
     for defaults in (
@@ -551,7 +560,7 @@ def parse_flags(
         parser.set_defaults(**defaults)
     if program.is_chat:
         parser.set_defaults(**described_sizes(parser.parse_args(argv)))
-    config = TrainConfig(**vars(parser.parse_args(argv)), program=program)
+    config = config_type(program)(**vars(parser.parse_args(argv)), program=program)
     check_flags(config)
     if config.dtype is None:
         config.dtype = default_dtype(config.device)
@@ -560,6 +569,13 @@ def parse_flags(
     if config.use_compile is None:
         config.use_compile = int(config.device.startswith("cuda"))
     return config
+
+
+def config_type(program: Program) -> type[TrainConfig]:
+    """TrainConfig, with the program's own flags."""
+    if program.flags is None:
+        return TrainConfig
+    return dataclass(type("OwnConfig", (program.flags, TrainConfig), {}))
 
 
 def described_sizes(args: argparse.Namespace) -> dict[str, Any]:
@@ -678,9 +694,9 @@ def skipped_updates(given: str | None) -> range:
 # ------------------------------------------------------------------------------------- resume
 
 
-def flag_names(resume: str) -> list[str]:
+def flag_names(resume: str, config: type[TrainConfig] = TrainConfig) -> list[str]:
     """The flags that are declared with this ``resume``."""
-    return [f.name for f in fields(TrainConfig) if f.metadata.get("resume") == resume]
+    return [f.name for f in fields(config) if f.metadata.get("resume") == resume]
 
 
 def check_same_settings(saved: dict, given: dict) -> None:

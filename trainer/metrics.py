@@ -113,6 +113,14 @@ def open_metrics(run: Run) -> "Metrics":
     return metrics
 
 
+def told(score: tuple[str, float]) -> str:
+    """A held-out score, as on the console."""
+    name, value = score[0].removeprefix("heldout_"), score[1]
+    if name == "bits_per_byte":
+        return f"{value:.4f} bits/byte"
+    return f"{name.removeprefix('bits_per_byte_').replace('_', ' ')} {value:.4f}"
+
+
 class Metrics:
     """Logs a run. Only the main process writes.
 
@@ -126,7 +134,7 @@ class Metrics:
         # The id of the run's tracker is kept even if this start does not use it.
         self.tracker: NoTracker | SwanLabTracker = NoTracker(run.tracker_id)
         _, active = get_model_params(run.model, run.config)
-        self.flops_per_token = flops_per_token(run.config, active, run.args.max_seq_len)
+        self.flops_per_token = flops_per_token(run.config, active, run.args.row_length)
         peak = peak_flops(run.device)
         self.peak_flops = peak and peak * distributed.world_size()
         if is_main_process():
@@ -187,7 +195,7 @@ class Metrics:
         if minutes is not None and changed_rows > 0.1 * run.total_rows:
             self.logged_total_rows = run.total_rows
             updates = run.step + math.ceil((run.total_rows - run.rows_seen) / run.global_batch)
-            tokens = run.total_rows * run.args.max_seq_len
+            tokens = run.total_rows * run.args.row_length
             log(
                 f"plan: {updates:,} updates, {tokens:,} tokens, {run.num_epochs} passes over the "
                 f"data, to end within {minutes:g} minutes{cost(run.args, minutes)}"
@@ -209,7 +217,8 @@ class Metrics:
             grad_norm = None
         norm_text = f"grad_norm {math.nan if grad_norm is None else grad_norm:.3f}"
         mfu, mfu_text = None, ""
-        if self.peak_flops:
+        unit = run.args.program.unit
+        if self.peak_flops and unit == "tokens":
             mfu = round(speed * self.flops_per_token / self.peak_flops, 4)
             mfu_text = f"mfu {mfu:.1%}"
         experts = f"experts {' '.join(f'{share:.0%}' for share in load)}" if load else ""
@@ -220,14 +229,14 @@ class Metrics:
             ("epoch", epoch, ""),
             ("rows", run.rows_seen, ""),
             ("progress", self.share_done(), ""),
-            ("tokens", run.progress.tokens_seen, ""),
+            (unit, run.progress.tokens_seen, ""),
             *((name, loss, f"{name} {loss:.4f}") for name, loss in losses.items()),
             ("experts", None, experts),
             ("lr", lr, f"lr {lr:.2e}"),
             ("grad_norm", grad_norm, norm_text),
             *((f"load_expert_{i}", round(share, 4), "") for i, share in enumerate(load)),
             ("bad_updates", run.progress.bad_updates or None, ""),
-            ("tokens_per_second", round(speed), f"{speed:,.0f} tokens/s"),
+            (f"{unit}_per_second", round(speed), f"{speed:,.0f} {unit}/s"),
             ("", None, mfu_text),
             ("eta_minutes", round(minutes_left, 2), f"{minutes_left:.1f} min left"),
             ("minutes_spent", round(budget.spent() / 60, 3) if budget else None, ""),
@@ -262,15 +271,7 @@ class Metrics:
         share = {} if repeated is None else {"repeated_4grams": round(repeated, 4)}
         self.write(record | share | {"continuations": texts})
         if scores:
-            log(
-                f"held out: loss {scores['heldout_loss']:.4f}, "
-                f"{scores['heldout_bits_per_byte']:.4f} bits/byte"
-                + "".join(
-                    f", {name.removeprefix('heldout_bits_per_byte_')} {score:.4f}"
-                    for name, score in scores.items()
-                    if name.startswith("heldout_bits_per_byte_")
-                )
-            )
+            log(f"held out: {', '.join(map(told, scores.items()))}")
         if has_risen:
             passes = lowest_step * run.global_batch / run.rows_per_epoch
             reason = (

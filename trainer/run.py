@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
 from trainer import distributed
 from trainer.checkpoint import checkpoint_name, restore_rng, save_for_all
 from trainer.console import log
@@ -25,6 +25,7 @@ from trainer.schedule import learning_rate
 from trainer.step_times import StepTimes
 from trainer.weights import describes, save_weights, weights_path
 
+LossOf = Callable[[MiniMindForCausalLM, Any], Any]  # of a batch, as from next_token_loss
 WITHOUT = "without"  # in a state: the names of the fast paths that failed
 
 
@@ -36,6 +37,11 @@ class Update(NamedTuple):
     num_rows: int
     num_labels: int
     outcome: Outcome
+
+
+def next_token_loss(model: MiniMindForCausalLM, batch: Any) -> CausalLMOutput:
+    """What is minimized: the model's own loss of a batch, the mean over its labels."""
+    return model(**batch.model_inputs)
 
 
 @dataclass
@@ -64,6 +70,8 @@ class Run:
     budget: Budget | None = None  # what the plan follows; on all ranks, rank 0's counts
     seconds_spent: float = 0.0  # of the budget, by earlier starts
     rows_held_out: int = 0
+    loss_of: LossOf = next_token_loss
+    measures: tuple[str, ...] = ()  # what else it returns, per label, for evaluations
     tracker_id: str | None = None  # of this run in the tracker
     fast_paths: dict[str, str] = field(default_factory=dict)  # "used", or why not; see make_fast
     can_generate: bool = True  # False once transformers was found to compute something else
@@ -260,7 +268,7 @@ class Run:
     def export(self) -> None:
         """Write the weights and their description, unless the files are those of this update."""
         path = weights_path(self.args.save_dir, self.args.save_weight, self.config)
-        done = {"step": self.step, "tokens": self.progress.tokens_seen, **self.latest}
+        done = {"step": self.step, self.args.program.unit: self.progress.tokens_seen, **self.latest}
         summary = done | {"settings": self.settings}
         if not describes(path, summary):
             save_weights(path, self.model, summary)

@@ -54,11 +54,16 @@ def describes(path: Path, summary: dict) -> bool:
     return False
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.pth`` file, without running code from it. Raises: CheckpointError."""
+def existing(path: Path) -> Path:
+    """The path of a ``.pth`` file. Raises: CheckpointError if there is none."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Train it first, or choose other weights.")
-    state = load_tensors(path)
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pth`` file, without running code from it. Raises: CheckpointError."""
+    state = load_tensors(existing(path))
     if "model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     return state

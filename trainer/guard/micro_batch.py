@@ -41,7 +41,7 @@ def fit_micro_batch(run: Run, one_pass: Callable[[int], Tensor], free_bytes: int
     elif rows is None:
         estimate = partial(rows_that_fit, run, one_pass, free_bytes)
         fitting = min(distributed.gather(distributed.on_all_ranks(estimate)))
-        rows = min(MAX_TOKENS // run.args.max_seq_len, fitting)
+        rows = min(MAX_TOKENS // run.args.row_length, fitting)
     rows = largest_divisor(run.rows_per_device, rows)
     while error := out_of_memory(run, one_pass, rows):
         if rows == 1:
