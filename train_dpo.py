@@ -51,6 +51,8 @@ DPO = Program(
             "batch_size": 4,
             "optimizer": "adamw",
             "learning_rate": 1e-4,
+            "beta": 0.5,
+            "sft_weight": 1.0,
             "lr_schedule": "wsd",
             "log_interval": 10,
         }

@@ -14,6 +14,7 @@ from dataset.conversations import chat_content
 from dataset.lm_dataset import IGNORE, Batch, PretrainDataset, SkipBatchSampler, permutation
 from dataset.packing import OPEN_ROWS, Pieces, pack
 from dataset.preferences import pair_content
+from dataset.records import DataError
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, unsigned
 
 
@@ -23,7 +24,8 @@ class SFTDataset(PretrainDataset):
     How they share rows depends on the seed alone, the order of rows also on the epoch.
 
     Args: as PretrainDataset; ``data_path`` holds conversations, see dataset/conversations.py, and
-        without ``packing``, each begins a row of its own."""
+        without ``packing``, each begins a row of its own.
+    Raises: DataError, also if there is none."""
 
     pieces: Pieces
     row_order: Tensor  # (R,) int64, in this epoch
@@ -46,6 +48,10 @@ class SFTDataset(PretrainDataset):
             content = self.content(tokenizer)
             data_path = build_token_cache(
                 data_path, tokenizer, cache_dir, bad_records, content=content
+            )
+        if data_path.meta.get("num_texts") == data_path.meta["num_documents"]:
+            raise DataError(
+                "no conversation in --data_path, only texts: train_pretrain.py learns from those."
             )
         self.share_rows = packing
         choice = {"seed": seed, "heldout_fraction": heldout_fraction}

@@ -3,6 +3,7 @@ assistant says.
 
 A record holds ``conversations`` (MiniMind's name) or ``messages``: turns with a role and a content.
 An assistant's turn may have reasoning_content and tool_calls; a system turn, or the record, tools.
+Or it holds a ``text``, as in pretraining, all of which is learned and nothing held out.
 """
 
 import json
@@ -12,9 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dataset.records import JSON_TYPES, Content, DataError, encodable, read_documents
+from dataset.records import JSON_TYPES, Content, DataError, encodable, read_documents, text_of
 
-COLUMNS = ("conversations", "messages", "tools")
+COLUMNS = ("conversations", "messages", "tools", "text")
 ROLES = ("system", "user", "assistant", "tool")
 KEYS = ("role", "content", "reasoning_content", "tools", "tool_calls", "name", "tool_call_id")
 # Which role may follow which; None: the beginning.
@@ -38,6 +39,11 @@ def conversation_of(record: dict[str, object]) -> tuple[list[Turn], list | None]
         raise ValueError(f'{what} "conversations" and "messages"; its keys: {keys:.80}')
     ((name, turns),) = found.items()
     return turns_of(turns, name, record.get("tools"))
+
+
+def is_conversation(record: dict[str, object]) -> bool:
+    """Whether it holds turns."""
+    return any(record.get(name) is not None for name in COLUMNS[:2])
 
 
 def turns_of(turns: object, name: str, tools: object = None) -> tuple[list[Turn], list | None]:
@@ -122,6 +128,8 @@ class Marks:
             )
         begin, end = f"{tokenizer.bos_token}assistant\n", f"{tokenizer.eos_token}\n"
         self.text = begin, end
+        self.eos = tokenizer.eos_token_id
+        self.num_mark_bytes = len(f"{tokenizer.bos_token}{tokenizer.eos_token}".encode())
         self.begin: list[int] = tokenizer(begin, add_special_tokens=False)["input_ids"]
         self.end: list[int] = tokenizer(end, add_special_tokens=False)["input_ids"]
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -132,9 +140,15 @@ class Marks:
                 f"otherwise than with {begin!r} and {end!r}."
             )
 
+    def is_plain(self, ids: Sequence[int]) -> bool:
+        """Whether a document is a text rather than a conversation, whose last turn ends a line."""
+        return len(ids) > 0 and ids[-1] == self.eos
+
     def num_bytes(self, text: str) -> int:
-        """UTF-8 bytes of what the assistant says, without marks."""
+        """UTF-8 bytes of what the assistant says, or of a text, without marks."""
         begin, end = self.text
+        if not text.endswith(end):
+            return len(text.encode()) - self.num_mark_bytes
         said = (part.split(end)[0] for part in text.split(begin)[1:])
         return sum(len(part.encode()) for part in said)
 
@@ -142,6 +156,8 @@ class Marks:
         """What the assistant says, with the mark of its end: (first, past the last) of each.
 
         Source: MiniMind's SFTDataset, which learns the same tokens."""
+        if self.is_plain(ids):
+            return [(1, len(ids))]
         spans, at, ids = [], 0, list(ids)
         while (begin := find(ids, self.begin, at)) is not None:
             begin += len(self.begin)
@@ -198,6 +214,9 @@ def chat_content(tokenizer: PreTrainedTokenizerBase) -> Content:
     marks = Marks(tokenizer)
 
     def document(record: dict[str, object]) -> str:
+        if isinstance(record.get("text"), str) and not is_conversation(record):
+            text = text_of("text", record)
+            return f"{tokenizer.bos_token}{text}{tokenizer.eos_token}" if text.strip() else ""
         return checked_text(tokenizer, marks, *conversation_of(record))
 
     what = 'turns in "conversations" or "messages"'
@@ -210,7 +229,7 @@ def holds_conversations(path: Path) -> bool:
     found: list[bool] = []
 
     def look(record: dict[str, object]) -> str:
-        found.append(any(record.get(name) is not None for name in COLUMNS[:2]))
+        found.append(is_conversation(record))
         return ""
 
     content = Content(look, COLUMNS, EXAMPLE, "", "", marks=True)

@@ -52,6 +52,7 @@ BATCH_BYTES = 2 * 2**20  # of text encoded per call: enough for all cores, littl
 DEFAULT_CACHE_DIR = "dataset/cache"
 FILES = ("tokens.bin", "offsets.bin", "bytes.bin", "hashes.bin")
 MASK_FILES = ("mask.bin", "labels.bin")
+NEVER_HELD_OUT = b"\xff\xff\xff\x7f"  # the largest int32
 Encoded = tuple[list[str], list[list[int]]]  # texts, and the ids of each
 
 
@@ -232,6 +233,7 @@ class Counts:
     num_empty: int = 0  # documents without text, which are dropped
     num_control_tokens: int = 0
     num_labels: int = 0  # of conversations: ids that are learned
+    num_texts: int = 0  # among conversations: documents that are none
 
 
 def write_cache(
@@ -296,7 +298,11 @@ def write_documents(
             tokens.write(array(id_code, ids).tobytes())
             offsets.write(array("q", [counts.num_tokens]).tobytes())
             sizes.write(array("q", [num_bytes]).tobytes())
-            hashes.write(hashlib.blake2b(data, digest_size=4).digest())
+            if marks and marks.is_plain(ids):
+                counts.num_texts += 1
+                hashes.write(NEVER_HELD_OUT)
+            else:
+                hashes.write(hashlib.blake2b(data, digest_size=4).digest())
             if marks:
                 mask = bytearray(len(ids))
                 for first, end in marks.spans(ids):

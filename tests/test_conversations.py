@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.chat_datasets import SFTDataset
 from dataset.conversations import Marks, chat_content, conversation_of, written_out
-from dataset.lm_dataset import IGNORE
+from dataset.lm_dataset import IGNORE, PretrainDataset
 from dataset.packing import pack
 from dataset.records import DataError
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
@@ -235,6 +235,31 @@ def test_held_out_conversations_are_scored_on_answers_alone(tmp_path: Path) -> N
     assert not set(part.documents.tolist()) & set(data.documents.tolist())
 
 
+def test_texts_among_conversations_are_learned_whole_and_never_held_out(tmp_path: Path) -> None:
+    texts = [{"text": f"Text {i}: <|im_start|>assistant\nword"} for i in range(20)]
+    chats = [record | {"text": None} for record in some_conversations(20)]
+    data = dataset(tmp_path, [*chats, *texts, {"text": "  "}], heldout_fraction=0.5)
+    assert data.cache.meta["num_texts"] == 20 and data.cache.meta["num_empty"] == 1
+    assert data.is_held_out[:20].any() and not data.is_held_out[20:].any()
+    plain = write(tmp_path / "plain.jsonl", texts)
+    cache = str(tmp_path / "cache")
+    alone = PretrainDataset(str(plain), shipped_tokenizer(), 64, packing=False, cache_dir=cache)
+    rows = {row: alone.__getitems__([row]) for row in range(20)}
+    expected = {tuple(batch.input_ids[batch.labels != IGNORE].tolist()) for batch in rows.values()}
+    batch = data.__getitems__([*range(len(data))])
+    found = set()
+    for row, labels, starts in zip(*batch[:3], strict=True):
+        for start in starts[starts >= 0].unique():
+            inside = starts == start
+            if row[inside][-1] == 2:  # EOS, without a newline
+                assert labels[start] == IGNORE and (labels[inside][1:] == row[inside][1:]).all()
+                found.add(tuple(row[inside][1:].tolist()))
+    assert found == expected
+    assert batch.num_labels == (batch.labels != IGNORE).sum()
+    with pytest.raises(DataError, match="no conversation in --data_path, only texts"):
+        SFTDataset(str(plain), shipped_tokenizer(), 64, cache_dir=cache)
+
+
 def test_packing_wastes_little_and_never_overlaps() -> None:
     rng = random.Random(3)
     lengths = [rng.randint(5, 300) for _ in range(2000)]
@@ -277,7 +302,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 BAD = [
-    ({"text": "a"}, 'none of "conversations" and "messages"; its keys: \'text\''),
+    ({"txt": "a"}, 'none of "conversations" and "messages"; its keys: \'txt\''),
     ({"conversations": [USER, ANSWER], "messages": [USER, ANSWER]}, "both of"),
     ({"conversations": "a"}, '"conversations" is a JSON string'),
     ({"conversations": []}, 'no turn of an assistant in "conversations"'),

@@ -1,6 +1,7 @@
 """What the demo's model is asked: the prompts, the sample; and, slow, what the model answers."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -143,30 +144,37 @@ def num_right(folder: Path, **drawn: float) -> int:
 
 @pytest.fixture(scope="module")
 def fine_tuned(trained: Path) -> Path:
-    """The demo, fine-tuned as the README says."""
-    places = [
-        "--save_dir",
-        trained,
-        "--cache_dir",
-        trained.parent,
-        "--checkpoint_dir",
-        trained.parent,
+    """The demo, fine-tuned and then taught to be brief, as the README says."""
+    places = ["--save_dir", trained]
+    places += [
+        word for name in ("cache_dir", "checkpoint_dir") for word in (f"--{name}", trained.parent)
     ]
-    program = [sys.executable, "train_full_sft.py", "--preset", "demo", "--device", "cpu"]
-    done = run_command([*program, *map(str, places)], timeout=3600)
-    assert done.returncode == 0, done.stderr
+    for program in ("train_full_sft.py", "train_dpo.py"):
+        command = [sys.executable, program, "--preset", "demo", "--device", "cpu", *places]
+        done = run_command([*map(str, command)], timeout=3600)
+        assert done.returncode == 0, done.stderr
     return trained
+
+
+def is_short(answer: str) -> bool:
+    """Up to three words, or six Chinese characters."""
+    chinese = re.findall("[\u4e00-\u9fff]", answer)
+    return len(chinese) <= 6 if chinese else len(answer.split()) <= 3
 
 
 @pytest.mark.slow
 def test_questions_are_answered_in_words_that_were_never_seen(fine_tuned: Path) -> None:
-    words = ["--save_dir", str(fine_tuned), "--device", "cpu", "--weight", "full_sft"]
-    args, tokenizer = eval_llm.build_parser().parse_args(words), shipped_tokenizer()
-    model = eval_llm.load_model(args, tokenizer)
-    texts, repeated = continuations(model, tokenizer, [q.text for q in QUESTIONS], chat=True)
-    wrong = {q.text: texts[q.text] for q in QUESTIONS if not is_right(q, texts[q.text])}
-    assert len(wrong) <= 10, wrong
-    assert repeated < 0.05
+    """And after learning which answers are preferred, in few words."""
+    tokenizer, num_short = shipped_tokenizer(), {}
+    for name in ("full_sft", "dpo"):
+        words = ["--save_dir", str(fine_tuned), "--device", "cpu", "--weight", name]
+        model = eval_llm.load_model(eval_llm.build_parser().parse_args(words), tokenizer)
+        texts, repeated = continuations(model, tokenizer, [q.text for q in QUESTIONS], chat=True)
+        wrong = {q.text: texts[q.text] for q in QUESTIONS if not is_right(q, texts[q.text])}
+        assert len(wrong) <= 10, (name, wrong)
+        assert repeated < 0.05
+        num_short[name] = sum(map(is_short, texts.values()))
+    assert num_short["full_sft"] < 90 and num_short["dpo"] >= 95, num_short
 
 
 @pytest.mark.slow

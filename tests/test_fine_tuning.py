@@ -76,7 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     said = fine_tune(folder)
     share, held_out = re.search(
-        r"data: 120 conversations, .* (\d+)% of .*; (\d+) held out", said
+        r"data: 120 conversations, .* (\d+)% of .* learned; (\d+) held out", said
     ).groups()
     assert 30 < int(share) < 70 and int(held_out) > 0
     return folder

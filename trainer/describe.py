@@ -49,10 +49,12 @@ def describe_run(run: Run, corpus: dict, num_held_out: int) -> None:
     )
     held_out, dropped = f"{num_held_out:,} held out", f"dropped {corpus['num_empty']:,} empty ones"
     if labels := corpus.get("num_labels"):
+        texts = corpus.get("num_texts", 0)
+        mixed = f" and {texts:,} texts" if texts else ""
         log(
-            f"data: {corpus['num_documents']:,} {run.args.program.documents}, "
-            f"{corpus['num_tokens']:,} tokens, {labels / corpus['num_tokens']:.0%} of them the "
-            f"assistant's; {held_out}; {dropped}"
+            f"data: {corpus['num_documents'] - texts:,} {run.args.program.documents}{mixed}, "
+            f"{corpus['num_tokens']:,} tokens, {labels / corpus['num_tokens']:.0%} of them "
+            f"learned; {held_out}; {dropped}"
         )
     else:
         log(

@@ -50,7 +50,9 @@ def evaluate(
     if held_out:
         nats, num_labels, *_ = total
         scores = {"heldout_loss": nats / max(num_labels, 1)}  # no labels if stopped immediately
-        scores |= named(total, total_bytes) | (by_language if len(held_out) > 1 else {})
+        scores |= named(total, total_bytes)
+    if len(held_out) > 1 and not run.measures:
+        scores |= by_language
     texts, repeated = {}, None
     if distributed.is_main_process() and run.can_generate and not stopping():
         try:
