@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -133,14 +134,20 @@ def test_a_killed_run_resumes_to_the_last_bit(whole: Path, tmp_path: Path, num_r
     assert metrics_without_times(cut) == metrics_without_times(expected)
 
 
-@pytest.mark.parametrize(("num_ranks", "steps"), [(2, 1), (4, 1)])
-def test_any_number_of_ranks_learns_the_same(
-    whole: Path, tmp_path: Path, num_ranks: int, steps: int
-) -> None:
-    changes = {"accumulation_steps": steps, "batch_size": 4 // num_ranks}
-    done = run_command(command(sft_flags(tmp_path, **changes), num_ranks))
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Updates of twelve rows, on one rank."""
+    folder = tmp_path_factory.mktemp("twelve")
+    fine_tune(folder, batch_size=12, accumulation_steps=1)
+    return folder
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_any_number_of_ranks_learns_the_same(twelve: Path, tmp_path: Path, num_ranks: int) -> None:
+    words = sft_flags(tmp_path, batch_size=12 // num_ranks, accumulation_steps=1)
+    done = run_command(command(words, num_ranks))
     assert done.returncode == 0, done.stderr
-    pairs = zip(read_metrics(tmp_path), read_metrics(whole), strict=True)
+    pairs = zip(read_metrics(tmp_path), read_metrics(twelve), strict=True)
     for found, expected in pairs:
         for key in ("loss", "heldout_loss"):
             assert found.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), rel=1e-4)
@@ -162,6 +169,18 @@ def test_it_begins_with_pretrained_weights_of_their_own_architecture(tmp_path: P
     assert described["config"]["intermediate_size"] == 40
     assert described["config"]["tie_word_embeddings"] is False
     assert float(first) < 8.7
+
+
+def test_a_base_that_learnt_other_tokens_is_noticed(tmp_path: Path) -> None:
+    train_in_process(tmp_path, epochs=1)
+    said = fine_tune(tmp_path, from_weight="pretrain", epochs=1)
+    assert "another tokenizer" not in said
+    other = tmp_path / "other"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(ROOT / "model"))
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.save_pretrained(other)
+    changes = {"from_weight": "pretrain", "epochs": 1, "overwrite": 1, "tokenizer_path": other}
+    assert "warning: pretrain was trained with another tokenizer" in fine_tune(tmp_path, **changes)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import train_dpo
 import train_pretrain
 from tests import launched
 from tests.helpers import ROOT
 from tests.running import assert_same, newest_state, tiny_flags, write_corpus
 from trainer.checkpoint import list_states, read_state, save_state
-from trainer.flags import DECIDES, SPLITS, flag_names, parse_flags
+from trainer.flags import DECIDES, SPLITS, config_type, flag_names, parse_flags
 
 # Another value of each flag that must match, none of which the others' values depend on.
 OTHER = {
@@ -65,7 +66,9 @@ def test_the_docs_name_each_flag_that_must_match_and_each_that_splits() -> None:
     page = (ROOT / "docs/RELIABILITY.md").read_text(encoding="utf-8")
     section = page.partition("## What must match")[2].partition("\n## ")[0]
     must, may = section.split("\n\n")[1:3]
-    assert set(re.findall(r"`--(\w+)`", must)) == set(flag_names(DECIDES))
+    own = config_type(train_dpo.DPO)
+    assert set(re.findall(r"`--(\w+)`", must)) == set(flag_names(DECIDES, own))
+    assert set(flag_names(DECIDES, own)) - set(flag_names(DECIDES)) == {"beta", "sft_weight"}
     assert set(re.findall(r"`--(\w+)`", may)) == set(flag_names(SPLITS))
 
 

@@ -80,7 +80,13 @@ def describe_run(run: Run, corpus: dict, num_held_out: int) -> None:
         f"on {distributed.world_size()} x {run.device.type}, {run.args.dtype}"
         + (f"; {tokens / total:.1f} tokens per parameter" if not run.budget else "")
     )
-    for warning in likely_mistakes(run.args, updates, run.global_batch):
+    warnings = likely_mistakes(run.args, updates, run.global_batch)
+    if has_other_tokenizer(run):
+        warnings.append(
+            f"{run.args.from_weight} was trained with another tokenizer, so it has not learnt what "
+            f"these tokens mean. Use that one: --tokenizer_path"
+        )
+    for warning in warnings:
         log(f"warning: {warning}")
 
 
@@ -116,6 +122,15 @@ def likely_mistakes(args: TrainConfig, updates: int, global_batch: int) -> list[
             f"held-out loss may rise"
         )
     return warnings
+
+
+def has_other_tokenizer(run: Run) -> bool:
+    """Whether --from_weight was trained with another one, if the ``.json`` beside it tells."""
+    name = "content of tokenizer_path"
+    try:
+        return description_of(run.args)["run"]["settings"][name] != run.settings[name]
+    except (LookupError, TypeError):
+        return False
 
 
 def pretraining_rate(args: TrainConfig) -> float | None:
