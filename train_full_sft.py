@@ -11,6 +11,7 @@ the loss is on what the assistant says.
 """
 
 import sys
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,12 +19,28 @@ from dataset.chat_datasets import SFTDataset
 from dataset.token_cache import TokenCache, build_token_cache
 from train_pretrain import build_run, train, train_step
 from trainer import distributed
-from trainer.flags import Program, TrainConfig, parse_flags
+from trainer.flags import DECIDES, Program, TrainConfig, flag, parse_flags
 from trainer.guard.guard import Guard
 from trainer.program import run_program
 
+
+@dataclass
+class ChatFlags:
+    """conversations"""
+
+    system_share: float = flag(
+        0.0,
+        "share of the conversations without a system turn that get one, drawn in each epoch; "
+        "MiniMind: 0.2",
+        resume=DECIDES,
+        least=0,
+        most=1,
+    )
+
+
 FULL_SFT = Program(
     "full_sft",
+    flags=ChatFlags,
     defaults={
         "save_weight": "full_sft",
         "from_weight": "pretrain",
@@ -71,6 +88,7 @@ def open_data(
         packing=bool(args.packing),
         seed=args.seed,
         heldout_fraction=args.heldout_fraction,
+        system_share=getattr(args, "system_share", 0.0),
     )
 
 

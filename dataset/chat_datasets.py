@@ -15,6 +15,7 @@ from dataset.lm_dataset import IGNORE, Batch, PretrainDataset, SkipBatchSampler,
 from dataset.packing import OPEN_ROWS, Pieces, pack
 from dataset.preferences import pair_content
 from dataset.records import DataError
+from dataset.system_lines import SystemLines
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, unsigned
 
 
@@ -25,7 +26,9 @@ class SFTDataset(PretrainDataset):
 
     Args: as PretrainDataset; ``data_path`` holds conversations, see dataset/conversations.py, and
         without ``packing``, each begins a row of its own.
-    Raises: DataError, also if there is none."""
+        system_share: share of the conversations without a system turn that get one in an epoch, see
+            dataset/system_lines.py.
+    Raises: DataError, also if there is no conversation."""
 
     pieces: Pieces
     row_order: Tensor  # (R,) int64, in this epoch
@@ -43,6 +46,7 @@ class SFTDataset(PretrainDataset):
         heldout_fraction: float = 0.0,
         cache_dir: str = DEFAULT_CACHE_DIR,
         bad_records: str = "stop",
+        system_share: float = 0.0,
     ) -> None:
         if not isinstance(data_path, TokenCache):
             content = self.content(tokenizer)
@@ -53,7 +57,8 @@ class SFTDataset(PretrainDataset):
             raise DataError(
                 "no conversation in --data_path, only texts: train_pretrain.py learns from those."
             )
-        self.share_rows = packing
+        self.share_rows, self.system_share = packing, system_share
+        self.lines = SystemLines.written(tokenizer) if system_share else None
         choice = {"seed": seed, "heldout_fraction": heldout_fraction}
         super().__init__(data_path, tokenizer, max_length, **choice)
 
@@ -62,7 +67,15 @@ class SFTDataset(PretrainDataset):
         if not hasattr(self, "pieces"):
             self._lay_out(self.documents[permutation(len(self.documents), self.seed, -1)])
         self.row_order = permutation(len(self), self.seed, epoch)
-        self._places = (*self._places[:3], self.row_order)
+        pieces, line = self.pieces, torch.full_like(self.pieces.length, -1)
+        length, before = pieces.length, torch.zeros_like(pieces.length)
+        if self.lines:
+            hashes = self.cache.hashes[self.order[pieces.document]]
+            drawn = self.lines.drawn(hashes, self.system_share, self.seed, epoch)
+            line = torch.where(self.has_room, drawn, -1)
+            before = torch.where(line >= 0, self.lines.lengths[line], 0)
+            length = length - self.lines.ids.shape[1] * self.has_room + before
+        self._places = (self._places[0], length, pieces.begins, self.row_order, line, before)
 
     def _lay_out(self, order: Tensor) -> None:
         """Pack these documents, (N,) int32, into rows."""
@@ -71,15 +84,25 @@ class SFTDataset(PretrainDataset):
         self.row_order = torch.arange(pieces.num_rows)
         documents = order[pieces.document].to(torch.int64)
         source = self.cache.offsets[documents] + pieces.first
-        self._places = (source, pieces.length, pieces.begins, self.row_order)
+        nothing = torch.zeros_like(source)
+        self._places = (source, pieces.length, pieces.begins, self.row_order, nothing, nothing)
         self.in_row = torch.zeros(2, pieces.num_rows, dtype=torch.int64)  # labels, documents
         row = pieces.begins // self.row_length
         self.in_row[0].index_add_(0, row, self._num_labels(documents, source))
         self.in_row[1].index_add_(0, row, torch.ones_like(row))
 
     def _pack(self, num_open: int) -> Pieces:
-        """Where the documents of ``order`` stand; see ``pack``."""
-        return pack(self._lengths(self.order).tolist(), self.row_length, num_open)
+        """Where the documents of ``order`` stand; see ``pack``. A system line has room."""
+        lengths, has_room = (
+            self._lengths(self.order),
+            torch.zeros(len(self.order), dtype=torch.bool),
+        )
+        if self.lines and self.stride == self.row_length:  # not in evaluations
+            has_room = self.lines.fitting(self.cache, self.order, self.row_length)
+            lengths = lengths + self.lines.ids.shape[1] * has_room
+        pieces = pack(lengths.tolist(), self.row_length, num_open)
+        self.has_room = has_room[pieces.document]
+        return pieces
 
     def _num_labels(self, documents: Tensor, source: Tensor) -> Tensor:
         """Labels of each piece, (P,) int64; of its document, and from where in the cache."""
@@ -108,7 +131,7 @@ class SFTDataset(PretrainDataset):
         assert mask is not None
         if self._places[0].device != tokens.device:  # ``to`` was called since
             self._places = tuple(part.to(tokens.device) for part in self._places)
-        source, length, begins, row_order = self._places
+        source, length, begins, row_order, line, before = self._places
         row = torch.as_tensor(rows).to(tokens.device, non_blocking=True)[:, None]  # (B, 1)
         t = torch.arange(self.row_length, device=tokens.device)  # (T,)
         last = len(row_order) - 1
@@ -116,9 +139,15 @@ class SFTDataset(PretrainDataset):
         nth = torch.searchsorted(begins, position, right=True) - 1
         within = position - begins[nth]
         is_real = (within < length[nth]) & (row <= last)
-        place = torch.where(is_real, source[nth] + within, 0)
+        place = torch.where(is_real, source[nth] + within - before[nth], 0).clamp_(min=0)
         ids = unsigned(tokens[place]).masked_fill_(~is_real, self.pad)
-        labels = ids.masked_fill(~(is_real & mask[place] & (within > 0)), IGNORE)
+        learned = is_real & mask[place] & (within > before[nth])
+        if self.lines:
+            of_line, in_line = self.lines.ids.to(tokens.device), within < before[nth]
+            ids = torch.where(
+                is_real & in_line, of_line[line[nth], within.clamp(max=of_line.shape[1] - 1)], ids
+            )
+        labels = ids.masked_fill(~learned, IGNORE)
         starts = (t - within).masked_fill_(~is_real, -1)
         inside = self.row_order.new_tensor([row for row in rows if row < len(self)])
         num_labels, num_documents = self.in_row[:, self.row_order[inside]].sum(1).tolist()

@@ -16,6 +16,7 @@ from dataset.conversations import Marks, chat_content, conversation_of, written_
 from dataset.lm_dataset import IGNORE, PretrainDataset
 from dataset.packing import pack
 from dataset.records import DataError
+from dataset.system_lines import LINES
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -360,6 +361,81 @@ def test_keys_that_hold_nothing_do_not_count() -> None:
     system = {"role": "system", "content": "", "tools": json.dumps(TOOLS)}
     turns, tools = conversation_of({"conversations": [system, USER, ANSWER]})
     assert tools == TOOLS and turns[0] == {"role": "system", "content": ""}
+
+
+# ------------------------------------------------------------------------------- system lines
+
+
+def conversations_in(data: SFTDataset) -> list[tuple[str, str]]:
+    """Each conversation as it stands in a row, and what of it is learned."""
+    tokenizer, found = shipped_tokenizer(), []
+    batch = data.__getitems__([*range(len(data)), len(data)])
+    for row, labels, starts in zip(*batch[:3], strict=True):
+        for start in starts[starts >= 0].unique():
+            inside = starts == start
+            learned = labels[inside]
+            texts = (row[inside], learned[learned != IGNORE])
+            found.append(tuple(tokenizer.decode(ids) for ids in texts))
+    assert batch.num_labels == (batch.labels != IGNORE).sum()
+    return found
+
+
+def test_system_lines_are_drawn_anew_in_each_epoch_and_are_not_learned(tmp_path: Path) -> None:
+    tokenizer = shipped_tokenizer()
+    with_system = [{"role": "system", "content": "Be good."}, USER, ANSWER]
+    records = [*some_conversations(200), {"conversations": with_system}, {"text": "Word."}]
+    plain = dataset(tmp_path, records)
+    data = dataset(tmp_path, records, system_share=0.2)
+    system = {
+        written_out(
+            tokenizer, [{"role": "system", "content": line}, USER, ANSWER], None
+        ).removesuffix(written_out(tokenizer, [USER, ANSWER], None)): line
+        for line in LINES
+    }
+    drawn = []
+    for epoch in (0, 1, 0):
+        data.set_epoch(epoch)
+        found, without = conversations_in(data), []
+        lines = {}
+        for text, learned in found:
+            begin = next((b for b in system if text.startswith(b)), "")
+            without.append((text.removeprefix(begin), learned))
+            if begin:
+                lines[text.removeprefix(begin)] = begin
+        assert sorted(without) == sorted(conversations_in(plain))
+        drawn.append(lines)
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert 25 <= len(drawn[0]) <= 55 and len(set(drawn[0].values())) > 5
+    other = dataset(tmp_path, records, system_share=0.2, seed=7)
+    assert {t for t, _ in conversations_in(other)} != {t for t, _ in conversations_in(data)}
+    fewer = dataset(tmp_path, records[:100], system_share=0.2)  # of each by itself
+    texts = {text for text, _ in conversations_in(fewer)}
+    data.set_epoch(0)
+    assert len(texts - {text for text, _ in conversations_in(data)}) == 0
+    all_of_them = dataset(tmp_path, records, system_share=1.0)
+    room = 128 - all_of_them.lines.ids.shape[1]
+    texts = (written_out(tokenizer, r["conversations"], None) for r in records[:200])
+    fitting = sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) <= room for t in texts)
+    got = sum(text.startswith(tuple(system)) for text, _ in conversations_in(all_of_them))
+    assert got == fitting > 150
+
+
+def test_held_out_conversations_get_no_system_lines(tmp_path: Path) -> None:
+    choice = {"heldout_fraction": 0.3}
+    plain = dataset(tmp_path, some_conversations(60), **choice).held_out(10**6)
+    data = dataset(tmp_path, some_conversations(60), system_share=1.0, **choice).held_out(10**6)
+    assert plain and data and conversations_in(plain) == conversations_in(data)
+
+
+def test_a_template_with_a_system_turn_of_its_own_refuses_drawn_lines(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "model"))
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nHi.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    path = write(tmp_path / "chats.jsonl", some_conversations(5))
+    with pytest.raises(DataError, match="--system_share: the tokenizer's chat template writes"):
+        SFTDataset(str(path), tokenizer, 64, cache_dir=str(tmp_path / "c"), system_share=0.5)
 
 
 # ------------------------------------------------------------------------------------ MiniMind's

@@ -90,6 +90,7 @@ def test_the_defaults_are_minimind_s() -> None:
     assert (args.accumulation_steps, args.max_seq_len, args.log_interval) == (1, 768, 100)
     assert args.data_path == ["dataset/sft_t2t_mini.jsonl"] and args.hidden_size == 768
     assert args.wandb_project == "MiniMind-Full-SFT"
+    assert args.system_share == 0.0
     assert len(Path(train_full_sft.__file__).read_text().splitlines()) <= 110
 
 
@@ -105,13 +106,11 @@ def test_it_learns_and_answers_questions_at_each_evaluation(whole: Path) -> None
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_killed_run_resumes_to_the_last_bit(whole: Path, tmp_path: Path, num_ranks: int) -> None:
-    changes = {"accumulation_steps": 2 // num_ranks}
-    expected = whole
-    if num_ranks > 1:
-        expected = tmp_path / "whole"
-        done = run_command(command(sft_flags(expected, **changes), num_ranks))
-        assert done.returncode == 0, done.stderr
+def test_a_killed_run_resumes_to_the_last_bit(tmp_path: Path, num_ranks: int) -> None:
+    changes = {"accumulation_steps": 2 // num_ranks, "system_share": 0.5, "dropout": 0.1}
+    expected = tmp_path / "whole"
+    done = run_command(command(sft_flags(expected, **changes), num_ranks))
+    assert done.returncode == 0, done.stderr
     cut = tmp_path / "cut"
     with subprocess.Popen(
         command(sft_flags(cut, **changes), num_ranks),

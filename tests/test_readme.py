@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 import eval_llm
+import train_dpo
 import train_full_sft
 import train_pretrain
 from scripts import export, plot, prepare_data, train_tokenizer
 from tests.helpers import ROOT, write_jsonl
 from tests.running import MEMORIZE_FLAGS, fact_documents, short_documents
 from tests.test_conversations import some_conversations, write
+from tests.test_preferences import many_pairs
 from trainer.flags import build_parser
 
 README, CHINESE = (
@@ -94,6 +96,11 @@ MAINS = {
         "--hidden_size 64 --device cpu --dtype float32 --overwrite 1 --epochs 1 "
         "--data_path chats.jsonl",
     ),
+    "train_dpo.py": (
+        train_dpo.main,
+        "--hidden_size 64 --device cpu --dtype float32 --overwrite 1 --epochs 1 "
+        "--data_path pairs.jsonl",
+    ),
     "eval_llm.py": (eval_llm.main, "--max_new_tokens 12 --device cpu --temperature 0"),
     "scripts.export": (export.main, ""),
     "scripts.plot": (plot.main, ""),
@@ -118,6 +125,7 @@ def test_each_command_of_the_readme_runs(
     for name in ("dataset/pretrain_t2t_mini", "my_texts", "corpus", "texts/a"):
         write_jsonl(tmp_path / f"{name}.jsonl", [*fact_documents() * 20, *short_documents(60)])
     write(tmp_path / "chats.jsonl", some_conversations(30))
+    write(tmp_path / "pairs.jsonl", many_pairs(30))
     inline = re.findall(r"`(python -m [^`]+)`", README)
     lines = [*commands(README), *(line for line in inline if "python -m bench" not in line)]
     ran, continued = Counter(), ""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import train_dpo
+import train_full_sft
 import train_pretrain
 from tests import launched
 from tests.helpers import ROOT
@@ -66,9 +67,10 @@ def test_the_docs_name_each_flag_that_must_match_and_each_that_splits() -> None:
     page = (ROOT / "docs/RELIABILITY.md").read_text(encoding="utf-8")
     section = page.partition("## What must match")[2].partition("\n## ")[0]
     must, may = section.split("\n\n")[1:3]
-    own = config_type(train_dpo.DPO)
-    assert set(re.findall(r"`--(\w+)`", must)) == set(flag_names(DECIDES, own))
-    assert set(flag_names(DECIDES, own)) - set(flag_names(DECIDES)) == {"beta", "sft_weight"}
+    programs = map(config_type, (train_dpo.DPO, train_full_sft.FULL_SFT))
+    deciding = {name for program in programs for name in flag_names(DECIDES, program)}
+    assert set(re.findall(r"`--(\w+)`", must)) == deciding
+    assert deciding - set(flag_names(DECIDES)) == {"beta", "sft_weight", "system_share"}
     assert set(re.findall(r"`--(\w+)`", may)) == set(flag_names(SPLITS))
 
 
