@@ -100,8 +100,10 @@ def test_loss_gradient_and_metrics_are_trl_s(tmp_path: Path, choice: dict) -> No
     same_as_trl(ours(tmp_path, 0.0, **choice), expected)
 
 
+@pytest.mark.filterwarnings("ignore")  # of TRL's own
 @pytest.mark.parametrize("weight", [0.0, WEIGHT])
 def test_trl_itself_gives_what_was_recorded(tmp_path: Path, weight: float) -> None:
+    """pip install trl datasets."""
     pytest.importorskip("trl")
     same_as_trl(by_trl(tmp_path, weight), json.loads(GOLDEN.read_text())[f"weight {weight}"])
 
