@@ -24,6 +24,8 @@ PANELS = {  # key of a record: title of its panel
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second, without padding",
     "repeated_4grams": "repeated 4-grams in continuations (share)",
+    "heldout_accuracy": "held-out accuracy (share of pairs)",
+    "heldout_margin": "held-out margin (beta * nats)",
 }
 BAND_KEYS = ("loss", "heldout_bits_per_byte")
 Band = dict[str, list[list[float]]]  # for each key, [update, lowest, highest] of each update
@@ -45,9 +47,16 @@ def read(path: Path) -> list[dict]:
             f"{path}: expected the metrics of a run, with one JSON object per line and a step in "
             f"each; they are in its --save_dir, as <name>_metrics.jsonl"
         )
+    records = [with_tokens(record) for record in records]
     if not any("tokens" in record for record in records):
         raise PlotError(f"{path}: contains no log line yet")
     return records
+
+
+def with_tokens(record: dict) -> dict:
+    """A record of train_dpo.py, which counts pairs, under the names of the others, too."""
+    named = {"tokens": "pairs", "tokens_per_second": "pairs_per_second"}
+    return record | {name: record[own] for name, own in named.items() if own in record}
 
 
 def curve(records: list[dict], key: str) -> tuple[list[int], list[float]]:
@@ -110,6 +119,7 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
     matplotlib.use("Agg")  # writes files and opens no window
     from matplotlib import pyplot
 
+    of_pairs = any("pairs" in record for records in runs.values() for record in records)
     shown = [key for key in PANELS if any(curve(records, key)[1] for records in runs.values())]
     columns = min(3, len(shown))
     figure = pyplot.figure(
@@ -128,8 +138,9 @@ def draw(runs: dict[str, list[dict]], band: Band) -> Any:
                 color = panel.lines[-1].get_color()
                 panel.plot(*expected, color=color, linestyle=":", label="forecast of the end")
                 panel.fill_between(expected[0], low, high, color=color, alpha=0.12)
-        panel.set_title(PANELS[key], fontsize=10)
-        panel.set_xlabel("tokens seen")
+        title = PANELS[key].replace("token", "pair") if of_pairs else PANELS[key]
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("pairs seen" if of_pairs else "tokens seen")
         panel.grid(alpha=0.3)
         if band.get(key):
             first = next(iter(runs.values()))

@@ -52,11 +52,28 @@ def plot(*args: object, code: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def test_a_run_on_pairs_is_drawn_by_pairs(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pairs = {"tokens": "pairs", "tokens_per_second": "pairs_per_second"}
+    found = [{pairs.get(key, key): value for key, value in r.items()} for r in records()]
+    for record in found:
+        if "heldout_loss" in record:
+            del record["heldout_bits_per_byte"]
+            record |= {"heldout_accuracy": 0.75, "heldout_margin": 1.5}
+    figure = draw({"a": read(write(tmp_path / "a.jsonl", found))}, {})
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles[0] == "training loss (nats per pair)"
+    assert titles[-2:] == [PANELS["heldout_accuracy"], PANELS["heldout_margin"]]
+    assert "pairs per second, without padding" in titles
+    assert figure.axes[-1].lines[0].get_xydata().tolist() == [[9000, 1.5], [27000, 1.5]]
+    assert {panel.get_xlabel() for panel in figure.axes} == {"pairs seen"}
+
+
 def test_a_figure_holds_what_the_metrics_say(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     runs = {"a": read(write(tmp_path / "a.jsonl", records())), "b": records(0.5)}
     figure = draw(runs, band_of([records(), records(0.2)]))
-    assert [panel.get_title() for panel in figure.axes] == list(PANELS.values())
+    assert [panel.get_title() for panel in figure.axes] == list(PANELS.values())[:6]
     loss, held_out, rate = figure.axes[:3]
     assert loss.lines[0].get_xydata().tolist() == [[9000, 6.0], [18000, 3.0], [27000, 2.0]]
     assert loss.lines[1].get_xydata()[:, 1].tolist() == [6.5, 3.5, 2.5]
