@@ -32,6 +32,7 @@ class SFTDataset(PretrainDataset):
 
     pieces: Pieces
     row_order: Tensor  # (R,) int64, in this epoch
+    has_room: Tensor  # (P,) bool, before which pieces a system line has room
 
     content = staticmethod(chat_content)  # what a record holds
 
@@ -89,7 +90,7 @@ class SFTDataset(PretrainDataset):
         self.in_row = torch.zeros(2, pieces.num_rows, dtype=torch.int64)  # labels, documents
         row = pieces.begins // self.row_length
         self.in_row[0].index_add_(0, row, self._num_labels(documents, source))
-        self.in_row[1].index_add_(0, row, torch.ones_like(row))
+        self.in_row[1].index_add_(0, row, 1 + self.has_room.to(torch.int64))  # and a gap after it
 
     def _pack(self, num_open: int) -> Pieces:
         """Where the documents of ``order`` stand; see ``pack``. A system line has room."""
@@ -242,6 +243,7 @@ class DPODataset(SFTDataset):
         whole = self.whole_lengths(self.order)
         length = whole.clamp(max=self.longest)
         pairs = pack(length.sum(1).tolist(), self.row_length, num_open)
+        self.has_room = torch.zeros(2 * len(pairs.begins), dtype=torch.bool)
         length, whole = length[pairs.document], whole[pairs.document]
         zero = torch.zeros_like(pairs.begins)
         return Pieces(

@@ -17,6 +17,7 @@ from dataset.lm_dataset import IGNORE, PretrainDataset
 from dataset.packing import pack
 from dataset.records import DataError
 from dataset.system_lines import LINES
+from model.documents import document_bounds
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -377,6 +378,8 @@ def conversations_in(data: SFTDataset) -> list[tuple[str, str]]:
             texts = (row[inside], learned[learned != IGNORE])
             found.append(tuple(tokenizer.decode(ids) for ids in texts))
     assert batch.num_labels == (batch.labels != IGNORE).sum()
+    bounds = document_bounds(batch.document_starts, batch.document_starts.numel())
+    assert int((bounds < batch.document_starts.numel()).sum()) <= batch.max_documents
     return found
 
 
