@@ -226,13 +226,18 @@ def chat_content(tokenizer: PreTrainedTokenizerBase) -> Content:
 
 def holds_conversations(path: Path) -> bool:
     """Whether the first record of a file is a conversation rather than a text."""
+    return holds(path, COLUMNS[:2])
+
+
+def holds(path: Path, names: tuple[str, ...]) -> bool:
+    """Whether the first record of a file has one of these."""
     found: list[bool] = []
 
     def look(record: dict[str, object]) -> str:
-        found.append(is_conversation(record))
+        found.append(any(record.get(name) is not None for name in names))
         return ""
 
-    content = Content(look, COLUMNS, EXAMPLE, "", "", marks=True)
+    content = Content(look, names, EXAMPLE, "", "", marks=True)
     try:
         next(read_documents(path, lambda message: None, content), None)
     except DataError:

@@ -6,10 +6,19 @@ the loss. A document is both as the chat template writes them, with a padding to
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dataset.conversations import Marks, Turn, checked_text, turns_of
+from dataset.conversations import (
+    Marks,
+    Turn,
+    chat_content,
+    checked_text,
+    holds,
+    holds_conversations,
+    turns_of,
+)
 from dataset.records import Content, DataError
 
 COLUMNS = ("chosen", "rejected", "tools")
@@ -90,3 +99,12 @@ def pair_content(tokenizer: PreTrainedTokenizerBase) -> Content:
     what = 'turns in "chosen" and "rejected"'
     name = f"pairs {marks.separator} {tokenizer.chat_template}"
     return Content(document, COLUMNS, EXAMPLE, what, name, marks)
+
+
+def content_of(path: Path, tokenizer: PreTrainedTokenizerBase) -> Content | None:
+    """What a file's records hold, by the first: pairs or conversations; None: texts.
+
+    Raises: DataError, see ``PairMarks``."""
+    if holds(path, COLUMNS[:2]):
+        return pair_content(tokenizer)
+    return chat_content(tokenizer) if holds_conversations(path) else None

@@ -3,7 +3,8 @@
     python -m scripts.prepare_data --data_path corpus.jsonl             # build the token cache
     python -m scripts.prepare_data --data_path corpus.jsonl --report    # and describe the corpus
 
-Training with the same data, tokenizer and text column finds the cache and tokenizes nothing.
+Training with the same data, tokenizer and text column finds the cache and tokenizes nothing. What
+the first record holds, a text, a conversation or a pair, decides which training that is.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dataset.records import ENDINGS, TEXT_COLUMN, DataError
+from dataset.preferences import content_of
+from dataset.records import ENDINGS, TEXT_COLUMN, DataError, find_files
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache
 from trainer.errors import SettingsError, exit_status_of
 from trainer.weights import load_tokenizer
@@ -42,15 +44,13 @@ def report(cache: TokenCache, tokenizer: PreTrainedTokenizerBase) -> str:
     """A few lines on sizes, lengths, kinds of text, duplicates, and what padding would waste."""
     lengths = cache.offsets.diff()  # (num_documents,)
     num, num_tokens = len(lengths), int(lengths.sum())
-    num_bytes = int(cache.num_bytes.sum())
     num_copies, copied_tokens = duplicates(cache)
     padding, truncated = padded_waste(lengths)
     return "\n".join(
         [
             f"documents   {num:,}; skipped: {cache.meta['num_empty']:,} without text, "
             f"{cache.meta['num_bad']:,} bad records",
-            f"tokens      {num_tokens:,} from {num_bytes:,} bytes, {num_bytes / num_tokens:.2f} "
-            f"bytes per token; control tokens in the text: {cache.meta['num_control_tokens']:,}",
+            f"tokens      {num_tokens:,}{learned_or_text(cache)}",
             f"length      {num_tokens / num:,.0f} tokens on average, median "
             f"{int(lengths.median()):,}, maximum {int(lengths.max()):,}",
             *histogram(lengths),
@@ -61,6 +61,17 @@ def report(cache: TokenCache, tokenizer: PreTrainedTokenizerBase) -> str:
             f"padding and lose {truncated:.0%} of the tokens; packed rows have no padding and lose "
             f"none",
         ]
+    )
+
+
+def learned_or_text(cache: TokenCache) -> str:
+    """Of conversations, how much is learned; of texts, how long they are."""
+    meta, num_bytes = cache.meta, int(cache.num_bytes.sum())
+    if cache.labels is not None:
+        return f", {meta['num_labels'] / meta['num_tokens']:.0%} of them learned"
+    return (
+        f" from {num_bytes:,} bytes, {num_bytes / meta['num_tokens']:.2f} bytes per token; "
+        f"control tokens in the text: {meta['num_control_tokens']:,}"
     )
 
 
@@ -169,7 +180,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tokenizer = load_tokenizer(args.tokenizer_path)
         cache = build_token_cache(
-            args.data_path, tokenizer, args.cache_dir, args.bad_records, args.text_column
+            args.data_path,
+            tokenizer,
+            args.cache_dir,
+            args.bad_records,
+            args.text_column,
+            content_of(find_files(args.data_path)[0], tokenizer),
         )
     except (DataError, SettingsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,12 +18,13 @@ import torch
 from transformers import AutoTokenizer
 
 import train_dpo
-from dataset.chat_datasets import DPODataset, PreferenceBatch
+from dataset.chat_datasets import DPODataset, PreferenceBatch, SFTDataset
 from dataset.conversations import written_out
 from dataset.lm_dataset import IGNORE
 from dataset.preferences import pair_content
 from dataset.records import DataError
 from model.model_minimind import nats_of_each
+from scripts import prepare_data
 from tests.helpers import ROOT, shipped_tokenizer
 from tests.running import (
     assert_same,
@@ -33,7 +34,7 @@ from tests.running import (
     run_command,
     tiny_flags,
 )
-from tests.test_conversations import write
+from tests.test_conversations import some_conversations, write
 from tests.test_fine_tuning import fine_tune
 from tests.trl_reference import (
     BETA,
@@ -227,6 +228,22 @@ def test_ids_are_those_of_minimind_s_class(tmp_path: Path, monkeypatch: pytest.M
             assert x[: len(found) - 1] == found[:-1]
             own = flat[begin + 1 : begin + len(found)] != IGNORE
             assert (mask[: len(own)].bool() | ~own).all()
+
+
+@pytest.mark.parametrize(
+    ("records", "kind"), [(some_pairs(), DPODataset), (some_conversations(20), SFTDataset)]
+)
+def test_pairs_and_conversations_are_tokenized_ahead_of_training(
+    tmp_path: Path, records: list[dict], kind: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, cache = str(write(tmp_path / "data.jsonl", records)), str(tmp_path / "cache")
+    assert prepare_data.main(["--data_path", path, "--cache_dir", cache, "--report"]) == 0
+    said = capsys.readouterr().out
+    data = kind(path, shipped_tokenizer(), 64, cache_dir=cache)
+    assert said.startswith(f"{data.cache.folder}: {len(records)} documents")
+    assert [data.cache.folder] == [*Path(cache).iterdir()]
+    share = data.cache.meta["num_labels"] / data.cache.meta["num_tokens"]
+    assert f"{share:.0%} of them learned" in said
 
 
 # --------------------------------------------------------------------------------------- bad input
