@@ -7,9 +7,11 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import jinja2
@@ -326,3 +328,43 @@ def test_a_gguf_file_has_the_template_without_marks_that_llama_cpp_lacks(
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     written = jinja2.Environment().from_string(template).render(messages=turns)
     assert written == written_out(shipped_tokenizer(), turns, None)
+
+
+@pytest.mark.skipif("LLAMA_SERVER" not in os.environ, reason="LLAMA_SERVER names no llama-server")
+def test_llama_server_writes_our_template(whole: Path, tmp_path: Path) -> None:
+    """LLAMA_SERVER=path/to/llama-server pytest tests/test_fine_tuning.py"""
+    pytest.importorskip("gguf")
+    export(whole, "gguf", tmp_path / "a.gguf")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [os.environ["LLAMA_SERVER"], "-m", tmp_path / "a.gguf", "--port", port, "-t", 1]
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "word1"}]
+
+    def post(path: str, content: dict) -> dict:
+        body = json.dumps({"messages": turns} | content).encode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body)
+        asked.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(asked, timeout=60) as reply:
+            return json.load(reply)
+
+    with subprocess.Popen(
+        [*map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    written = post("/apply-template", {})["prompt"]
+                    break
+                except OSError:  # not yet
+                    assert server.poll() is None and time.monotonic() < deadline
+                    time.sleep(0.2)
+            answer = post("/v1/chat/completions", {"max_tokens": 5, "temperature": 0})
+        finally:
+            server.terminate()
+    tokenizer = shipped_tokenizer()
+    expected = written_out(tokenizer, turns, None, for_answer=True)
+    assert written in (expected, expected.removeprefix("<|im_start|>"))  # which it adds itself
+    ids = tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert answer["usage"]["prompt_tokens"] == len(ids)
