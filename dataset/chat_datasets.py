@@ -19,6 +19,18 @@ from dataset.system_lines import SystemLines
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, unsigned
 
 
+class Places(NamedTuple):
+    """Where the pieces of this epoch are, on the device that makes rows. P: pieces, L: lines."""
+
+    source: Tensor  # (P,) int64, the first token in the cache
+    length: Tensor  # (P,) int64, tokens, with those of a system line
+    begins: Tensor  # (P,) int64, see Pieces
+    row_order: Tensor  # (R,) int64
+    before: Tensor  # (P,) int64, tokens of the system line before it
+    line: Tensor  # (P,) int64, which one
+    lines: Tensor  # (L, longest) int64, see SystemLines
+
+
 class SFTDataset(PretrainDataset):
     """Conversations, whole where they fit into a row; what the assistant says carries the loss.
 
@@ -32,6 +44,7 @@ class SFTDataset(PretrainDataset):
 
     pieces: Pieces
     row_order: Tensor  # (R,) int64, in this epoch
+    places: Places
     has_room: Tensor  # (P,) bool, before which pieces a system line has room
 
     content = staticmethod(chat_content)  # what a record holds
@@ -68,36 +81,39 @@ class SFTDataset(PretrainDataset):
         if not hasattr(self, "pieces"):
             self._lay_out(self.documents[permutation(len(self.documents), self.seed, -1)])
         self.row_order = permutation(len(self), self.seed, epoch)
-        pieces, line = self.pieces, torch.full_like(self.pieces.length, -1)
-        length, before = pieces.length, torch.zeros_like(pieces.length)
+        length, before, line = self.pieces.length, torch.zeros_like(self.pieces.length), None
         if self.lines:
-            hashes = self.cache.hashes[self.order[pieces.document]]
+            hashes = self.cache.hashes[self.order[self.pieces.document]]
             drawn = self.lines.drawn(hashes, self.system_share, self.seed, epoch)
             line = torch.where(self.has_room, drawn, -1)
             before = torch.where(line >= 0, self.lines.lengths[line], 0)
             length = length - self.lines.ids.shape[1] * self.has_room + before
-        self._places = (self._places[0], length, pieces.begins, self.row_order, line, before)
+        self._place(length, before, line)
+
+    def _place(self, length: Tensor, before: Tensor, line: Tensor | None = None) -> None:
+        """Set ``places``; see there."""
+        documents = self.order[self.pieces.document].to(torch.int64)
+        source = self.cache.offsets[documents] + self.pieces.first
+        lines = self.lines.ids if self.lines else torch.zeros(1, 1, dtype=torch.int64)
+        line = torch.full_like(before, -1) if line is None else line
+        order = self.row_order
+        self.places = Places(source, length, self.pieces.begins, order, before, line, lines)
 
     def _lay_out(self, order: Tensor) -> None:
         """Pack these documents, (N,) int32, into rows."""
         self.order = order
         self.pieces = pieces = self._pack(OPEN_ROWS if self.share_rows else 0)
         self.row_order = torch.arange(pieces.num_rows)
-        documents = order[pieces.document].to(torch.int64)
-        source = self.cache.offsets[documents] + pieces.first
-        nothing = torch.zeros_like(source)
-        self._places = (source, pieces.length, pieces.begins, self.row_order, nothing, nothing)
+        self._place(pieces.length, torch.zeros_like(pieces.length))
         self.in_row = torch.zeros(2, pieces.num_rows, dtype=torch.int64)  # labels, documents
         row = pieces.begins // self.row_length
-        self.in_row[0].index_add_(0, row, self._num_labels(documents, source))
+        self.in_row[0].index_add_(0, row, self._num_labels())
         self.in_row[1].index_add_(0, row, 1 + self.has_room.to(torch.int64))  # and a gap after it
 
     def _pack(self, num_open: int) -> Pieces:
         """Where the documents of ``order`` stand; see ``pack``. A system line has room."""
-        lengths, has_room = (
-            self._lengths(self.order),
-            torch.zeros(len(self.order), dtype=torch.bool),
-        )
+        lengths = self._lengths(self.order)
+        has_room = torch.zeros(len(lengths), dtype=torch.bool)
         if self.lines and self.stride == self.row_length:  # not in evaluations
             has_room = self.lines.fitting(self.cache, self.order, self.row_length)
             lengths = lengths + self.lines.ids.shape[1] * has_room
@@ -105,10 +121,11 @@ class SFTDataset(PretrainDataset):
         self.has_room = has_room[pieces.document]
         return pieces
 
-    def _num_labels(self, documents: Tensor, source: Tensor) -> Tensor:
-        """Labels of each piece, (P,) int64; of its document, and from where in the cache."""
+    def _num_labels(self) -> Tensor:
+        """Labels of each piece, (P,) int64."""
         mask, labels = self.cache.mask, self.cache.labels
         assert mask is not None and labels is not None, "a cache of conversations has them"
+        documents, source = self.order[self.pieces.document], self.places.source
         learned, lengths = labels[documents], self.pieces.length
         for i in torch.where(self._lengths(documents) > lengths)[0].tolist():
             begin, end = int(source[i]), int(source[i] + lengths[i])
@@ -130,9 +147,9 @@ class SFTDataset(PretrainDataset):
         tokens, _ = self._corpus
         mask = self.cache.moved[2] if self.cache.moved else self.cache.mask
         assert mask is not None
-        if self._places[0].device != tokens.device:  # ``to`` was called since
-            self._places = tuple(part.to(tokens.device) for part in self._places)
-        source, length, begins, row_order, line, before = self._places
+        if self.places.source.device != tokens.device:  # ``to`` was called since
+            self.places = Places(*(part.to(tokens.device) for part in self.places))
+        source, length, begins, row_order, before, line, lines = self.places
         row = torch.as_tensor(rows).to(tokens.device, non_blocking=True)[:, None]  # (B, 1)
         t = torch.arange(self.row_length, device=tokens.device)  # (T,)
         last = len(row_order) - 1
@@ -143,11 +160,9 @@ class SFTDataset(PretrainDataset):
         place = torch.where(is_real, source[nth] + within - before[nth], 0).clamp_(min=0)
         ids = unsigned(tokens[place]).masked_fill_(~is_real, self.pad)
         learned = is_real & mask[place] & (within > before[nth])
-        if self.lines:
-            of_line, in_line = self.lines.ids.to(tokens.device), within < before[nth]
-            ids = torch.where(
-                is_real & in_line, of_line[line[nth], within.clamp(max=of_line.shape[1] - 1)], ids
-            )
+        in_line = is_real & (within < before[nth])
+        of_line = lines[line[nth], within.clamp(max=lines.shape[1] - 1)]
+        ids = torch.where(in_line, of_line, ids)
         labels = ids.masked_fill(~learned, IGNORE)
         starts = (t - within).masked_fill_(~is_real, -1)
         inside = self.row_order.new_tensor([row for row in rows if row < len(self)])
@@ -221,7 +236,8 @@ class DPODataset(SFTDataset):
     def _lay_out(self, order: Tensor) -> None:
         if not hasattr(self, "separator"):
             num = len(self.cache.offsets) - 1
-            self.separator = torch.where(unsigned(self.cache.tokens) == self.pad)[0]
+            pad = torch.tensor(self.pad).to(self.cache.tokens.dtype)  # as stored
+            self.separator = torch.where(self.cache.tokens == pad)[0]
             self.reference = torch.full((num, 2), torch.nan)
             assert len(self.separator) == num, "one in each pair"
         super()._lay_out(order)
@@ -254,7 +270,7 @@ class DPODataset(SFTDataset):
             pairs.num_rows,
         )
 
-    def _num_labels(self, documents: Tensor, source: Tensor) -> Tensor:
+    def _num_labels(self) -> Tensor:
         return (self.pieces.first == 0).to(torch.int64)  # one loss for both
 
     # pyrefly: ignore[bad-override]  # it has what is asked of a batch in training
