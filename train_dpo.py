@@ -47,7 +47,6 @@ DPO = Program(
             "data_path": ["dataset/preference_sample.jsonl"],
             "heldout_fraction": 0.05,
             "max_seq_len": 128,
-            "epochs": 2,
             "batch_size": 4,
             "optimizer": "adamw",
             "learning_rate": 1e-4,
