@@ -47,6 +47,7 @@ DPO = Program(
             "data_path": ["dataset/preference_sample.jsonl"],
             "heldout_fraction": 0.05,
             "max_seq_len": 128,
+            "epochs": 1,
             "batch_size": 4,
             "optimizer": "adamw",
             "learning_rate": 1e-4,

@@ -396,6 +396,8 @@ def test_the_defaults_are_minimind_s() -> None:
     assert (args.accumulation_steps, args.max_seq_len, args.beta) == (1, 1024, 0.15)
     assert (args.log_interval, args.save_interval) == (100, 100)
     assert args.data_path == ["dataset/dpo.jsonl"] and args.wandb_project == "MiniMind-DPO"
+    demo = parse_flags(["--preset", "demo"], program=train_dpo.DPO)
+    assert (demo.epochs, demo.data_path) == (1, ["dataset/preference_sample.jsonl"])
     assert len(Path(train_dpo.__file__).read_text().splitlines()) <= 110
 
 
