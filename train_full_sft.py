@@ -33,6 +33,7 @@ class ChatFlags:
         "share of the conversations without a system turn that get one, drawn in each epoch; "
         "MiniMind: 0.2",
         resume=DECIDES,
+        older=0.0,
         least=0,
         most=1,
     )
@@ -88,7 +89,7 @@ def open_data(
         packing=bool(args.packing),
         seed=args.seed,
         heldout_fraction=args.heldout_fraction,
-        system_share=getattr(args, "system_share", 0.0),
+        system_share=args.system_share if isinstance(args, ChatFlags) else 0.0,
     )
 
 

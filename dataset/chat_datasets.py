@@ -160,9 +160,9 @@ class SFTDataset(PretrainDataset):
         place = torch.where(is_real, source[nth] + within - before[nth], 0).clamp_(min=0)
         ids = unsigned(tokens[place]).masked_fill_(~is_real, self.pad)
         learned = is_real & mask[place] & (within > before[nth])
-        in_line = is_real & (within < before[nth])
-        of_line = lines[line[nth], within.clamp(max=lines.shape[1] - 1)]
-        ids = torch.where(in_line, of_line, ids)
+        if self.lines:
+            of_line = lines[line[nth], within.clamp(max=lines.shape[1] - 1)]
+            ids = torch.where(is_real & (within < before[nth]), of_line, ids)
         labels = ids.masked_fill(~learned, IGNORE)
         starts = (t - within).masked_fill_(~is_real, -1)
         inside = self.row_order.new_tensor([row for row in rows if row < len(self)])

@@ -45,7 +45,8 @@ def report(cache: TokenCache, tokenizer: PreTrainedTokenizerBase) -> str:
     lengths = cache.offsets.diff()  # (num_documents,)
     num, num_tokens = len(lengths), int(lengths.sum())
     num_copies, copied_tokens = duplicates(cache)
-    padding, truncated = padded_waste(lengths)
+    own_ends = cache.labels is not None  # a conversation has marks of its own
+    padding, truncated = padded_waste(lengths if own_ends else lengths + 2)  # BOS and EOS
     return "\n".join(
         [
             f"documents   {num:,}; skipped: {cache.meta['num_empty']:,} without text, "
@@ -138,11 +139,10 @@ def duplicates(cache: TokenCache) -> tuple[int, int]:
 def padded_waste(lengths: Tensor) -> tuple[float, float]:
     """The shares of padding and of truncated tokens in rows of PADDED_ROW, one document each.
 
-    Args: lengths: (num_documents,) int64, in tokens."""
-    with_ends = lengths + 2  # BOS and EOS
-    num_kept = with_ends.clamp(max=PADDED_ROW).sum().item()
+    Args: lengths: (num_documents,) int64, in tokens, with those that mark their ends."""
+    num_kept = lengths.clamp(max=PADDED_ROW).sum().item()
     padding = 1 - num_kept / (len(lengths) * PADDED_ROW)
-    return padding, 1 - num_kept / with_ends.sum().item()
+    return padding, 1 - num_kept / lengths.sum().item()
 
 
 def build_parser() -> argparse.ArgumentParser:

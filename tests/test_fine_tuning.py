@@ -35,6 +35,7 @@ from tests.running import (
     train_in_process,
 )
 from tests.test_conversations import some_conversations, write
+from trainer.checkpoint import list_states, read_state, save_state
 from trainer.flags import parse_flags
 from trainer.weights import load_weights, read_config, read_weights
 
@@ -152,6 +153,20 @@ def test_any_number_of_ranks_learns_the_same(twelve: Path, tmp_path: Path, num_r
     for found, expected in pairs:
         for key in ("loss", "heldout_loss"):
             assert found.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), rel=1e-4)
+
+
+def test_a_run_from_before_a_flag_existed_resumes_with_its_older_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine_tune(tmp_path, epochs=1)
+    (path, *_) = list_states(tmp_path / "checkpoints", NAME)
+    state = read_state(path)
+    del state["settings"]["system_share"]
+    save_state(tmp_path / "checkpoints", NAME, state["step"], state)
+    assert "nothing to do" in fine_tune(tmp_path, epochs=1, from_resume=1)
+    words = sft_flags(tmp_path, epochs=1, from_resume=1, system_share=0.5)
+    assert train_full_sft.main(words) == 2
+    assert re.search(r"system_share +0\.0 +0\.5", capsys.readouterr().err)
 
 
 def test_it_begins_with_pretrained_weights_of_their_own_architecture(tmp_path: Path) -> None:

@@ -699,12 +699,10 @@ def flag_names(resume: str, config: type[TrainConfig] = TrainConfig) -> list[str
     return [f.name for f in fields(config) if f.metadata.get("resume") == resume]
 
 
-def check_same_settings(saved: dict, given: dict) -> None:
+def check_same_settings(saved: dict, given: dict, config: type[TrainConfig] = TrainConfig) -> None:
     """Raises: SettingsError with a table of the settings that differ from the saved run's."""
     older = {
-        f.name: f.metadata["older"]
-        for f in fields(TrainConfig)
-        if f.metadata.get("older") is not None
+        f.name: f.metadata["older"] for f in fields(config) if f.metadata.get("older") is not None
     }
     saved = older | saved
     rows = [

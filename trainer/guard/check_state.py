@@ -57,7 +57,7 @@ def check_state(state: dict, run: Run) -> None:
 
     Raises: SettingsError if settings differ, CheckpointError naming the first part that does not
     fit."""
-    check_same_settings(state["settings"], run.settings)
+    check_same_settings(state["settings"], run.settings, type(run.args))
     check_fits(state["model"], run.weights(), "model")
     check_fits(state["optimizer"]["state"], expected_state(run.optimizer), "optimizer")
     check_scaler(state["scaler"], run.scaler.state_dict())
