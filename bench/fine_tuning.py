@@ -17,11 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.measuring import ROOT, parser, surroundings, words
+from bench.measuring import ROOT, surroundings, words
 from dataset.chat_datasets import SFTDataset
 from dataset.conversations import chat_content
 from dataset.token_cache import build_token_cache
 from model.config import MiniMindConfig
+from trainer.flags import Parser
 from trainer.program import run_program
 from trainer.weights import load_tokenizer
 
@@ -90,9 +91,9 @@ def labels_of(data: Path, tokenizer: str, length: int | None, folder: Path) -> i
     return sum(int(cache.mask[begin:end][:length].sum()) for begin, end in spans)
 
 
-def ours(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
-    """train_full_sft.py: the ends of updates, and useful tokens of one."""
-    flags = {
+def shared_flags(args: argparse.Namespace) -> dict[str, object]:
+    """Those that our program and MiniMind's have in common."""
+    return {
         "hidden_size": WIDTH,
         "num_hidden_layers": LAYERS,
         "from_weight": "none",
@@ -100,8 +101,14 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
         "max_seq_len": args.length,
         "batch_size": args.rows,
         "log_interval": 1,
-        "eval_interval": 10**9,
         "save_interval": 10**9,
+    }
+
+
+def ours(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
+    """train_full_sft.py: the ends of updates, and useful tokens of one."""
+    flags = shared_flags(args) | {
+        "eval_interval": 10**9,
         "heldout_fraction": 0,
         "epochs": 100,
         "device": "cpu",
@@ -118,18 +125,7 @@ def ours(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
 
 def minimind(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
     """Its train_full_sft.py with its own tokenizer; on a CPU it computes in float32."""
-    flags = {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "from_weight": "none",
-        "data_path": args.data_path.resolve(),
-        "max_seq_len": args.length,
-        "batch_size": args.rows,
-        "log_interval": 1,
-        "save_interval": 10**9,
-        "num_workers": 0,
-        "save_dir": folder / "minimind",
-    }
+    flags = shared_flags(args) | {"num_workers": 0, "save_dir": folder / "minimind"}
     command = [args.python.absolute(), "train_full_sft.py", *words(flags)]
     labels = labels_of(args.data_path, str(args.minimind / "model"), args.length, folder / "cache")
     rows = len(args.data_path.read_bytes().splitlines())
@@ -153,7 +149,8 @@ PROGRAMS = {"ours": ours, "MiniMind's train_full_sft.py": minimind, "TRL's SFTTr
 
 def main() -> None:
     """Measure in turn, and print a table."""
-    made = parser(__doc__)
+    made = Parser(__doc__)
+    made.set_defaults(device="cpu")  # the only one that all three were compared on
     add = made.add_argument
     add("--minimind", type=Path, required=True, help="a checkout of jingyaogong/minimind")
     add("--python", type=Path, required=True, help="an interpreter that has datasets and trl")

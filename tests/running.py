@@ -95,12 +95,14 @@ def tiny_flags(folder: Path, **changes: object) -> list[str]:
     return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
 
 
-def training_command(arguments: list[str], num_ranks: int = 1) -> list[str]:
+def training_command(
+    arguments: list[str], num_ranks: int = 1, program: str = "train_pretrain.py"
+) -> list[str]:
     """The command line that trains on ``num_ranks`` ranks."""
     if num_ranks == 1:
-        return [sys.executable, "train_pretrain.py", *arguments]
+        return [sys.executable, program, *arguments]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    return [*run, str(num_ranks), "train_pretrain.py", *arguments]
+    return [*run, str(num_ranks), program, *arguments]
 
 
 def run_command(words: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -185,13 +187,18 @@ def descendant_pids(pid: int) -> list[int]:
 
 
 def train_and_kill(
-    folder: Path, step: int, num_ranks: int = 1, words: list[str] | None = None, **changes: object
+    folder: Path,
+    step: int,
+    num_ranks: int = 1,
+    words: list[str] | None = None,
+    program: str = "train_pretrain.py",
+    **changes: object,
 ) -> int:
     """Start training in new processes, and SIGKILL a rank once ``step`` is logged.
 
     Returns: the last step logged."""
     with subprocess.Popen(
-        training_command(words or tiny_flags(folder, **changes), num_ranks),
+        training_command(words or tiny_flags(folder, **changes), num_ranks, program),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

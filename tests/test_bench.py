@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from argparse import Namespace
 from copy import deepcopy
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bench import compare_recipes, growth, try_variants
+from bench import compare_recipes, fine_tuning, growth, try_variants
 from bench.benchmark import (
     PADDED,
     LoopingExperts,
@@ -30,7 +31,7 @@ from bench.measuring import OURS, NoGuard, train
 from bench.products import InTurn
 from dataset.lm_dataset import PretrainDataset
 from model.generation import build_qwen
-from tests.helpers import shipped_tokenizer, tiny_model, write_jsonl
+from tests.helpers import ROOT, shipped_tokenizer, tiny_model, write_jsonl
 from tests.running import read_metrics, short_documents, tiny_flags, train_in_process
 from trainer.optimizer import Tuning, build_optimizer, step_if_finite
 
@@ -289,3 +290,22 @@ def test_growth_measures_a_corpus_and_an_exchange(what: str, arguments: dict) ->
 def test_what_fails_in_a_process_of_its_own_is_named() -> None:
     with pytest.raises(SystemExit, match="corpus: failed"):
         growth.measured("corpus", num_documents="none")
+
+
+def test_fine_tuning_counts_the_labels_of_an_update(tmp_path: Path) -> None:
+    data = ROOT / "dataset" / "chat_sample.jsonl"
+    args = Namespace(data_path=data, rows=4, length=64, updates=8, dtype="float32")
+    ends, useful = fine_tuning.ours(args, tmp_path)
+    assert len(ends) == 8 and ends == sorted(ends)
+    (metrics,) = (tmp_path / "save_dir").glob("*_metrics.jsonl")
+    logged = [json.loads(line)["tokens"] for line in metrics.read_text().splitlines()]
+    assert logged[7] / 8 == pytest.approx(useful, rel=0.2)
+    folder = tmp_path / "cache"
+    whole = fine_tuning.labels_of(data, "model", None, folder)
+    assert 0 < fine_tuning.labels_of(data, "model", 30, folder) < whole
+
+
+def test_a_program_that_makes_too_few_updates_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('update')"]
+    with pytest.raises(SystemExit, match="made 1 updates, expected over 6"):
+        fine_tuning.ends_of_updates(command, tmp_path, "update", 9)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -444,17 +445,23 @@ def test_a_template_with_a_system_turn_of_its_own_refuses_drawn_lines(tmp_path: 
 # ------------------------------------------------------------------------------------ MiniMind's
 
 
+def minimind_s_classes() -> tuple[Path, ModuleType]:
+    """The checkout that MINIMIND names, and its lm_dataset.py."""
+    root = Path(os.environ["MINIMIND"])
+    spec = importlib.util.spec_from_file_location("theirs", root / "dataset" / "lm_dataset.py")
+    assert spec and spec.loader
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    return root, theirs
+
+
 @pytest.mark.skipif("MINIMIND" not in os.environ, reason="MINIMIND names no checkout of MiniMind")
 def test_minimind_s_tokenizer_gives_what_its_own_class_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its random parts left out: MINIMIND=/path/to/minimind pytest tests/test_conversations.py"""
     pytest.importorskip("datasets")
-    root = Path(os.environ["MINIMIND"])
-    spec = importlib.util.spec_from_file_location("theirs", root / "dataset" / "lm_dataset.py")
-    assert spec and spec.loader
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
+    root, theirs = minimind_s_classes()
     monkeypatch.setattr(theirs, "pre_processing_chat", lambda turns: turns)
     monkeypatch.setattr(theirs, "post_processing_chat", lambda text: text)
     system = {"role": "system", "content": "", "tools": json.dumps(TOOLS)}

@@ -6,12 +6,12 @@ import json
 import math
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -32,7 +32,9 @@ from tests.running import (
     read_metrics,
     run_command,
     tiny_flags,
+    train_and_kill,
     train_in_process,
+    training_command,
 )
 from tests.test_conversations import some_conversations, write
 from trainer.checkpoint import list_states, read_state, save_state
@@ -67,11 +69,7 @@ def fine_tune(folder: Path, **changes: object) -> str:
     return output.getvalue()
 
 
-def command(words: list[str], num_ranks: int = 1) -> list[str]:
-    if num_ranks == 1:
-        return [sys.executable, "train_full_sft.py", *words]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    return [*run, str(num_ranks), "train_full_sft.py", *words]
+command = partial(training_command, program="train_full_sft.py")
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +113,7 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path: Path, num_ranks: int) ->
     done = run_command(command(sft_flags(expected, **changes), num_ranks))
     assert done.returncode == 0, done.stderr
     cut = tmp_path / "cut"
-    with subprocess.Popen(
-        command(sft_flags(cut, **changes), num_ranks),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not any(record["step"] >= 10 for record in read_metrics(cut)):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=60)
+    train_and_kill(cut, 10, num_ranks, sft_flags(cut, **changes), "train_full_sft.py")
     done = run_command(command([*sft_flags(cut, **changes), "--from_resume", "1"], num_ranks))
     assert done.returncode == 0, done.stderr
     for part in ("model", "optimizer", "rng", "progress"):

@@ -1,15 +1,10 @@
 """train_dpo.py: pairs, their loss against TRL and a formula, and the guarantees of the loop."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +28,10 @@ from tests.running import (
     read_metrics,
     run_command,
     tiny_flags,
+    train_and_kill,
+    training_command,
 )
-from tests.test_conversations import some_conversations, write
+from tests.test_conversations import minimind_s_classes, some_conversations, write
 from tests.test_fine_tuning import fine_tune
 from tests.trl_reference import (
     BETA,
@@ -209,11 +206,7 @@ def test_ids_are_those_of_minimind_s_class(tmp_path: Path, monkeypatch: pytest.M
     """MINIMIND=/path/to/minimind pytest tests/test_preferences.py; it also learns earlier answers,
     whose log-probabilities cancel in the margin."""
     pytest.importorskip("datasets")
-    root = Path(os.environ["MINIMIND"])
-    spec = importlib.util.spec_from_file_location("theirs", root / "dataset" / "lm_dataset.py")
-    assert spec and spec.loader
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
+    root, theirs = minimind_s_classes()
     monkeypatch.setattr(theirs, "post_processing_chat", lambda text: text)
     path = write(tmp_path / "pairs.jsonl", some_pairs())
     tokenizer = AutoTokenizer.from_pretrained(str(root / "model"))
@@ -351,11 +344,7 @@ def optimize(folder: Path, **changes: object) -> str:
     return output.getvalue()
 
 
-def command(words: list[str], num_ranks: int = 1) -> list[str]:
-    if num_ranks == 1:
-        return [sys.executable, "train_dpo.py", *words]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    return [*run, str(num_ranks), "train_dpo.py", *words]
+command = partial(training_command, program="train_dpo.py")
 
 
 def state(folder: Path) -> dict:
@@ -435,19 +424,7 @@ def test_a_killed_run_resumes_to_the_last_bit(start: Path, tmp_path: Path, num_r
     expected, cut = copy_of(start, tmp_path / "whole"), copy_of(start, tmp_path / "cut")
     done = run_command(command(dpo_flags(expected, **changes), num_ranks))
     assert done.returncode == 0, done.stderr
-    with subprocess.Popen(
-        command(dpo_flags(cut, **changes), num_ranks),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not any(record["step"] >= 4 for record in read_metrics(cut)):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=60)
+    train_and_kill(cut, 4, num_ranks, dpo_flags(cut, **changes), "train_dpo.py")
     done = run_command(command([*dpo_flags(cut, **changes), "--from_resume", "1"], num_ranks))
     assert done.returncode == 0, done.stderr
     for part in ("model", "optimizer", "rng", "progress"):
@@ -506,9 +483,7 @@ def test_a_run_is_not_resumed_with_another_reference(
     assert re.search(r"beta +0\.15 +0\.3", capsys.readouterr().err)
 
 
-def test_what_the_reference_costs_is_not_paid_by_a_dry_run_twice(
-    start: Path, tmp_path: Path
-) -> None:
+def test_a_run_takes_the_reference_that_its_dry_run_made(start: Path, tmp_path: Path) -> None:
     folder = copy_of(start, tmp_path / "run")
     said = optimize(folder, dry_run=1)
     assert "dry run: " in said and "pairs" in said
