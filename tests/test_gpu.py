@@ -17,6 +17,8 @@ from tests.running import (
     train_in_process,
 )
 from tests.test_dataset import open_rows
+from tests.test_fine_tuning import fine_tune, sft_flags
+from tests.test_preferences import copy_of, dpo_flags, optimize
 from trainer.guard import fast_paths
 
 pytestmark = [
@@ -147,3 +149,73 @@ def test_muon_loses_on_cuda_what_it_loses_on_the_cpu(tmp_path: Path, use_moe: in
     train_in_process(tmp_path / "cpu", **settings)
     train_in_process(tmp_path / "cuda", **CUDA | settings)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=0.02)
+
+
+BEST = {"recipe": "best", "max_seq_len": 64, "packing": 1}
+
+
+def test_the_best_recipe_loses_on_cuda_what_it_loses_on_the_cpu(tmp_path: Path) -> None:
+    train_in_process(tmp_path / "cpu", hidden_size=64, **BEST)
+    train_in_process(tmp_path / "cuda", **CUDA | BEST)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=0.02)
+
+
+def test_the_best_recipe_takes_every_fast_path_within_a_given_time(tmp_path: Path) -> None:
+    """Rate and rows by rule from a measurement on the card, the start from counts, the average."""
+    changes = BEST | {"device": "cuda", "dtype": "bfloat16", "strict_fast_path": 1}
+    changes |= {"learning_rate": "auto", "batch_size": "auto", "accumulation_steps": 1}
+    output = train_in_process(tmp_path, **changes, hidden_size=384, max_minutes=1)
+    assert "auto: --learning_rate" in output
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
+def test_the_best_recipe_killed_and_resumed_loses_the_same(tmp_path: Path) -> None:
+    settings = CUDA | BEST
+    train_in_process(tmp_path / "whole", **settings)
+    train_and_kill(tmp_path / "cut", 7, **settings)
+    train_in_process(tmp_path / "cut", **settings, from_resume=1)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-3)
+
+
+def test_conversations_lose_on_cuda_what_they_lose_on_the_cpu(tmp_path: Path) -> None:
+    fine_tune(tmp_path / "cpu", hidden_size=64)
+    fine_tune(tmp_path / "cuda", **CUDA)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
+    compiled = CUDA | {"use_compile": 1, "dtype": "bfloat16", "strict_fast_path": 1}
+    fine_tune(tmp_path / "fast", **compiled | {"hidden_size": 128})
+    fine_tune(tmp_path / "slow", **CUDA | {"hidden_size": 128})
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "slow"), abs=0.05)
+
+
+def test_conversations_killed_and_resumed_lose_the_same(tmp_path: Path) -> None:
+    settings = CUDA | {"dropout": 0.1, "system_share": 0.5}
+    fine_tune(tmp_path / "whole", **settings)
+    cut = tmp_path / "cut"
+    train_and_kill(cut, 10, 1, sft_flags(cut, **settings), "train_full_sft.py")
+    fine_tune(cut, **settings, from_resume=1)
+    assert losses(cut) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_preferences_lose_on_cuda_what_they_lose_on_the_cpu(tmp_path: Path) -> None:
+    fine_tune(tmp_path / "start", epochs=1)
+    kinds = {
+        "cpu": {},
+        "cuda": {"device": "cuda", "use_compile": 0},
+        "fast": {"device": "cuda", "use_compile": 1, "dtype": "bfloat16", "packing": 1},
+    }
+    for name, changes in kinds.items():
+        folder = copy_of(tmp_path / "start", tmp_path / name)
+        optimize(folder, **{"dropout": 0.0} | changes)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
+    assert losses(tmp_path / "fast")[-1] < 0.9 * losses(tmp_path / "fast")[0]
+
+
+def test_preferences_killed_and_resumed_lose_the_same(tmp_path: Path) -> None:
+    fine_tune(tmp_path / "start", epochs=1)
+    settings = {"device": "cuda", "use_compile": 0}
+    whole = copy_of(tmp_path / "start", tmp_path / "whole")
+    optimize(whole, **settings)
+    cut = copy_of(tmp_path / "start", tmp_path / "cut")
+    train_and_kill(cut, 7, 1, dpo_flags(cut, **settings), "train_dpo.py")
+    optimize(cut, **settings, from_resume=1)
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-4)
