@@ -24,7 +24,7 @@ from dataset.loader import load_batches
 from dataset.token_cache import TokenCache, build_token_cache, special_ids
 from model.model_minimind import MiniMindConfig
 from trainer import distributed
-from trainer.auto import choose, rows_per_second
+from trainer.auto import choose, pass_times
 from trainer.bigrams import look_back, start_from_bigrams
 from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, keep_freed_memory, setup_seed
@@ -246,7 +246,7 @@ def build_run(
     dtype, num_ranks = args.torch_dtype, distributed.world_size()
     model.model.residual_dtype = getattr(torch, str(args.residual_dtype))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    args = choose(args, model, len(data), state, partial(rows_per_second, model, data, autocast))
+    args = choose(args, model, len(data), state, partial(pass_times, model, data, autocast))
     rounding = args.rounding_settings(num_ranks)
     if state is not None:
         args = args.keep_split(state, num_ranks)

@@ -1,12 +1,16 @@
 """--recipe best, and what --learning_rate auto and --batch_size auto choose and keep."""
 
+import dataclasses
+import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dataset.lm_dataset import Batch
 from model.model_minimind import MiniMindForCausalLM
 from tests.helpers import tiny_config
 from tests.running import (
@@ -20,7 +24,15 @@ from tests.running import (
     train_on_ranks,
     training_command,
 )
-from trainer.auto import best_learning_rate, best_update_tokens, choose, least_update_tokens
+from trainer.auto import (
+    FEWEST_UPDATES,
+    PassTimes,
+    best_learning_rate,
+    best_update_tokens,
+    choose,
+    muon_tokens,
+    pass_times,
+)
 from trainer.errors import CheckpointError, SettingsError
 from trainer.flags import AUTO, PRESETS, RECIPES, parse_flags
 from trainer.optimizer import build_optimizer
@@ -31,14 +43,16 @@ PUBLISHED = [(0.125e9, 1.6e-3, 24e3), (0.5e9, 2.4e-3, 54e3), (2.2e9, 3.8e-3, 125
 BOTH = {"learning_rate": "auto", "batch_size": "auto"}
 
 
-def never() -> float:
-    raise AssertionError("the speed is needed only if time is what is given")
+def never() -> PassTimes:
+    raise AssertionError("a CPU's speed is needed only if time is what is given")
 
 
-def chosen(words: str, rows: int, speed: object = never, **sizes: object) -> object:
+def chosen(
+    words: str, rows: int, times: object = never, device: str = "cpu", **sizes: object
+) -> object:
     model = MiniMindForCausalLM(tiny_config(**sizes))
     args = parse_flags(["--device", "cpu", *words.split()])
-    return choose(args, model, rows, None, speed)
+    return choose(dataclasses.replace(args, device=device), model, rows, None, times)
 
 
 @pytest.mark.parametrize(("tokens", "rate", "update"), PUBLISHED)
@@ -80,9 +94,8 @@ def test_an_update_is_large_enough_for_what_muon_multiplies(experts: int) -> Non
     per_token = passes.get_total_flops() / ids.numel()
     if experts:  # whose products it does not count
         per_token = 6 * (get_model_params(model, model.config)[1])
-    tokens = least_update_tokens(model, 1e12)
+    tokens = muon_tokens(model)
     assert step.get_total_flops() / (tokens * per_token) == pytest.approx(0.25, rel=0.03)
-    assert least_update_tokens(model, 200.0) == 1
 
     words, rows = "--recipe best --max_seq_len 8", 10**6 if experts else 20_000
     wanted = max(tokens, best_update_tokens(8 * rows))
@@ -92,12 +105,61 @@ def test_an_update_is_large_enough_for_what_muon_multiplies(experts: int) -> Non
 
 
 def test_a_time_counts_as_what_fits_into_it() -> None:
-    by_time = chosen("--recipe best --max_minutes 1000 --max_seq_len 100", 50, lambda: 0.4)
+    times = PassTimes(2.5, 2.5)
+    by_time = chosen("--recipe best --max_minutes 1000 --max_seq_len 100", 50, lambda: times)
     by_rows = chosen("--recipe best --max_seq_len 100", round(0.8 * 60_000 * 0.4))
     assert (by_time.learning_rate, by_time.batch_size) == (
         by_rows.learning_rate,
         by_rows.batch_size,
     )
+
+
+def test_few_updates_are_not_made_fewer() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512}
+    rows = 5 * FEWEST_UPDATES
+    assert muon_tokens(MiniMindForCausalLM(tiny_config(**sizes))) > 100 * 5
+    args = chosen("--recipe best --max_seq_len 100", rows, **sizes)
+    best = best_update_tokens(100 * rows)
+    assert args.batch_size == max(5, round(best / 100))
+
+
+@pytest.mark.parametrize("least", [0.001, 0.02])
+def test_an_update_keeps_an_accelerator_busy_while_it_is_launched(least: float) -> None:
+    """Launching takes 20 ms, each row 0.1 ms: 400 rows last twice as long, a power of two holds."""
+    times = PassTimes(least, 1e-4)
+    words = "--batch_size auto --accumulation_steps 1 --max_seq_len 128 --learning_rate auto"
+    args = chosen(words, 400_000, lambda: times, device="cuda")
+    best = best_update_tokens(128 * 400_000)
+    wanted = max(2 ** math.ceil(math.log2(2 * least / 1e-4 * 128)), best)
+    assert args.batch_size * 128 == pytest.approx(wanted, rel=0.05)
+    noisy = PassTimes(1.2 * least, 1e-4)
+    assert chosen(words, 400_000, lambda: noisy, device="cuda").batch_size == args.batch_size
+    assert chosen(words, 400_000).batch_size == pytest.approx(best / 128, rel=0.1)
+
+
+class OnlySoManyRows:
+    """A dataset whose batches need more memory than there is, from some number of rows on."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.row_length, self.asked = most, 32, []
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitems__(self, rows: list[int]) -> object:
+        self.asked.append(len(rows))
+        if len(rows) > self.most:
+            raise torch.OutOfMemoryError("no room for this many rows")
+        ids = torch.ones(len(rows), 32, dtype=torch.int64)
+        return Batch(ids, ids, None, 31 * len(rows))
+
+
+@pytest.mark.parametrize(("most", "timed"), [(128, 128), (100, 32), (1, 1)])
+def test_a_pass_is_timed_on_as_many_rows_as_memory_has_room_for(most: int, timed: int) -> None:
+    data = OnlySoManyRows(most)
+    times = pass_times(MiniMindForCausalLM(tiny_config()), data, nullcontext())
+    assert data.asked[:2] == [1, 128] and data.asked[-1] == max(timed, 2)
+    assert 0 < times.each_row <= times.least and (times.each_row < times.least) == (most > 1)
 
 
 @pytest.mark.parametrize("words", ["--learning_rate -1", "--batch_size -1", "--batch_size 0"])

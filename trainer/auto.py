@@ -5,12 +5,12 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.model_minimind import MiniMindForCausalLM
 from trainer import distributed
 from trainer.console import log
-from trainer.errors import SettingsError
+from trainer.errors import SettingsError, is_out_of_memory
 from trainer.flags import AUTO, TrainConfig
 from trainer.muon import NUM_STEPS
 from trainer.plan import run_time
@@ -22,7 +22,10 @@ USABLE = 0.8  # share of the time left that passes take; the rest is for optimiz
 SMALLEST_TOKENS = 10**5  # the rules were not looked at below
 LARGEST_RATE = 4.5e-3  # for small models Step Law says more, which did harm: docs/RECIPES.md
 OWN_FACTOR = 1.3  # times Step Law's rate, see docs/RECIPES.md
-TOKENS_TIMED = 4096  # in a pass
+TOKENS_TIMED, TOKENS_TIMED_ON_CPU = 65536, 4096  # in a large pass, at most
+# An update should keep an accelerator busy for so many times what launching a small pass takes the
+# host: launching the optimizer's step, and moments in which the host is slower, come on top.
+LAUNCHES = 2
 MUON_SHARE = 0.25  # of the passes' operations, at most
 FEWEST_UPDATES = 200
 ROWS_ON_CPU = 16  # in a pass, at most, for its memory
@@ -41,11 +44,17 @@ def best_update_tokens(num_tokens: float) -> float:
     return 0.58 * num_tokens**0.571
 
 
-def least_update_tokens(model: MiniMindForCausalLM, num_tokens: float) -> float:
+class PassTimes(NamedTuple):
+    """Of a forward and backward pass on one rank, without compilation."""
+
+    least: float  # seconds, of one row: on an accelerator, what launching the work takes
+    each_row: float  # seconds, in a pass that is large
+
+
+def muon_tokens(model: MiniMindForCausalLM) -> float:
     """Tokens of an update whose passes have MUON_SHARE of their operations again in Muon's step.
 
-    Fewer would learn more from each token, but less in an hour. Never so many that the run has
-    under FEWEST_UPDATES updates."""
+    Fewer would learn more from each token, but less in an hour."""
     config = model.config
     operations = 0.0  # of the iteration on matrices of r x c, r <= c
     for name, parameter in model.named_parameters():
@@ -54,7 +63,14 @@ def least_update_tokens(model: MiniMindForCausalLM, num_tokens: float) -> float:
             matrices = parameter.numel() / (r * c)
             operations += matrices * NUM_STEPS * (4 * r * r * c + 2 * r**3)
     multiplied = weights_in_layers(model) + config.vocab_size * config.hidden_size
-    return min(operations / (MUON_SHARE * 6 * multiplied), num_tokens / FEWEST_UPDATES)
+    return operations / (MUON_SHARE * 6 * multiplied)
+
+
+def launched_tokens(times: PassTimes, row_length: int) -> float:
+    """Tokens that an accelerator works on while the host launches an update: fewer take as long.
+
+    A power of two, so that two measurements seldom give two numbers."""
+    return 2.0 ** math.ceil(math.log2(LAUNCHES * times.least / times.each_row * row_length))
 
 
 def weights_in_layers(model: MiniMindForCausalLM) -> float:
@@ -69,12 +85,12 @@ def choose(
     model: MiniMindForCausalLM,
     rows_per_epoch: int,
     state: dict | None,
-    rows_per_second: Callable[[], float],
+    pass_times: Callable[[], PassTimes],
 ) -> TrainConfig:
     """The flags with a number for each ``auto``: on resume, that of the saved run.
 
-    Args: rows_per_second: measures how many rows each rank trains on in a second; called if the
-        length of the run is given as a time.
+    Args: pass_times: measures them; called on an accelerator, or if the length of the run is given
+        as a time.
     Raises: SettingsError if the saved run's update does not divide among the ranks."""
     auto_rate, auto_rows = args.learning_rate == AUTO, args.batch_size == AUTO
     if not auto_rate and not auto_rows:
@@ -95,13 +111,18 @@ def choose(
             )
         return with_choice(args, rate, rows)
 
-    rows = rows_per_epoch * args.epochs
-    if args.max_minutes:
+    rows, times = rows_per_epoch * args.epochs, None
+    if args.max_minutes or args.device != "cpu":
+        times = PassTimes(*distributed.broadcast(tuple(pass_times())))
+    if args.max_minutes and times:
         seconds = max(60 * args.max_minutes - run_time(), 1.0)
-        rows = round(distributed.broadcast(USABLE * seconds * rows_per_second() * ranks))
+        rows = round(USABLE * seconds * ranks / times.each_row)
     tokens = max(rows * args.row_length, SMALLEST_TOKENS)
     weights, best = weights_in_layers(model), best_update_tokens(tokens)
-    wanted = max(best, least_update_tokens(model, tokens)) if args.optimizer == "muon" else best
+    least = muon_tokens(model) if args.optimizer == "muon" else 0.0
+    if times and args.device != "cpu":
+        least = max(least, ranks * launched_tokens(times, args.row_length))
+    wanted = max(best, min(least, tokens / FEWEST_UPDATES))
     step = ranks * args.accumulation_steps * (args.micro_batch_size or 1)
     step *= 8 if wanted / args.row_length / step >= 16 else 1  # it should divide by many numbers
     rows_per_update = step * max(1, round(wanted / args.row_length / step))
@@ -134,20 +155,31 @@ def with_choice(args: TrainConfig, rate: float, rows_per_update: int) -> TrainCo
     return args
 
 
-def rows_per_second(
+def pass_times(
     model: MiniMindForCausalLM, data: Any, autocast: AbstractContextManager
-) -> float:
-    """How many rows this rank trains on in a second, without compilation and optimizer.
+) -> PassTimes:
+    """As measured on this rank, on rows of the dataset ``data``."""
 
-    Args: data: the dataset of the rows."""
-    some = range(min(max(1, TOKENS_TIMED // data.row_length), len(data)))
-    rows, seconds = data.__getitems__([*some]).to(model.device), []
-    for _ in range(4):
-        since = time.monotonic()
-        with autocast:
-            loss = model(**rows.model_inputs).loss
-        loss.backward()
-        loss.item()  # waits for the device
+    def seconds(num_rows: int) -> float:
+        rows, found = data.__getitems__([*range(num_rows)]).to(model.device), []
+        for _ in range(4):
+            since = time.monotonic()
+            with autocast:
+                loss = model(**rows.model_inputs).loss
+            loss.backward()
+            loss.item()  # waits for the device
+            model.zero_grad(set_to_none=True)
+            found.append(time.monotonic() - since)
+        return min(found[1:])
+
+    limit = TOKENS_TIMED_ON_CPU if model.device.type == "cpu" else TOKENS_TIMED
+    least, num_rows = seconds(1), min(max(1, limit // data.row_length), len(data))
+    while num_rows > 1:
+        try:
+            return PassTimes(least, seconds(num_rows) / num_rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         model.zero_grad(set_to_none=True)
-        seconds.append(time.monotonic() - since)
-    return len(rows.input_ids) / min(seconds[1:])
+        num_rows //= 4
+    return PassTimes(least, least)

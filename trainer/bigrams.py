@@ -67,8 +67,8 @@ def count_pairs(batches: Iterable[Any], vocab_size: int) -> Tensor:
 
 def sparse(indices: Tensor, values: Tensor, size: int) -> Tensor:
     """(2, K) int64 and (K,) -> (size, size); values of equal indices are added up."""
-    shape = (size, size)
-    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True).coalesce()
+    with torch.sparse.check_sparse_tensor_invariants():  # or else torch 2.11 warns
+        return torch.sparse_coo_tensor(indices, values, (size, size)).coalesce()
 
 
 def log_probabilities(counts: Tensor) -> tuple[Tensor, Tensor]:
