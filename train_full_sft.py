@@ -12,6 +12,7 @@ the loss is on what the assistant says.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,19 +24,18 @@ from trainer.flags import DECIDES, Program, TrainConfig, flag, parse_flags
 from trainer.guard.guard import Guard
 from trainer.program import run_program
 
+share = partial(flag, resume=DECIDES, least=0, most=1)
+
 
 @dataclass
 class ChatFlags:
     """conversations"""
 
-    system_share: float = flag(
-        0.0,
-        "share of the conversations without a system turn that get one, drawn in each epoch; "
-        "MiniMind: 0.2",
-        resume=DECIDES,
-        older=0.0,
-        least=0,
-        most=1,
+    system_share: float = share(
+        0.0, "share without a system turn that gets one, by epoch; MiniMind: 0.2", older=0.0
+    )
+    empty_thinking: float = share(
+        1.0, "share that keeps the template's empty thinking; MiniMind: 0.2", older=1.0
     )
 
 
@@ -74,13 +74,13 @@ FULL_SFT = Program(
 def open_data(
     args: TrainConfig, tokenizer: PreTrainedTokenizerBase, kind: type[SFTDataset] = SFTDataset
 ) -> SFTDataset:
-    """The rows, tokenized by one process of each machine while the others wait.
+    """The rows, tokenized by one process of each machine. Raises: DataError."""
 
-    Raises: DataError."""
+    choice = {"empty_thinking": args.empty_thinking} if isinstance(args, ChatFlags) else {}
 
     def build() -> str:
         source = args.data_path, tokenizer, args.cache_dir, args.bad_records
-        return str(build_token_cache(*source, content=kind.content(tokenizer)).folder)
+        return str(build_token_cache(*source, content=kind.content(tokenizer, **choice)).folder)
 
     return kind(
         TokenCache.open(distributed.on_each_machine(build)),

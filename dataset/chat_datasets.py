@@ -3,7 +3,7 @@
 Shapes: B rows in a batch, T tokens in a row, R rows in an epoch, N documents.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from dataset.conversations import chat_content
 from dataset.lm_dataset import IGNORE, Batch, PretrainDataset, SkipBatchSampler, permutation
 from dataset.packing import OPEN_ROWS, Pieces, pack
 from dataset.preferences import pair_content
-from dataset.records import DataError
+from dataset.records import Content, DataError
 from dataset.system_lines import SystemLines
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache, unsigned
 
@@ -40,6 +40,7 @@ class SFTDataset(PretrainDataset):
         without ``packing``, each begins a row of its own.
         system_share: share of the conversations without a system turn that get one in an epoch, see
             dataset/system_lines.py.
+        content_choice: see ``chat_content``; of a cache that is to be built.
     Raises: DataError, also if there is no conversation."""
 
     pieces: Pieces
@@ -47,7 +48,7 @@ class SFTDataset(PretrainDataset):
     places: Places
     has_room: Tensor  # (P,) bool, before which pieces a system line has room
 
-    content = staticmethod(chat_content)  # what a record holds
+    content: Callable[..., Content] = staticmethod(chat_content)  # what a record holds
 
     def __init__(
         self,
@@ -61,9 +62,10 @@ class SFTDataset(PretrainDataset):
         cache_dir: str = DEFAULT_CACHE_DIR,
         bad_records: str = "stop",
         system_share: float = 0.0,
+        **content_choice: float,
     ) -> None:
         if not isinstance(data_path, TokenCache):
-            content = self.content(tokenizer)
+            content = self.content(tokenizer, **content_choice)
             data_path = build_token_cache(
                 data_path, tokenizer, cache_dir, bad_records, content=content
             )

@@ -6,6 +6,7 @@ An assistant's turn may have reasoning_content and tool_calls; a system turn, or
 Or it holds a ``text``, as in pretraining, all of which is learned and nothing held out.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ FOLLOWERS: dict[str | None, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+NO_THINKING = "<think>\n\n</think>\n\n"  # what MiniMind's template writes where none was given
 EXAMPLE = '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
 Turn = dict[str, Any]
 
@@ -209,18 +211,31 @@ def checked_text(
     return text
 
 
-def chat_content(tokenizer: PreTrainedTokenizerBase) -> Content:
-    """Documents that are a conversation each, written out. Raises: DataError, see ``Marks``."""
+def keeps_empty_thinking(text: str, share: float) -> bool:
+    """Whether a conversation is among this share of all, which depends on what it says alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") < share * 2**32
+
+
+def chat_content(tokenizer: PreTrainedTokenizerBase, empty_thinking: float = 1.0) -> Content:
+    """Documents that are a conversation each, written out.
+
+    Args: empty_thinking: share of the conversations that keep NO_THINKING.
+    Raises: DataError, see ``Marks``."""
     marks = Marks(tokenizer)
 
     def document(record: dict[str, object]) -> str:
         if isinstance(record.get("text"), str) and not is_conversation(record):
             text = text_of("text", record)
             return f"{tokenizer.bos_token}{text}{tokenizer.eos_token}" if text.strip() else ""
-        return checked_text(tokenizer, marks, *conversation_of(record))
+        text = checked_text(tokenizer, marks, *conversation_of(record))
+        keeps = empty_thinking == 1 or keeps_empty_thinking(text, empty_thinking)
+        return text if keeps else text.replace(NO_THINKING, "")
 
     what = 'turns in "conversations" or "messages"'
     name = f"conversations {tokenizer.chat_template}"
+    if empty_thinking < 1:
+        name += f" {empty_thinking}"
     return Content(document, COLUMNS, EXAMPLE, what, name, marks)
 
 

@@ -101,10 +101,13 @@ def pair_content(tokenizer: PreTrainedTokenizerBase) -> Content:
     return Content(document, COLUMNS, EXAMPLE, what, name, marks)
 
 
-def content_of(path: Path, tokenizer: PreTrainedTokenizerBase) -> Content | None:
+def content_of(
+    path: Path, tokenizer: PreTrainedTokenizerBase, empty_thinking: float = 1.0
+) -> Content | None:
     """What a file's records hold, by the first: pairs or conversations; None: texts.
 
+    Args: empty_thinking: of conversations, see ``chat_content``.
     Raises: DataError, see ``PairMarks``."""
     if holds(path, COLUMNS[:2]):
         return pair_content(tokenizer)
-    return chat_content(tokenizer) if holds_conversations(path) else None
+    return chat_content(tokenizer, empty_thinking) if holds_conversations(path) else None

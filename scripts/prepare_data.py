@@ -169,6 +169,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="stop",
         help="what to do with a record that cannot be read",
     )
+    parser.add_argument(
+        "--empty_thinking",
+        type=float,
+        default=1.0,
+        help="of conversations: as in train_full_sft.py",
+    )
     parser.add_argument("--report", action="store_true", help="also describe the corpus")
     return parser
 
@@ -185,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             args.cache_dir,
             args.bad_records,
             args.text_column,
-            content_of(find_files(args.data_path)[0], tokenizer),
+            content_of(find_files(args.data_path)[0], tokenizer, args.empty_thinking),
         )
     except (DataError, SettingsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

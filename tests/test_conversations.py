@@ -442,6 +442,38 @@ def test_a_template_with_a_system_turn_of_its_own_refuses_drawn_lines(tmp_path: 
         SFTDataset(str(path), tokenizer, 64, cache_dir=str(tmp_path / "c"), system_share=0.5)
 
 
+THINKING_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
+    "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}"
+)
+
+
+def test_empty_thinking_is_kept_in_the_same_conversations_in_every_epoch(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "model"))
+    tokenizer.chat_template = THINKING_TEMPLATE
+    records = some_conversations(400)
+    thinking = {**ANSWER, "reasoning_content": "Hm."}
+    path = write(tmp_path / "chats.jsonl", [*records, {"conversations": [USER, thinking]}])
+
+    def texts(share: float, epoch: int = 0, seed: int = 1) -> set[str]:
+        choice = {"cache_dir": str(tmp_path / "cache"), "seed": seed, "empty_thinking": share}
+        data = SFTDataset(str(path), tokenizer, 4096, **choice)
+        data.set_epoch(epoch)
+        rows = (data[i][0] for i in range(len(data)))
+        found = "".join(tokenizer.decode(ids[ids != tokenizer.pad_token_id]) for ids in rows)
+        return set(found.split("<|im_start|>user")[1:])
+
+    empty = "<think>\n\n</think>\n\n"
+    all_of_them, some, none = (texts(share) for share in (1.0, 0.2, 0.0))
+    assert all("<think>" in text for text in all_of_them)
+    assert sum("<think>" in text for text in none) == 1, "thinking that was given stays"
+    assert {text.replace(empty, "") for text in all_of_them} == none
+    assert some <= all_of_them | none
+    assert 0.15 <= sum(empty in text for text in some) / len(some) <= 0.25
+    assert some == texts(0.2, epoch=1) == texts(0.2, seed=2)
+
+
 # ------------------------------------------------------------------------------------ MiniMind's
 
 

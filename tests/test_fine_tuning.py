@@ -147,7 +147,7 @@ def test_a_run_from_before_a_flag_existed_resumes_with_its_older_value(
     fine_tune(tmp_path, epochs=1)
     (path, *_) = list_states(tmp_path / "checkpoints", NAME)
     state = read_state(path)
-    del state["settings"]["system_share"]
+    del state["settings"]["system_share"], state["settings"]["empty_thinking"]
     save_state(tmp_path / "checkpoints", NAME, state["step"], state)
     assert "nothing to do" in fine_tune(tmp_path, epochs=1, from_resume=1)
     words = sft_flags(tmp_path, epochs=1, from_resume=1, system_share=0.5)

@@ -70,7 +70,12 @@ def test_the_docs_name_each_flag_that_must_match_and_each_that_splits() -> None:
     programs = map(config_type, (train_dpo.DPO, train_full_sft.FULL_SFT))
     deciding = {name for program in programs for name in flag_names(DECIDES, program)}
     assert set(re.findall(r"`--(\w+)`", must)) == deciding
-    assert deciding - set(flag_names(DECIDES)) == {"beta", "sft_weight", "system_share"}
+    assert deciding - set(flag_names(DECIDES)) == {
+        "beta",
+        "sft_weight",
+        "system_share",
+        "empty_thinking",
+    }
     assert set(re.findall(r"`--(\w+)`", may)) == set(flag_names(SPLITS))
 
 
