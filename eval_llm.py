@@ -8,7 +8,6 @@ python eval_llm.py --data_path held_out.jsonl           # nats per token, bits p
 """
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -30,6 +29,7 @@ from trainer.errors import CheckpointError, SettingsError, printable
 from trainer.evaluation import bits_per_byte, held_out_sums
 from trainer.flags import Parser
 from trainer.program import run_program
+from trainer.reading import read_json
 from trainer.samples import encode_prompt, encode_question
 from trainer.weights import load_tokenizer, load_weights, read_config, read_weights
 
@@ -186,8 +186,7 @@ def is_chat(args: argparse.Namespace) -> bool:
         return bool(args.chat)
     path = find_weights(args)
     try:
-        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return "program" in description["run"]["settings"]
+        return "program" in read_json(path.with_suffix(".json"))["run"]["settings"]
     except (OSError, ValueError, LookupError, TypeError):
         return "pretrain" not in path.name
 

@@ -1,5 +1,6 @@
 """Small models, the bundled tokenizer and files, for tests that need no training run."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 ROOT = Path(__file__).parent.parent
+
+
+def digest(data: bytes) -> str:
+    """As in the name of a state with these bytes."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:

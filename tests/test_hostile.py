@@ -37,7 +37,7 @@ from torch import Tensor
 
 import eval_llm
 import train_pretrain
-from tests.helpers import ROOT
+from tests.helpers import ROOT, digest
 from tests.launched import start_trainers, wait_for_all
 from tests.running import (
     assert_same,
@@ -48,7 +48,7 @@ from tests.running import (
     train_in_process,
 )
 from trainer import weights
-from trainer.checkpoint import digest, list_states, read_state
+from trainer.checkpoint import list_states, read_state
 from trainer.errors import CheckpointError
 from trainer.guard.guard import Guard
 from trainer.state import write_state

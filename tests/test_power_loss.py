@@ -22,13 +22,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import ROOT, tiny_model
+from tests.helpers import ROOT, digest, tiny_model
 from tests.launched import Operations
 from tests.running import assert_same
 from trainer import checkpoint
 from trainer.checkpoint import (
     CheckpointError,
-    digest_of_file,
+    is_good,
     list_states,
     newest_state,
     remove_partial_files,
@@ -180,7 +180,7 @@ def judge_states(
 ) -> set[str]:
     """What is wrong with a folder of states after ``num_returned`` saves of ``saved``."""
     faults = set()
-    good = [path for path in list_states(folder, NAME) if digest_of_file(path) in path.name]
+    good = [path for path in list_states(folder, NAME) if is_good(path)]
     if len(good) < min(num_returned, min_generations):
         faults.add("too few generations")
     try:
@@ -353,7 +353,7 @@ def write_in_place(path: Path, content: bytes | Callable) -> Path:
     if callable(content):
         content(buffer := io.BytesIO())
         data = buffer.getvalue()
-    path = path.with_name(path.name.replace("*", checkpoint.digest(data)))
+    path = path.with_name(path.name.replace("*", digest(data)))
     used = next(path.parent.glob(f"*{path.suffix}"), path)
     descriptor = checkpoint.os.open(used, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     checkpoint.os.write(descriptor, data)

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.console import log
 from trainer.errors import CheckpointError, printable
+from trainer.reading import digest_of_file, open_regular, short
 from trainer.state import num_bytes, parse_state, write_state
 
 FORMAT = 3  # of the state; raise it when a field changes its meaning
@@ -55,22 +57,6 @@ class HashedFile:
 
     def flush(self) -> None:
         """Nothing is held back; torch.save asks for it."""
-
-
-def short(digest: "hashlib._Hash") -> str:
-    """The 32 hexadecimal digits by which a state's name tells its content."""
-    return digest.hexdigest()[:32]
-
-
-def digest(data: bytes | memoryview) -> str:
-    """32 hexadecimal digits of SHA-256."""
-    return short(hashlib.sha256(data))
-
-
-def digest_of_file(path: Path) -> str:
-    """The digest of a file's bytes, without holding them."""
-    with path.open("rb") as file:
-        return short(hashlib.file_digest(file, "sha256"))
 
 
 def sync_folder(folder: Path) -> None:
@@ -135,7 +121,8 @@ def is_state(file: str, name: str | None = None) -> bool:
 
 def list_states(folder: str | Path, name: str) -> list[Path]:
     """A run's states, newest first: by update, since clocks can go back."""
-    found = [path for path in Path(folder).glob("*_resume_*") if is_state(path.name, name)]
+    named = (path for path in Path(folder).glob("*_resume_*") if is_state(path.name, name))
+    found = [path for path in named if not path.is_dir()]
     return sorted(found, key=lambda path: (update_of(path), path.name), reverse=True)
 
 
@@ -148,10 +135,17 @@ def remove_partial_files(folder: str | Path, name: str) -> list[Path]:
     return parts
 
 
+def is_good(path: Path) -> bool:
+    """Whether a state can be read and its bytes are those that were written."""
+    with contextlib.suppress(OSError):
+        return digest_of_file(path) in path.name
+    return False
+
+
 def make_room(states: list[Path]) -> None:
-    """Remove all states except the newest good one, which is found by its digest."""
+    """Remove all states except the newest good one."""
     with contextlib.suppress(OSError):  # the save that lacks room says so
-        good = next((path for path in states if digest_of_file(path) in path.name), None)
+        good = next(filter(is_good, states), None)
         for path in states:
             if good not in (None, path):
                 path.unlink(missing_ok=True)
@@ -200,12 +194,20 @@ def save_state(
 
 
 def read_state(path: Path) -> dict:
-    """A state whose bytes are those that were written. Raises: CheckpointError if they are not."""
+    """A state whose bytes are those that were written. Raises: CheckpointError if they are not.
+
+    They are hashed before they are held: a file of another size could be of any size."""
     if path.suffix == ".pth":
         raise CheckpointError(f"{path} has format 2 or older; this trainer reads format {FORMAT}.")
-    data = path.read_bytes()
-    if path.stem.rsplit("_", 1)[1] != digest(data):
-        raise CheckpointError(f"{path} is damaged: its {len(data):,} bytes are not those written.")
+    try:
+        with open_regular(path) as file:
+            if path.stem.rsplit("_", 1)[1] != short(hashlib.file_digest(file, "sha256")):
+                size = f"{file.tell():,} bytes"
+                raise CheckpointError(f"{path} is damaged: its {size} are not those written.")
+            file.seek(0)
+            data = file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
     try:
         state = parse_state(data)
     except ValueError as error:
@@ -218,17 +220,21 @@ def read_state(path: Path) -> dict:
 
 
 def newest_state(
-    folder: str | Path, name: str, update: int | None = None
+    folder: str | Path, name: str, update: int | None = None, check: Callable[[dict], object] = bool
 ) -> tuple[dict | None, list[str]]:
     """The newest good state, or None if there are none, and a line on each damaged one passed over.
 
-    Args: update: the state of this update instead, and no other.
+    Args:
+        update: the state of this update instead, and no other.
+        check: raises CheckpointError if a state is not what one should be.
     Raises: CheckpointError if there are states and none is good: never a silent fresh start."""
     states, complaints = list_states(folder, name), []
     wanted = [path for path in states if update in (None, update_of(path))]
     for path in wanted:
         try:
-            return read_state(path), complaints
+            state = read_state(path)
+            check(state)
+            return state, complaints
         except CheckpointError as error:
             complaints.append(str(error))
     if update is not None:
@@ -257,9 +263,9 @@ def save_for_all(
     return distributed.on_main_process(partial(save_state, folder, name, update, state, keep))
 
 
-def newest_for_all(folder: str | Path, name: str, update: int | None = None) -> dict | None:
-    """The newest good state, as rank 0 reads it, on every rank. Raises: as ``newest_state``."""
-    found, complaints = distributed.on_main_process(partial(newest_state, folder, name, update))
+def newest_for_all(folder: str | Path, name: str, *choice: Any) -> dict | None:
+    """The newest good state, as rank 0 reads it, on every rank. Args, raises: see newest_state."""
+    found, complaints = distributed.on_main_process(partial(newest_state, folder, name, *choice))
     for complaint in complaints:
         log(f"warning: {complaint} Using the state before it.")
     return found

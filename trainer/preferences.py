@@ -25,10 +25,11 @@ from model.model_minimind import (
     shifted,
 )
 from trainer import distributed
-from trainer.checkpoint import digest_of_file, write_atomically
+from trainer.checkpoint import write_atomically
 from trainer.console import log
 from trainer.errors import SettingsError
 from trainer.flags import DECIDES, TrainConfig, flag
+from trainer.reading import digest_of_file, open_regular
 from trainer.weights import existing, init_model, weights_path
 
 MEASURES = ("accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -167,9 +168,15 @@ def read_reference(path: Path) -> Tensor | None:
     """What was written; None if there is nothing, or it is damaged."""
     if not path.exists():
         return None
-    content = path.read_bytes()
-    digest, data = content[:32], content[32:]
-    if hashlib.sha256(data).digest() != digest:
+    try:
+        with open_regular(path) as file:
+            digest = file.read(32)
+            found = hashlib.file_digest(file, "sha256").digest()
+            file.seek(32)
+            data = file.read() if found == digest else b""
+    except OSError as error:
+        found, digest, data = b"", str(error).encode(), b""
+    if found != digest:
         log(f"warning: {path} is damaged; computing the reference again")
         return None
     return torch.load(io.BytesIO(data), weights_only=True)

@@ -15,6 +15,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import checkpoint_name, write_atomically
 from trainer.errors import CheckpointError, SettingsError, printable
 from trainer.guard.untrusted import load_tensors
+from trainer.reading import read_json
 
 # Fields of the configuration that also follow from the shapes of the weights.
 SIZES = (
@@ -22,7 +23,7 @@ SIZES = (
     *("num_attention_heads", "num_key_value_heads"),
 )
 # What reading a description that somebody else wrote can raise.
-NO_DESCRIPTION = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+NO_DESCRIPTION = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
 
 
 def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> Path:
@@ -48,9 +49,8 @@ def save_weights(path: Path, model: MiniMindForCausalLM, summary: dict) -> None:
 
 def describes(path: Path, summary: dict) -> bool:
     """Whether the weights at ``path`` were saved with this summary."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        description = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return path.exists() and description["run"] == summary
+    with contextlib.suppress(OSError, ValueError):
+        return path.exists() and read_json(path.with_suffix(".json")).get("run") == summary
     return False
 
 
@@ -77,10 +77,12 @@ def load_weights(model: MiniMindForCausalLM, path: Path, flag: str) -> None:
     missing = [key for key in own if key not in given]
     unexpected = [key for key in given if key not in own]
     reshaped = [key for key in own if key in given and own[key].shape != given[key].shape]
+    endless = [key for key, value in given.items() if not value.isfinite().all()]
     differences = [
         *(f"{key} is {tuple(given[key].shape)}, not {tuple(own[key].shape)}" for key in reshaped),
         *(f"{key} is missing" for key in missing),
         *(f"{key} is not in this model" for key in unexpected),
+        *(f"{key} holds numbers that are not finite" for key in endless),
     ]
     if model.config.tie_word_embeddings and not is_tied(given):
         differences.append("lm_head.weight is not model.embed_tokens.weight, to which it is tied")
@@ -124,7 +126,7 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
     description = path.with_suffix(".json")
     if description.is_file():
         try:
-            described = json.loads(description.read_text(encoding="utf-8"))["config"]
+            described = read_json(description)["config"]
             # Other names would become attributes, and could hide a method.
             known = inspect.signature(MiniMindConfig).parameters.keys() - {"kwargs"}
             config = MiniMindConfig(**{name: described[name] for name in known & described.keys()})

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,8 +21,9 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.config import conf
 
-from trainer.checkpoint import digest, is_state, update_of, write_atomically
+from trainer.checkpoint import HashedFile, is_state, make_folder, update_of, write_atomically
 from trainer.errors import CheckpointError, Interrupted
+from trainer.reading import short
 
 CHUNK_BYTES = 2**22  # held in memory while a state is copied
 PAUSES = (1, 5, 30, 60)  # seconds between attempts; the last one repeats
@@ -95,11 +97,14 @@ def connected(url: str) -> Generator[tuple[AbstractFileSystem, str]]:
 
 
 def names_in(fs: AbstractFileSystem, folder: str) -> list[str]:
-    """The names in a folder; empty if it does not exist yet."""
+    """The names of the files in a folder; empty if it does not exist yet.
+
+    Not those of folders, nor of pipes and devices, which would never end."""
     try:
-        return [path.rsplit("/", 1)[-1] for path in fs.ls(folder, detail=False)]
+        found = fs.ls(folder, detail=True)
     except FileNotFoundError:
         return []
+    return [f["name"].rsplit("/", 1)[-1] for f in found if f["type"] in ("file", "link")]
 
 
 def open_binary(fs: AbstractFileSystem, path: str, mode: Literal["rb", "wb"]) -> Any:
@@ -133,7 +138,7 @@ def copy(source: BinaryIO, fs: AbstractFileSystem, folder: str, state: str) -> N
         written = hashlib.sha256()
         for chunk in chunks(fs, part):
             written.update(chunk)
-        if written.hexdigest()[:32] not in state:
+        if short(written) not in state:
             raise OSError(f"the {fs.size(part):,} bytes read back are not those saved")
         fs.mv(part, f"{folder}/{state}")
     except Exception:
@@ -171,15 +176,25 @@ class Mirror:
 
     def fetch(self, state: str, folder: Path) -> Path:
         """Copy a state to a local folder. Raises: MirrorError; CheckpointError if it is damaged."""
-        data = self._read(lambda fs, there: b"".join(chunks(fs, f"{there}/{state}")))
-        if digest(data) not in state:
-            raise CheckpointError(
-                f"{self.safe_url}/{state} is damaged: its {len(data):,} bytes are not those "
-                f"written."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / state, data)
-        return folder / state
+
+        def take(fs: AbstractFileSystem, there: str) -> Path:
+            size, free = fs.size(f"{there}/{state}"), shutil.disk_usage(folder).free
+            where = f"{self.safe_url}/{state}"
+            if size > free:
+                raise CheckpointError(f"{where} has {size:,} bytes; {free:,} are free in {folder}.")
+
+            def content(file: HashedFile) -> None:
+                for chunk in chunks(fs, f"{there}/{state}"):
+                    file.write(chunk)
+                if short(file.sha256) not in state:
+                    raise CheckpointError(
+                        f"{where} is damaged: its {size:,} bytes are not those written."
+                    )
+
+            return write_atomically(folder / state, content)
+
+        make_folder(folder)
+        return self._read(take)
 
     def add_own(self, names: Iterable[str]) -> None:
         """Mark states as this run's. Only these and the offered ones are ever deleted there."""
@@ -236,7 +251,7 @@ class Mirror:
             try:
                 with connected(self.url) as (fs, folder):
                     return task(fs, folder)
-            except Interrupted:
+            except (Interrupted, CheckpointError):
                 raise
             except Exception as error:
                 reason = reason_of(error)
@@ -304,18 +319,30 @@ class Mirror:
         self._clearing = False
 
 
-def fetch_newest(mirror: Mirror, folder: Path, newer_than: int) -> tuple[Path | None, list[str]]:
+def fetch_newest(
+    mirror: Mirror, folder: Path, newer_than: int, check: Callable[[Path], object] = bool
+) -> tuple[Path | None, list[str]]:
     """Fetch the newest good state of an update after ``newer_than`` (-1: any) into ``folder``.
 
-    Returns: its path or None, and a message for each damaged state that was skipped.
-    Raises: MirrorError; CheckpointError if ``newer_than`` is -1 and all states are damaged."""
-    complaints = []
+    Args: check: raises CheckpointError if a file that was fetched is no state.
+    Returns: its path or None, and a message for each state that could not be used.
+    Raises: MirrorError; CheckpointError if ``newer_than`` is -1 and none of the states can be."""
+    complaints, failure = [], None
     for state in mirror.states():
         if update_of(state) > newer_than:
             try:
-                return mirror.fetch(state, folder), complaints
-            except CheckpointError as error:
+                path = mirror.fetch(state, folder)
+                try:
+                    check(path)
+                except CheckpointError:
+                    path.unlink()
+                    raise
+                return path, complaints
+            except (CheckpointError, MirrorError) as error:
                 complaints.append(str(error))
+                failure = error
+    if newer_than < 0 and isinstance(failure, MirrorError):
+        raise failure
     if complaints and newer_than < 0:
         raise CheckpointError(
             f"no state of {mirror.name} at {mirror.safe_url} can be used: {' '.join(complaints)} "

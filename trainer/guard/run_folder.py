@@ -23,7 +23,7 @@ from typing import Any
 from model.model_minimind import MiniMindConfig
 from trainer.checkpoint import (
     checkpoint_name,
-    digest_of_file,
+    is_good,
     is_state,
     list_states,
     newest_for_all,
@@ -39,9 +39,11 @@ from trainer.flags import TrainConfig
 from trainer.guard.check_state import check_layout
 from trainer.guard.mirror import Mirror, MirrorError, fetch_newest
 from trainer.plan import Budget
+from trainer.reading import read_json
 from trainer.weights import weights_path
 
 RUN_STATE = "run_state.json"
+FORM = {"status": str, "run": str, "step": int, "pid": int, "host": str, "since": str}
 LOCK_SECONDS = 1.0  # to wait for a lock, which a process that is being killed may still hold
 MIRROR_SECONDS = 600.0  # to wait for the last copy
 
@@ -171,15 +173,12 @@ class RunFolder:
         Raises: MirrorError, CheckpointError if that fails and there is no good local state."""
         if self.mirror is None:
             return
-        good = [
-            update_of(path)
-            for path in list_states(self.folder, self.name)
-            if digest_of_file(path) in path.name
-        ]
+        good = [update_of(path) for path in list_states(self.folder, self.name) if is_good(path)]
         try:
             self.mirror.add_own(self.mirror.states())
             if update is None:
-                found, complaints = fetch_newest(self.mirror, self.folder, max(good, default=-1))
+                newest = max(good, default=-1)
+                found, complaints = fetch_newest(self.mirror, self.folder, newest, usable)
                 for complaint in complaints:
                     log(f"warning: {complaint}")
                 if found:
@@ -252,10 +251,11 @@ class RunFolder:
 
 
 def read_run_state(folder: str | Path) -> dict:
-    """The content of ``run_state.json``; empty if it is missing or unreadable."""
+    """The content of ``run_state.json``; empty if it is missing, or not what is written there."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads((Path(folder) / RUN_STATE).read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
+        content = read_json(Path(folder) / RUN_STATE)
+        if all(type(content.get(name)) is kind for name, kind in FORM.items()):
+            return content
     return {}
 
 
@@ -266,6 +266,11 @@ def record_lost_rank(folder: str, kind: object, error: BaseException | None, tra
         content |= {"status": "failed", "code": error.exit_status, "reason": str(error)}
         with contextlib.suppress(OSError):
             write_atomically(Path(folder) / RUN_STATE, json.dumps(content, indent=1).encode())
+
+
+def usable(path: Path) -> None:
+    """Raises: CheckpointError if a file is no state."""
+    check_layout(read_state(path))
 
 
 def state_to_anneal(args: TrainConfig, anneal_from: str) -> dict:
@@ -293,10 +298,7 @@ def find_state(args: TrainConfig, config: MiniMindConfig, folder: RunFolder) -> 
     Raises: CheckpointError, MirrorError if there is or may be a state that cannot be used."""
 
     def load(update: int | None = None) -> dict | None:
-        found = newest_for_all(folder.folder, folder.name, update)
-        if found is not None:
-            check_layout(found)
-        return found
+        return newest_for_all(folder.folder, folder.name, update, check_layout)
 
     on_main_process(partial(folder.fetch, None))
     state = load()
