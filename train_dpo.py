@@ -10,6 +10,11 @@ The loop, its flags and its guarantees are those of train_pretrain.py; the unit 
 conversations, ``chosen`` and ``rejected``. See trainer/preferences.py for the loss.
 """
 
+if __name__ == "__main__":
+    import trainer.host
+
+    trainer.host.begin_program()
+
 import sys
 from functools import partial
 from typing import Any

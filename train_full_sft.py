@@ -10,6 +10,11 @@ The loop, its flags and its guarantees are those of train_pretrain.py; rows are 
 the loss is on what the assistant says.
 """
 
+if __name__ == "__main__":
+    import trainer.host
+
+    trainer.host.begin_program()
+
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -31,12 +36,8 @@ share = partial(flag, resume=DECIDES, least=0, most=1)
 class ChatFlags:
     """conversations"""
 
-    system_share: float = share(
-        0.0, "share without a system turn that gets one, by epoch; MiniMind: 0.2", older=0.0
-    )
-    empty_thinking: float = share(
-        1.0, "share that keeps the template's empty thinking; MiniMind: 0.2", older=1.0
-    )
+    system_share: float = share(0.0, "share that gets a system turn; MiniMind: 0.2", older=0.0)
+    empty_thinking: float = share(1.0, "share that keeps empty thinking; MiniMind: 0.2", older=1.0)
 
 
 FULL_SFT = Program(

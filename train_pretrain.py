@@ -9,6 +9,11 @@ One clock runs the program: the number of rows consumed. The learning rate, the 
 and resume follow from it. This file tells the story; its parts are in dataset/, model/, trainer/.
 """
 
+if __name__ == "__main__":
+    import trainer.host
+
+    trainer.host.begin_program()
+
 import itertools
 import math
 import sys
@@ -27,12 +32,13 @@ from trainer import distributed
 from trainer.auto import choose, pass_times
 from trainer.bigrams import look_back, start_from_bigrams
 from trainer.describe import describe_pass, describe_run, report_dry_run
-from trainer.device import join_ranks, keep_freed_memory, setup_seed
+from trainer.device import join_ranks, setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
 from trainer.flags import TrainConfig, parse_flags
 from trainer.guard.fast_paths import make_fast
 from trainer.guard.guard import Guard
+from trainer.host import keep_freed_memory
 from trainer.metrics import Metrics, open_metrics
 from trainer.optimizer import build_optimizer, set_lr, step_if_finite
 from trainer.plan import Budget

@@ -23,7 +23,8 @@ from bench.measuring import ROOT, parser, reports, surroundings, words
 from dataset.lm_dataset import PretrainDataset
 from dataset.token_cache import TokenCache
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.device import default_dtype, keep_freed_memory
+from trainer.device import default_dtype
+from trainer.host import keep_freed_memory
 from trainer.optimizer import build_optimizer
 from trainer.weights import load_tokenizer
 

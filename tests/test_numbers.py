@@ -13,9 +13,9 @@ from tests import launched
 from tests.gradients import step, toy_data, toy_model, toy_run
 from tests.running import assert_same, newest_state, read_metrics, tiny_flags
 from trainer.checkpoint import list_states, read_state
+from trainer.distributed import rows_of
 from trainer.guard.run_folder import read_run_state
 from trainer.optimizer import build_optimizer
-from trainer.run import Update, rows_of
 from trainer.trainer_utils import SkipBatchSampler
 
 SETTINGS = {"save_interval": 4, "epochs": 1}
@@ -131,10 +131,7 @@ def test_the_rows_of_a_rank_are_those_that_its_loader_gave(
             row
             for first in range(0, num_rows, rows_per_update)
             for row in rows_of(
-                rank,
-                Update(1, first, min(rows_per_update, num_rows - first), 0, torch.zeros(0)),
-                batch_size,
-                world_size,
+                rank, range(first, min(first + rows_per_update, num_rows)), batch_size, world_size
             )
         ]
         assert found == dealt

@@ -21,7 +21,7 @@ from tests.running import (
     train_in_process,
 )
 from trainer.guard.run_folder import read_run_state
-from trainer.plan import Budget, Plan
+from trainer.plan import NOT_KNOWN, Budget, Plan
 
 
 class Clock:
@@ -239,3 +239,43 @@ def test_a_dry_run_beside_a_run_changes_nothing_of_it(stable: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         assert train_pretrain.main(tiny_flags(stable, **STABLE, dry_run=1)) == 0
     assert files_with_times(stable) == before
+
+
+def test_starts_that_end_before_their_third_update_spend_their_time(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was saved yet, and still 5 x 30 s of the 300 are over."""
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    begun = clock()
+    words = tiny_flags(tmp_path, **SETTINGS, max_minutes=5, from_resume=1)
+    for _ in range(5):
+        with monkeypatch.context() as patch:
+            took(clock, patch, 30)
+            patch.setattr(train_pretrain.Metrics, "add_update", killed)
+            assert train_pretrain.main(words) == 130
+    assert read_run_state(tmp_path / "checkpoints")["seconds_spent"] == pytest.approx(150, abs=1)
+    took(clock, monkeypatch, 0.5)
+    assert train_pretrain.main(words) == 0
+    assert clock() - begun == pytest.approx(300, rel=0.02)
+    clock.now += 1000  # a new run, which does not go on with that one
+    begun = clock()
+    train_in_process(tmp_path, **SETTINGS, max_minutes=5, overwrite=1)
+    assert clock() - begun == pytest.approx(300, rel=0.02)
+
+
+def test_a_run_by_time_saved_before_it_had_a_plan_goes_on_by_epochs(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pretrain.Guard, "stopping", lambda guard: True)
+        assert train_pretrain.main(tiny_flags(tmp_path, **SETTINGS, max_minutes=5)) == 75
+    assert newest_state(tmp_path)["plan"]["total_rows"] == NOT_KNOWN
+    output = train_in_process(tmp_path, **SETTINGS, from_resume=1)
+    assert "resuming after update 1" in output
+    train_in_process(tmp_path / "whole", **SETTINGS)
+    found, whole = newest_state(tmp_path), newest_state(tmp_path / "whole")
+    assert found["plan"] == whole["plan"]
+    assert found["progress"]["rows_seen"] == whole["progress"]["rows_seen"]

@@ -25,7 +25,7 @@ import torch
 from tests.helpers import ROOT, digest, tiny_model
 from tests.launched import Operations
 from tests.running import assert_same
-from trainer import checkpoint
+from trainer import checkpoint, host
 from trainer.checkpoint import (
     CheckpointError,
     is_good,
@@ -60,6 +60,7 @@ def standing_for_os(operations: Operations, monkeypatch: pytest.MonkeyPatch) -> 
     """Inside, trainer/checkpoint.py does what it does to files by ``operations``."""
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "os", operations)
+        patch.setattr(host, "os", operations)
         patch.setattr(Path, "unlink", unlink)
         yield
 
@@ -361,7 +362,7 @@ def write_in_place(path: Path, content: bytes | Callable) -> Path:
     checkpoint.os.close(descriptor)
     if used != path:
         checkpoint.os.replace(used, path)
-    checkpoint.sync_folder(path.parent)
+    host.sync_folder(path.parent)
     return path
 
 

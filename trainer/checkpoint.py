@@ -23,10 +23,12 @@ from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.console import log
 from trainer.errors import CheckpointError, printable
+from trainer.host import sync_folder
 from trainer.reading import digest_of_file, open_regular, short
 from trainer.state import num_bytes, parse_state, write_state
 
 FORMAT = 3  # of the state; raise it when a field changes its meaning
+FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 KEPT_STATES = 2  # the newest and the one before
 
 
@@ -39,7 +41,7 @@ class HashedFile:
     """A new file that hashes what is written to it, and keeps the reason of a failure."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self.descriptor = os.open(path, FLAGS, 0o666)
         self.sha256 = hashlib.sha256()
         self.error: OSError | None = None  # torch.save raises another one that hides it
 
@@ -57,16 +59,6 @@ class HashedFile:
 
     def flush(self) -> None:
         """Nothing is held back; torch.save asks for it."""
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened, or needs no sync
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:

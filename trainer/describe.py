@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -15,8 +14,9 @@ from trainer.console import log
 from trainer.device import gpu_has_bfloat16
 from trainer.flags import TrainConfig, description_of
 from trainer.forecast import forecast_from_text
+from trainer.host import peak_memory, run_time
 from trainer.muon import moments_of
-from trainer.plan import GENERATION, SKIPPED, run_time
+from trainer.plan import GENERATION, SKIPPED
 from trainer.progress import Outcome
 from trainer.run import Run
 from trainer.weights import get_model_params
@@ -206,7 +206,7 @@ def report_dry_run(
         updates = math.ceil(run.rows_per_epoch / run.global_batch) * run.args.epochs
     evaluations = math.ceil(updates / run.args.eval_interval)
     minutes = (startup_seconds + updates * update_seconds + evaluations * evaluation_seconds) / 60
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # from KiB, on Linux
+    peak_bytes = peak_memory()
     if run.device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(run.device)
     total, _ = get_model_params(run.model, run.config)

@@ -1,7 +1,5 @@
 """The machine: device, precision, random number generators, memory, compiled code."""
 
-import contextlib
-import ctypes
 import os
 import random
 import warnings
@@ -86,17 +84,6 @@ def setup_seed(seed: int) -> None:
     """Seed every generator that training draws from."""
     random.seed(seed)
     torch.manual_seed(seed)  # all devices
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed CPU tensors.
-
-    By default it returns large blocks immediately, and each step requests the same pages again."""
-    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_max, 0)
 
 
 def keep_compiled_code(folder: str | Path) -> None:

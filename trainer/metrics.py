@@ -20,7 +20,8 @@ from trainer.flags import TrainConfig
 from trainer.forecast import described, forecast_of
 from trainer.guard.fast_paths import ROWS_ON_DEVICE
 from trainer.guard.tracker import NoTracker, SwanLabTracker
-from trainer.plan import NOT_KNOWN, run_time
+from trainer.host import run_time
+from trainer.plan import NOT_KNOWN
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
 from trainer.weights import get_model_params

@@ -1,10 +1,10 @@
 """How long a run is: a number of rows, or as many rows as fit into a number of minutes."""
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
+
+from trainer.host import run_time
 
 NOT_KNOWN = 2**40  # rows, until the speed is known
 NUM_CLOCK_CHECKS = 100  # re-plan about 100 times per run
@@ -31,20 +31,9 @@ class Plan(NamedTuple):
         return Plan(max(total_rows, rows), rows, self.share(rows))
 
 
-def process_start() -> float:
-    """When this process began, by time.monotonic(): imports count as well."""
-    now = time.monotonic()
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return now - (uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):  # not Linux
-        return now
-
-
-def run_time() -> float:
-    """Seconds since this process started."""
-    return time.monotonic() - process_start()
+def largest_divisor(number: int, limit: float) -> int:
+    """The largest divisor of ``number`` that is not above ``limit``, at least 1."""
+    return next(d for d in range(max(1, min(number, int(limit))), 0, -1) if number % d == 0)
 
 
 class Budget:
@@ -63,7 +52,7 @@ class Budget:
     ) -> None:
         self.seconds, self.clock = seconds, clock
         self.spent_before = 0.0  # by earlier starts
-        self.begun = process_start() if begun is None else begun
+        self.begun = clock() - run_time() if begun is None else begun
         self.marks: list[tuple[float, int]] = []  # training seconds so far, updates
         self.paused = 0.0  # seconds spent on evaluations and saves
         self.lasted: dict[str, float] = {}  # seconds of the newest evaluation, and save
@@ -83,6 +72,8 @@ class Budget:
     def due(self) -> bool:
         """Count an update. Returns: whether it is time to re-plan."""
         self.num_updates += 1
+        if self.num_updates <= SKIPPED:
+            self.keep(self.spent())
         return self.num_updates > SKIPPED and self.spent() >= self.next_look
 
     def updates_left(

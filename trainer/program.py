@@ -1,6 +1,7 @@
 """The frame of every command-line program here: a warning about untested package versions, and
 user errors as one line on stderr with an exit status."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from trainer.console import write_line
 from trainer.distributed import uses_nccl
 from trainer.errors import Interrupted, RankError, exit_status_of
+from trainer.host import begin_run
 
 # Declares the version ranges that the tests were run with.
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
@@ -41,6 +43,10 @@ def untested_versions(requirements: Path = REQUIREMENTS) -> list[str]:
 
 def run_program(program: Callable[[], None]) -> int:
     """Run ``program`` and return its exit status; a user error is printed as one line on stderr."""
+    begin_run()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows another
+            stream.reconfigure(errors="replace")
     if os.environ.get("RANK", "0") == "0":
         for line in untested_versions():
             write_line(partial(print, file=sys.stderr), line)

@@ -19,13 +19,14 @@ from trainer.device import setup_seed
 from trainer.errors import BadUpdateError, SettingsError
 from trainer.flags import TrainConfig, skipped_updates
 from trainer.optimizer import load_optimizer
-from trainer.plan import NOT_KNOWN, Budget, Plan
+from trainer.plan import NOT_KNOWN, Budget, Plan, largest_divisor
 from trainer.progress import Outcome, Progress, to_host
 from trainer.schedule import learning_rate
 from trainer.step_times import StepTimes
 from trainer.weights import describes, save_weights, weights_path
 
 LossOf = Callable[[MiniMindForCausalLM, Any], Any]  # of a batch, as from next_token_loss
+MAX_PENDING = 100  # outcomes of updates that nobody has looked at; they hold memory
 WITHOUT = "without"  # in a state: the names of the fast paths that failed
 
 
@@ -183,6 +184,8 @@ class Run:
         first_row = self.rows_seen % self.rows_per_epoch
         self.progress.rows_seen += num_rows
         self.progress.step += 1
+        if len(self.pending) == MAX_PENDING:
+            self.read_outcomes()
         if outcome is not None:
             self.pending.append(Update(self.step, first_row, num_rows, num_labels, outcome))
 
@@ -205,9 +208,10 @@ class Run:
 
     def _report_bad(self, update: Update, ranks: list[int]) -> None:
         """Log which documents a bad update had read. Raises: BadUpdateError after too many."""
-        ranks = ranks or ([0] if distributed.world_size() == 1 else [])
-        world_size = distributed.world_size()
-        rows = [r for rank in ranks for r in rows_of(rank, update, self.micro_batch, world_size)]
+        num_ranks, micro = distributed.world_size(), self.micro_batch
+        ranks = ranks or ([0] if num_ranks == 1 else [])
+        span = range(update.first_row, update.first_row + update.num_rows)
+        rows = [row for r in ranks for row in distributed.rows_of(r, span, micro, num_ranks)]
         documents = sorted(set(self.documents_of(rows)))
         shown = ", ".join(map(str, documents[:8])) + (", …" if len(documents) > 8 else "")
         where = "only in the sum over all ranks"
@@ -313,14 +317,5 @@ class Run:
         self.seconds_spent = state["seconds_spent"]
         if self.budget:
             self.budget.spent_before = self.seconds_spent
-
-
-def largest_divisor(number: int, limit: float) -> int:
-    """The largest divisor of ``number`` that is not above ``limit``, at least 1."""
-    return next(d for d in range(max(1, min(number, int(limit))), 0, -1) if number % d == 0)
-
-
-def rows_of(rank: int, update: Update, micro_batch: int, world_size: int) -> list[int]:
-    """The rows that a rank had in an update: micro-batches are dealt to ranks in turn."""
-    rows = range(update.first_row, update.first_row + update.num_rows)
-    return [row for i, row in enumerate(rows) if i // micro_batch % world_size == rank]
+        elif self.total_rows == NOT_KNOWN:  # a run by time, saved before it had a plan
+            self.plan = self.plan._replace(total_rows=self.rows_per_epoch * self.args.epochs)

@@ -59,7 +59,8 @@ def check_state(state: dict, run: Run) -> None:
     fit."""
     check_same_settings(state["settings"], run.settings, type(run.args))
     check_fits(state["model"], run.weights(), "model")
-    check_fits(state["optimizer"]["state"], expected_state(run.optimizer), "optimizer")
+    if state["optimizer"]["state"] or state["progress"]["tokens_seen"]:  # or no update was made yet
+        check_fits(state["optimizer"]["state"], expected_state(run.optimizer), "optimizer")
     check_scaler(state["scaler"], run.scaler.state_dict())
     check_plan(Plan(**state["plan"]), state["seconds_spent"], run)
     Progress(**state["progress"]).check(

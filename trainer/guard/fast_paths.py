@@ -26,7 +26,8 @@ from trainer.device import keep_compiled_code, silence_compiler
 from trainer.errors import SettingsError, is_out_of_memory, reason_of
 from trainer.guard.micro_batch import fit_micro_batch, free_bytes
 from trainer.optimizer import OPTIMIZERS, step_if_finite, tensors_of, use_plain_steps
-from trainer.run import Run, largest_divisor
+from trainer.plan import largest_divisor
+from trainer.run import Run
 
 Pass = Callable[[Any, float], Tensor]  # forward_backward in train_pretrain.py, of a run
 

@@ -10,7 +10,6 @@ A supervisor reads that file, since torchrun exits with 1 whatever the ranks ret
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from model.model_minimind import MiniMindConfig
+from trainer import host
 from trainer.checkpoint import (
     checkpoint_name,
     is_good,
@@ -63,6 +63,7 @@ class RunFolder:
         self.path = self.folder / RUN_STATE
         self.locks: list[int] = []
         self.own_states: set[Path] = set()
+        self.before_first_save = False  # whether this start goes on with one that saved nothing
         self.mirror: Mirror | None = None
         if args.checkpoint_mirror and is_main_process():
             warn = partial(write_line, print)
@@ -91,10 +92,17 @@ class RunFolder:
                 self._lock(flag, folder / lock)
                 probe = write_atomically(folder / f"{self.name}.probe", b"")
                 probe.unlink()
+                if not host.sync_folder(folder):
+                    log(
+                        f"note: {folder} cannot be told to keep the names of its files: what was "
+                        f"saved last may be lost if the power fails"
+                    )
             except OSError as error:
                 raise OSError(f"cannot write to {flag} {folder}: {error.strerror}") from None
         last = read_run_state(self.folder)
         spent = last.get("seconds_spent")
+        unfinished = last.get("step") == 0 and last.get("status") != "complete"
+        self.before_first_save = bool(self.args.from_resume) and unfinished
         if last.get("run") == self.name and isinstance(spent, float) and 0 < spent < math.inf:
             self.content["seconds_spent"] = spent
         if last.get("status") == "running":
@@ -118,9 +126,13 @@ class RunFolder:
         since = time.monotonic()
         while True:
             try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not host.lock(descriptor):
+                    log(
+                        f"note: {path.parent} has no locks: another run in the same folder is "
+                        f"noticed only when one of them saves"
+                    )
                 return self.locks.append(descriptor)
-            except (BlockingIOError, PermissionError):
+            except BlockingIOError:
                 if time.monotonic() - since > LOCK_SECONDS:
                     os.close(descriptor)
                     break
@@ -201,8 +213,10 @@ class RunFolder:
                 path.rename(path.with_suffix(".abandoned"))
 
     def track_time(self, budget: Budget, resumed: bool) -> None:
-        """Make the budget count the time of earlier starts, and record the time of this one."""
-        if resumed:
+        """Make the budget count the time of earlier starts, and record the time of this one.
+
+        Also of starts that ended before they had saved anything, if this one goes on with them."""
+        if resumed or self.before_first_save:
             budget.spent_before = max(budget.spent_before, self.content["seconds_spent"])
 
         def keep(seconds: float) -> None:
@@ -210,6 +224,7 @@ class RunFolder:
                 self.write(seconds_spent=round(seconds, 3))
 
         budget.keep = keep
+        keep(budget.spent())
 
     def begin(self, step: int, num_bad_records: int) -> None:
         """Record that training begins after ``step`` updates."""

@@ -9,8 +9,7 @@ from types import FrameType
 
 from trainer.console import drop_output
 from trainer.errors import Interrupted
-
-STOPPING = ("SIGTERM", "SIGINT", "SIGHUP")
+from trainer.host import STOP_SIGNALS
 
 
 class StopSignals:
@@ -30,7 +29,7 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one stops immediately
             with contextlib.suppress(OSError):  # not print(), which may be what was interrupted
                 os.write(2, b"\nstopping after this update; Ctrl-C again stops without saving\n")
-        if number == signal.SIGHUP:
+        if self.received == "SIGHUP":
             for terminal in self._terminals:  # it is gone, so each write would fail
                 drop_output(terminal)
         if not self.training:
@@ -41,8 +40,7 @@ class StopSignals:
         """Install the handler, except for ignored signals, such as SIGHUP under nohup."""
         before = {}
         if threading.current_thread() is threading.main_thread():
-            for name in STOPPING:
-                number = getattr(signal, name)
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     before[number] = signal.signal(number, self._handle)
         try:
