@@ -354,7 +354,7 @@ def test_a_pickle_is_no_state_and_passed_over_for_the_good_one_before_it(
     put_state(folder, good)
     path = put_state(folder, FORMS[form](Call(os.mkdir, str(marker))), update=11)
     output = train_in_process(folder, epochs=1, from_resume=1)
-    assert f"warning: {path} cannot be loaded: " in output
+    assert re.search(rf"warning: {path} (cannot be loaded: |is damaged: )", output)
     assert "resuming after update 10" in output and not marker.exists()
     assert_same(newest_state(folder), newest_state(trained))
 
@@ -539,7 +539,7 @@ MALFORMED = {  # states; what their message says
 @pytest.mark.parametrize("case", MALFORMED)
 def test_what_is_no_state_is_refused_in_one_line(folder: Path, case: str) -> None:
     path = put_state(folder, MALFORMED[case])
-    assert f"{path} cannot be loaded: " in refused_resume(folder)
+    assert re.search(rf"{path} (cannot be loaded: |is damaged: )", refused_resume(folder))
 
 
 def test_a_state_of_an_older_format_is_refused_by_its_number(folder: Path, trained: Path) -> None:

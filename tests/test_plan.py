@@ -4,6 +4,7 @@ import contextlib
 import io
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from tests.running import (
     tiny_flags,
     train_in_process,
 )
+from trainer.checkpoint import list_states, update_of
 from trainer.guard.run_folder import read_run_state
 from trainer.plan import NOT_KNOWN, Budget, Plan
 
@@ -244,11 +246,16 @@ def test_a_dry_run_beside_a_run_changes_nothing_of_it(stable: Path) -> None:
 def test_starts_that_end_before_their_third_update_spend_their_time(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing was saved yet, and still 5 x 30 s of the 300 are over."""
+    """Nothing was saved yet, and still 5 x 30 s of the 300 are over; a thread notes the time."""
 
     def killed(*args: object) -> None:
+        time.sleep(0.3)
         raise KeyboardInterrupt
 
+    real = threading.Event.wait
+    monkeypatch.setattr(
+        threading.Event, "wait", lambda event, seconds=None: real(event, seconds and 0.05)
+    )
     begun = clock()
     words = tiny_flags(tmp_path, **SETTINGS, max_minutes=5, from_resume=1)
     for _ in range(5):
@@ -279,3 +286,23 @@ def test_a_run_by_time_saved_before_it_had_a_plan_goes_on_by_epochs(
     found, whole = newest_state(tmp_path), newest_state(tmp_path / "whole")
     assert found["plan"] == whole["plan"]
     assert found["progress"]["rows_seen"] == whole["progress"]["rows_seen"]
+
+
+def test_a_decay_by_time_that_had_no_plan_yet_goes_on_by_updates(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as without a time: a third of what came before it, with --decay_ratio 0.25."""
+    settings = SETTINGS | {"decay_ratio": 0.25, "save_interval": 20}
+    train_in_process(tmp_path, **settings, epochs=2, keep_states=99)
+    (start,) = [
+        p for p in list_states(tmp_path / "checkpoints", "pretrain_32") if update_of(p) == 60
+    ]
+    decay = {"anneal_from": start, "save_weight": "annealed"}
+    words = tiny_flags(tmp_path, **settings, **decay, max_minutes=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pretrain.Guard, "stopping", lambda guard: True)
+        assert train_pretrain.main(words) == 75
+    assert newest_state(tmp_path, "annealed_32")["plan"]["total_rows"] == NOT_KNOWN
+    train_in_process(tmp_path, **settings, save_weight="annealed", from_resume=1, epochs=2)
+    state = newest_state(tmp_path, "annealed_32")
+    assert state["step"] == 80 and state["progress"]["rows_seen"] == 80

@@ -12,7 +12,7 @@ import torch
 
 import train_pretrain
 from tests.helpers import digest
-from tests.running import newest_state, tiny_flags, train_in_process
+from tests.running import newest_state, tiny_flags, train_and_kill, train_in_process
 from trainer import checkpoint, reading
 from trainer.checkpoint import is_good, list_states, make_room, save_state
 from trainer.checkpoint import newest_state as newest_of
@@ -65,6 +65,22 @@ def test_a_newest_state_that_cannot_be_read_is_named_and_the_one_before_it_used(
     assert f"resuming after update {step}" in output and "nothing to do" in output
     if kind != "folder":  # which is no file of that name
         assert f"warning: {newer} " in output and "Using the state before it." in output
+
+
+@pytest.mark.parametrize("kind", [*STRANGE, "damaged"])
+def test_what_cannot_be_read_takes_no_good_state_s_place(tmp_path: Path, kind: str) -> None:
+    """After the next save there are still two good ones."""
+    train_and_kill(tmp_path, 12)
+    (newest, *_) = list_states(tmp_path / "checkpoints", "pretrain_32")
+    bad = newer_than(newest)
+    if kind == "damaged":
+        bad.write_bytes(newest.read_bytes()[:-1])
+    else:
+        STRANGE[kind](bad)
+    train_in_process(tmp_path, from_resume=1)
+    states = list_states(tmp_path / "checkpoints", "pretrain_32")
+    assert len(states) == 2 and all(map(is_good, states))
+    assert not bad.exists() and not bad.is_symlink()
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])

@@ -16,7 +16,9 @@ from tests.running import (
     train_in_process,
     train_on_ranks,
 )
-from trainer.checkpoint import list_states
+from trainer import run as run_module
+from trainer.checkpoint import list_states, update_of
+from trainer.run import Run
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -122,3 +124,38 @@ def test_a_kill_while_the_last_save_removed_older_states_leaves_none_for_good(
     said = train_in_process(tmp_path, keep_states=2, from_resume=1)
     assert "nothing to do" in said
     assert list_states(tmp_path / "checkpoints", "pretrain_32") == states[:2]
+
+
+def test_a_state_saved_before_any_update_was_made_is_resumed(tmp_path: Path) -> None:
+    """The optimizer has no moments yet."""
+    settings = {"skip_steps": "1:8", "save_interval": 5}
+    train_in_process(tmp_path / "whole", **settings)
+    train_in_process(tmp_path / "cut", **settings, keep_states=99)
+    folder = tmp_path / "cut" / "checkpoints"
+    for path in list_states(folder, "pretrain_32"):
+        if update_of(path) > 5:
+            path.unlink()
+    output = train_in_process(tmp_path / "cut", **settings, from_resume=1)
+    assert "resuming after update 5" in output
+    assert_same(newest_state(tmp_path / "cut"), newest_state(tmp_path / "whole"))
+
+
+def test_outcomes_that_no_line_shows_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold memory; and the log tells the same."""
+    rare = {"log_interval": 10**6, "save_interval": 10**6, "eval_interval": 10**6}
+    held = []
+    advance = Run.advance
+
+    def counted(run: Run, *args: object) -> None:
+        advance(run, *args)
+        held.append(len(run.pending))
+
+    monkeypatch.setattr(run_module, "MAX_PENDING", 4)
+    monkeypatch.setattr(Run, "advance", counted)
+    train_in_process(tmp_path / "rare", **rare)
+    assert max(held) == 4 and len(held) > 12
+    monkeypatch.setattr(run_module, "MAX_PENDING", 100)
+    train_in_process(tmp_path / "plain", **rare)
+    assert metrics_without_times(tmp_path / "rare") == metrics_without_times(tmp_path / "plain")

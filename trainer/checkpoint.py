@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -24,8 +24,8 @@ from trainer import distributed
 from trainer.console import log
 from trainer.errors import CheckpointError, printable
 from trainer.host import sync_folder
-from trainer.reading import digest_of_file, open_regular, short
-from trainer.state import num_bytes, parse_state, write_state
+from trainer.reading import hash_of, open_regular, short
+from trainer.state import num_bytes, parse_state, size_by_header, write_state
 
 FORMAT = 3  # of the state; raise it when a field changes its meaning
 FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -113,8 +113,7 @@ def is_state(file: str, name: str | None = None) -> bool:
 
 def list_states(folder: str | Path, name: str) -> list[Path]:
     """A run's states, newest first: by update, since clocks can go back."""
-    named = (path for path in Path(folder).glob("*_resume_*") if is_state(path.name, name))
-    found = [path for path in named if not path.is_dir()]
+    found = [path for path in Path(folder).glob("*_resume_*") if is_state(path.name, name)]
     return sorted(found, key=lambda path: (update_of(path), path.name), reverse=True)
 
 
@@ -127,11 +126,23 @@ def remove_partial_files(folder: str | Path, name: str) -> list[Path]:
     return parts
 
 
+def remove(path: Path) -> None:
+    """Delete a file; a folder of that name, which nobody wrote here, stays. Raises: OSError."""
+    with contextlib.suppress(IsADirectoryError):
+        path.unlink(missing_ok=True)
+
+
 def is_good(path: Path) -> bool:
     """Whether a state can be read and its bytes are those that were written."""
-    with contextlib.suppress(OSError):
-        return digest_of_file(path) in path.name
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        return is_whole(file, path)
     return False
+
+
+def is_whole(file: BinaryIO, path: Path) -> bool:
+    """As ``is_good``, of an open one. Its size tells first: it could be of terabytes."""
+    size = file.seek(0, os.SEEK_END)
+    return size == size_by_header(file) and hash_of(file) == path.stem.rsplit("_", 1)[1]
 
 
 def make_room(states: list[Path]) -> None:
@@ -140,7 +151,7 @@ def make_room(states: list[Path]) -> None:
         good = next(filter(is_good, states), None)
         for path in states:
             if good not in (None, path):
-                path.unlink(missing_ok=True)
+                remove(path)
 
 
 def save_state(
@@ -179,7 +190,7 @@ def save_state(
     for same_update in (True, False):  # one that could pass for this state goes first, for sure
         group = [old for old in removed if (update_of(old) == update) is same_update]
         for old in group:
-            old.unlink(missing_ok=True)
+            remove(old)
         if group:  # else a power loss could bring back a branch that the run went back from
             sync_folder(folder)
     return path
@@ -188,13 +199,13 @@ def save_state(
 def read_state(path: Path) -> dict:
     """A state whose bytes are those that were written. Raises: CheckpointError if they are not.
 
-    They are hashed before they are held: a file of another size could be of any size."""
+    They are hashed before they are held."""
     if path.suffix == ".pth":
         raise CheckpointError(f"{path} has format 2 or older; this trainer reads format {FORMAT}.")
     try:
         with open_regular(path) as file:
-            if path.stem.rsplit("_", 1)[1] != short(hashlib.file_digest(file, "sha256")):
-                size = f"{file.tell():,} bytes"
+            if not is_whole(file, path):
+                size = f"{file.seek(0, os.SEEK_END):,} bytes"
                 raise CheckpointError(f"{path} is damaged: its {size} are not those written.")
             file.seek(0)
             data = file.read()

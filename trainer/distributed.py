@@ -34,7 +34,6 @@ SERIAL_BACKENDS = ("gloo",)  # run one exchange at a time, see GradientSum._wait
 _timeout_seconds = 600.0
 _restarted = False
 _store: dist.Store | None = None  # key-value store hosted by torchrun; it outlives the ranks
-_spared: "_Spared | None" = None  # where work that others wait for is reported
 _work_numbers = itertools.count()  # numbers the calls of _on_first_machines; the same on all ranks
 
 
@@ -64,7 +63,7 @@ def init_distributed_mode(device: str = "cuda", timeout_seconds: float = 600) ->
     Args: timeout_seconds: a rank that does not join an exchange for this long counts as lost.
     Returns: the index of this process on its machine, 0 without torchrun.
     Raises: RankError if a rank is missing."""
-    global _restarted, _store, _spared, _timeout_seconds
+    global _restarted, _store, _timeout_seconds
     if "RANK" not in os.environ:
         return 0
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -81,9 +80,9 @@ def init_distributed_mode(device: str = "cuda", timeout_seconds: float = 600) ->
         raise RankError(
             f"the ranks cannot connect at {where}: {str(error).splitlines()[0]}"
         ) from None
-    end_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # not of ranks that somebody started one by one
+        end_with_parent()
     _store = dist.PrefixStore(f"start/{start}", shared)
-    _spared = _Spared(_store, rank)
     _store.set(f"host/{rank}", socket.gethostname())
     with exchange():
         dist.init_process_group(
@@ -92,43 +91,6 @@ def init_distributed_mode(device: str = "cuda", timeout_seconds: float = 600) ->
     counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     _restarted = totals(start > 1 or counted)[0] > 0
     return local_rank
-
-
-class _Spared:
-    """A key-value store with a second one in rank 0's process.
-
-    torchrun's ends with torchrun: a kill of it must not take the last save of its ranks with it.
-
-    Args: first: torchrun's, through which the ranks learn where the second one is.
-    Raises: RankError, RuntimeError."""
-
-    def __init__(self, first: dist.Store, rank: int) -> None:
-        self.first, timeout = first, timedelta(seconds=_timeout_seconds)
-        port = 0 if rank == 0 else int(_wait_for_keys(first, ["port"], _timeout_seconds)[0])
-        host = os.environ["MASTER_ADDR"]
-        self.spare = dist.TCPStore(host, port, None, rank == 0, timeout, wait_for_workers=False)
-        if rank == 0:
-            first.set("port", str(self.spare.port))
-
-    def set(self, key: str, value: str) -> None:
-        """In both, so that whoever finds the first one gone finds it in the second."""
-        self.spare.set(key, value)
-        with contextlib.suppress(RuntimeError):
-            self.first.set(key, value)
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all of them are there. Raises: RuntimeError if both stores are gone."""
-        try:
-            return self.first.check(keys)
-        except RuntimeError:
-            return self.spare.check(keys)
-
-    def get(self, key: str) -> bytes:
-        """The value of a key that is there. Raises: RuntimeError if both stores are gone."""
-        try:
-            return self.first.get(key)
-        except RuntimeError:
-            return self.spare.get(key)
 
 
 def _agree_on_start(store: dist.Store, rank: int, world_size: int) -> int:
@@ -374,8 +336,7 @@ def _on_first_machines(work: Callable[[], T], num_machines: int, timeout_seconds
     if world_size() == 1:
         return work()
     number, machine = next(_work_numbers), int(os.environ["GROUP_RANK"])
-    store, results = _spared, []
-    assert store is not None, "init_distributed_mode() joined a group"
+    store, results, statuses = _joined_store(), [], []
     if os.environ["LOCAL_RANK"] == "0" and machine < num_machines:
         status = ""
         try:
@@ -384,27 +345,26 @@ def _on_first_machines(work: Callable[[], T], num_machines: int, timeout_seconds
             status = str(exit_status_of(error))
             raise
         finally:
-            store.set(f"work/{number}/{machine}", status)
+            with contextlib.suppress(RuntimeError):
+                store.set(f"work/{number}/{machine}", status)
     keys = [f"work/{number}/{i}" for i in range(num_machines)]
-    for status in _wait_for_keys(store, keys, timeout_seconds):
+    # The store ends with torchrun. Then the exchange waits, or fails with a rank, by itself.
+    with contextlib.suppress(RuntimeError):
+        statuses = _wait_for_keys(store, keys, timeout_seconds)
+    for status in statuses:
         if status:
             sys.exit(int(status))
     return broadcast(results)[0]  # rank 0 always has a result
 
 
-def _wait_for_keys(
-    store: dist.Store | _Spared, keys: list[str], timeout_seconds: float
-) -> list[bytes]:
+def _wait_for_keys(store: dist.Store, keys: list[str], timeout_seconds: float) -> list[bytes]:
     """Wait until all keys are set. Polls, so that Python can handle signals in between.
 
     Returns: their values.
-    Raises: RankError after ``timeout_seconds``, or if the store cannot be reached."""
+    Raises: RankError after ``timeout_seconds``; RuntimeError if the store cannot be reached."""
     since = time.monotonic()
-    try:
-        while not store.check(keys):
-            if time.monotonic() - since > timeout_seconds:
-                raise RankError(f"another rank is stuck: no result for {timeout_seconds:,.0f} s")
-            time.sleep(POLL_SECONDS)
-        return [store.get(key) for key in keys]
-    except RuntimeError as error:
-        raise RankError("rank 0 is gone") from error
+    while not store.check(keys):
+        if time.monotonic() - since > timeout_seconds:
+            raise RankError(f"another rank is stuck: no result for {timeout_seconds:,.0f} s")
+        time.sleep(POLL_SECONDS)
+    return [store.get(key) for key in keys]

@@ -22,6 +22,7 @@ from trainer.guard.fast_paths import ROWS_ON_DEVICE
 from trainer.guard.tracker import NoTracker, SwanLabTracker
 from trainer.host import run_time
 from trainer.plan import NOT_KNOWN
+from trainer.reading import open_regular
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
 from trainer.weights import get_model_params
@@ -93,9 +94,16 @@ def complete_files(run: Run) -> None:
 def restore_file(path: Path, records: list[dict]) -> None:
     """Make the metrics file hold exactly these records; leave it alone if it already does."""
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
-    if not path.exists() or path.read_bytes() != text:
+    if not is_content(path, text):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
+
+
+def is_content(path: Path, data: bytes) -> bool:
+    """Whether a file holds these bytes."""
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        return file.read(len(data) + 1) == data
+    return False
 
 
 def open_metrics(run: Run) -> "Metrics":

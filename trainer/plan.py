@@ -72,8 +72,6 @@ class Budget:
     def due(self) -> bool:
         """Count an update. Returns: whether it is time to re-plan."""
         self.num_updates += 1
-        if self.num_updates <= SKIPPED:
-            self.keep(self.spent())
         return self.num_updates > SKIPPED and self.spent() >= self.next_look
 
     def updates_left(

@@ -30,10 +30,17 @@ def short(digest: "hashlib._Hash") -> str:
     return digest.hexdigest()[:32]
 
 
+def hash_of(file: BinaryIO) -> str:
+    """32 hexadecimal digits of SHA-256 of an open file's bytes, without holding them."""
+    file.seek(0)
+    # pyrefly: ignore[bad-argument-type]  # it takes any binary file
+    return short(hashlib.file_digest(file, "sha256"))
+
+
 def digest_of_file(path: str | Path) -> str:
-    """32 hexadecimal digits of SHA-256 of a file's bytes, without holding them. Raises: OSError."""
+    """As ``hash_of``, of a file's name. Raises: OSError."""
     with open_regular(path) as file:
-        return short(hashlib.file_digest(file, "sha256"))
+        return hash_of(file)
 
 
 def read_json(path: str | Path) -> dict:

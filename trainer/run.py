@@ -296,7 +296,13 @@ class Run:
         if self.budget:
             self.budget.spent_before = 0.0
         else:
-            self.plan_for(math.ceil(self.step * args.decay_ratio / stable))
+            self.plan_decay()
+
+    def plan_decay(self) -> None:
+        """Plan to end as ``anneal`` says, by updates, from where it was called."""
+        updates = (self.rows_seen - self.plan.from_row) / self.global_batch  # since then
+        decay = (self.step - updates) * self.args.decay_ratio / (1 - self.args.decay_ratio)
+        self.plan_for(max(1, math.ceil(decay - updates)))
 
     def restore(self, state: dict) -> None:
         """Become the run that saved ``state``, after guard/check_state.py has checked it.
@@ -318,4 +324,6 @@ class Run:
         if self.budget:
             self.budget.spent_before = self.seconds_spent
         elif self.total_rows == NOT_KNOWN:  # a run by time, saved before it had a plan
-            self.plan = self.plan._replace(total_rows=self.rows_per_epoch * self.args.epochs)
+            if self.plan.from_row:
+                return self.plan_decay()
+            self.plan = Plan(self.rows_per_epoch * self.args.epochs)

@@ -6,7 +6,7 @@ Opening a state therefore runs no code and allocates no more than the file holds
 
 import json
 from types import UnionType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import safetensors.torch
 import torch
@@ -27,6 +27,7 @@ DTYPES = {  # by the names of the safetensors format
     torch.bool: "BOOL",
 }
 JSON = "json"  # the tensor that holds what is no tensor: a header could not exceed 100 MB
+MAX_HEADER_BYTES = 10**8  # as the format allows
 REFERENCE = "$tensor"  # {"$tensor": name} stands in the JSON where the tensor belongs
 
 
@@ -93,6 +94,20 @@ def without_tensors(part: object, name: str, tensors: dict[str, Tensor]) -> obje
         return [without_tensors(value, f"{name}/{i}", tensors) for i, value in enumerate(part)]
     check_plain(part)
     return part
+
+
+def size_by_header(file: BinaryIO) -> int:
+    """How many bytes a state has, by its own first ones; -1 if those are none of a state."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= MAX_HEADER_BYTES:
+        return -1
+    try:
+        entries = json.loads(file.read(length))
+        ends = [e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"]
+        return 8 + length + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return -1
 
 
 def parse_state(data: bytes) -> dict:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import socket
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainer.checkpoint import (
     list_states,
     newest_for_all,
     read_state,
+    remove,
     remove_partial_files,
     update_of,
     write_atomically,
@@ -38,7 +40,7 @@ from trainer.errors import CheckpointError, Interrupted, RankError, SettingsErro
 from trainer.flags import TrainConfig
 from trainer.guard.check_state import check_layout
 from trainer.guard.mirror import Mirror, MirrorError, fetch_newest
-from trainer.plan import Budget
+from trainer.plan import NUM_CLOCK_CHECKS, Budget
 from trainer.reading import read_json
 from trainer.weights import weights_path
 
@@ -63,6 +65,8 @@ class RunFolder:
         self.path = self.folder / RUN_STATE
         self.locks: list[int] = []
         self.own_states: set[Path] = set()
+        self.budget: Budget | None = None
+        self.ended, self.writing = threading.Event(), threading.RLock()
         self.before_first_save = False  # whether this start goes on with one that saved nothing
         self.mirror: Mirror | None = None
         if args.checkpoint_mirror and is_main_process():
@@ -144,9 +148,10 @@ class RunFolder:
 
     def write(self, **changes: object) -> None:
         """Replace ``run_state.json``."""
-        self.content |= changes
-        text = json.dumps(self.content, indent=1, ensure_ascii=False)
-        write_atomically(self.path, text.encode())
+        with self.writing:
+            self.content |= changes
+            text = json.dumps(self.content, indent=1, ensure_ascii=False)
+            write_atomically(self.path, text.encode())
 
     def tell(self, **changes: object) -> None:
         """As ``write``; but a disk that fails is left to the next save, which tries it twice."""
@@ -223,15 +228,23 @@ class RunFolder:
             with contextlib.suppress(OSError):  # on a full disk, only this number is lost
                 self.write(seconds_spent=round(seconds, 3))
 
-        budget.keep = keep
-        keep(budget.spent())
+        budget.keep, self.budget = keep, budget
 
     def begin(self, step: int, num_bad_records: int) -> None:
-        """Record that training begins after ``step`` updates."""
+        """Record that training begins after ``step`` updates; later states could not be used."""
+        self.set_aside(step)
         self.own_states = set(list_states(self.folder, self.name))
         if self.mirror is not None:
             self.mirror.add_own(path.name for path in self.own_states)
         self.write(step=step, bad_records=num_bad_records)
+        if self.budget is not None:  # on rank 0
+            threading.Thread(target=self._keep_time, args=[self.budget], daemon=True).start()
+
+    def _keep_time(self, budget: Budget) -> None:
+        """The thread that records the time spent: a kill may come before the third update."""
+        interval = max(1.0, budget.seconds / NUM_CLOCK_CHECKS)
+        while not self.ended.wait(interval):
+            budget.keep(budget.spent())
 
     def check_no_other_run(self) -> None:
         """Raises: CheckpointError if another run saved here. Locks fail on some network disks."""
@@ -246,12 +259,13 @@ class RunFolder:
         """Record a state that this run has saved, and offer it to the mirror."""
         self.own_states.add(path)
         for abandoned in self.folder.glob(f"{self.name}_resume_*.abandoned"):
-            abandoned.unlink()
+            remove(abandoned)
         self.write(step=update_of(path))
         if self.mirror is not None:
             self.mirror.offer(path)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.ended.set()
         code = 0 if error is None else exit_status_of(error)
         if self.mirror is not None and code in (0, 75):
             with contextlib.suppress(Interrupted):  # a signal while waiting

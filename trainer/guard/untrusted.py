@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import CheckpointError, printable
+from trainer.reading import open_regular
 
 # The globals that dicts and lists of tensors need. torch would allow more, such as byte arrays and
 # tensors of any size, sparse tensors with out-of-bounds indices, and text encoders.
@@ -28,7 +29,7 @@ ZIP_END = struct.Struct("<4s36x2Q 4s4xQ4x 4s16xH")
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a file by torch.save, by name, on the CPU. Raises: CheckpointError."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             check_archive(file)
             with warnings.catch_warnings(record=True, action="always") as warned:
                 content = torch.load(file, map_location="cpu", weights_only=True)
