@@ -999,6 +999,11 @@ DESCRIPTIONS = {
     "num_attention_heads": "x",
     "num_key_value_heads": 0,
     "max_position_embeddings": 10**12,
+    "intermediate_size": 2 * 10**7,
+    "rms_norm_eps": None,
+    "bos_token_id": [],
+    "pad_token_id": 10**22,
+    "num_experts_per_tok": 0,
     "hidden_act": "odd",
 }
 

@@ -16,6 +16,7 @@ from tests.running import (
     train_in_process,
     train_on_ranks,
 )
+from trainer import metrics
 from trainer import run as run_module
 from trainer.checkpoint import list_states, update_of
 from trainer.run import Run
@@ -138,6 +139,26 @@ def test_a_state_saved_before_any_update_was_made_is_resumed(tmp_path: Path) -> 
     output = train_in_process(tmp_path / "cut", **settings, from_resume=1)
     assert "resuming after update 5" in output
     assert_same(newest_state(tmp_path / "cut"), newest_state(tmp_path / "whole"))
+
+
+def test_a_long_log_is_thinned_and_a_killed_run_s_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"epochs": 4, "eval_interval": 7}
+    train_in_process(tmp_path / "full", **settings)
+    monkeypatch.setattr(metrics, "MAX_RECORDS", 20)
+    train_in_process(tmp_path / "whole", **settings, keep_states=99)
+    full, whole = (metrics_without_times(tmp_path / name) for name in ("full", "whole"))
+    assert len(full) > 45 and len(whole) <= 24 and all(record in full for record in whole)
+    assert newest_state(tmp_path / "whole")["records"] == whole
+    held_out = [record for record in full if "heldout_loss" in record]
+    assert len(held_out) > 5 and all(record in whole for record in held_out)
+    assert whole[-9:] == full[-9:] and whole[0] == full[0]
+    for path in list_states(tmp_path / "whole" / "checkpoints", "pretrain_32"):
+        if update_of(path) > 25:
+            path.unlink()
+    train_in_process(tmp_path / "whole", **settings, from_resume=1)
+    assert metrics_without_times(tmp_path / "whole") == whole
 
 
 def test_outcomes_that_no_line_shows_are_not_kept(

@@ -48,6 +48,7 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
+MAX_RECORDS = 20_000  # in the metrics file; about 5 MB, also of each state
 OVERFITTING_NATS = 0.05  # per token: held-out loss this far above its minimum causes a warning
 
 
@@ -97,6 +98,15 @@ def restore_file(path: Path, records: list[dict]) -> None:
     if not is_content(path, text):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
+
+
+def thinned(records: list[dict]) -> list[dict]:
+    """Every second line of the older half, and all that tell a held-out loss.
+
+    Each state holds the records: without an end to them, saves would take ever longer."""
+    half = len(records) // 2
+    older = (r for i, r in enumerate(records[:half]) if i % 2 == 0 or "heldout_loss" in r)
+    return [*older, *records[half:]]
 
 
 def is_content(path: Path, data: bytes) -> bool:
@@ -312,6 +322,9 @@ class Metrics:
         """Append a record to the file, and send its numbers to the tracker."""
         if is_main_process():
             self.run.records.append(record)
+            if len(self.run.records) > MAX_RECORDS:
+                self.run.records[:] = thinned(self.run.records)
+                restore_file(self.path, self.run.records[:-1])
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.tracker.log(record, step=record["step"])

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import checkpoint_name, write_atomically
-from trainer.errors import CheckpointError, SettingsError, printable
+from trainer.errors import CheckpointError, SettingsError, printable, reason_of
 from trainer.guard.untrusted import load_tensors
 from trainer.reading import read_json
 
@@ -22,8 +22,8 @@ SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "use_moe", "head_dim"),
     *("num_attention_heads", "num_key_value_heads"),
 )
-# What reading a description that somebody else wrote can raise.
-NO_DESCRIPTION = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
+EXPERTS = ("moe_intermediate_size", "num_experts")  # the same, with experts
+MAX_POSITIONS = 2**24
 
 
 def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> Path:
@@ -130,10 +130,18 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
             # Other names would become attributes, and could hide a method.
             known = inspect.signature(MiniMindConfig).parameters.keys() - {"kwargs"}
             config = MiniMindConfig(**{name: described[name] for name in known & described.keys()})
-        except NO_DESCRIPTION as error:
-            raise CheckpointError(f"{description} does not describe a model: {error}") from None
+            if not 0 < config.max_position_embeddings <= MAX_POSITIONS:
+                raise ValueError(f"{config.max_position_embeddings!s:.40} positions")
+            if not 0 < config.num_experts_per_tok <= config.num_experts:
+                raise ValueError(f"{config.num_experts_per_tok!s:.40} experts a token")
+        except Exception as error:  # transformers checks some of it, by exceptions of its own
+            reason = printable(reason_of(error))
+            raise CheckpointError(f"{description} does not describe a model: {reason}") from None
         sizes = config_from_shapes(state, path) if state else config
-        for name in SIZES:  # before a model of that size is built
+        for name in (
+            *SIZES,
+            *(EXPERTS if sizes.use_moe else ["intermediate_size"]),
+        ):  # before a model of that size is built
             if getattr(config, name) != getattr(sizes, name):
                 raise CheckpointError(
                     f"{description} says {name} {printable(getattr(config, name)):.40}, but the "
