@@ -128,8 +128,13 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
         try:
             described = read_json(description)["config"]
             # Other names would become attributes, and could hide a method.
-            known = inspect.signature(MiniMindConfig).parameters.keys() - {"kwargs"}
-            config = MiniMindConfig(**{name: described[name] for name in known & described.keys()})
+            known = inspect.signature(MiniMindConfig).parameters
+            given = {k: described[k] for k in known.keys() & described.keys() - {"kwargs"}}
+            for name, value in given.items():
+                kind = known[name].annotation
+                if not isinstance(value, kind | int if kind is float else kind):
+                    raise ValueError(f"{name} is {value!r:.40}")
+            config = MiniMindConfig(**given)
             if not 0 < config.max_position_embeddings <= MAX_POSITIONS:
                 raise ValueError(f"{config.max_position_embeddings!s:.40} positions")
             if not 0 < config.num_experts_per_tok <= config.num_experts:
