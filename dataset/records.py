@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-MAX_LINE_BYTES = 16 * 2**20  # newline included; a longer line has most likely lost its newlines
+# Of a line with its newline (a longer one has most likely lost newlines), or of a row's document.
+MAX_LINE_BYTES = 16 * 2**20
 TEXT_COLUMN = "text"
 WHITESPACE = b" \t\r\n"  # as JSON defines it; bytes.strip() would also drop control characters
 JSON_TYPES: dict[type, str] = {
@@ -341,7 +342,8 @@ def read_parquet(path: Path, content: Content) -> Iterator[Record]:
                         f'{path}: its column "{columns[0]}" is of {kind}, expected text.'
                     )
             number, size = 0, path.stat().st_size
-            for batch in file.iter_batches(batch_size=256, columns=columns):
+            # Few rows at a time: each may be as long as MAX_LINE_BYTES.
+            for batch in file.iter_batches(batch_size=16, columns=columns):
                 for values in zip(*batch.columns, strict=True):
                     number += 1
                     yield Record(
@@ -360,7 +362,11 @@ def row_of(
         record = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
         if content.is_text and record[columns[0]] is None:
             return ValueError(f"row {number:,}: no text. Expected a string in each row.")
-        return content.document(record)
+        text = content.document(record)
+        if (size := len(text.encode("utf-8"))) > MAX_LINE_BYTES:
+            found = f"a document of {size:,} bytes, expected up to {MAX_LINE_BYTES:,}"
+            return ValueError(f"row {number:,}: {found}. Split it into several rows.")
+        return text
     except UnicodeDecodeError:
         return ValueError(f"row {number:,}: bytes that are not UTF-8")
     except ValueError as error:

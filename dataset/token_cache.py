@@ -49,6 +49,7 @@ from dataset.records import (
 
 FORMAT = 2  # part of every cache's name: raise it when the meaning of the files changes
 BATCH_BYTES = 2 * 2**20  # of text encoded per call: enough for all cores, little to hold in memory
+BYTES_PER_TEXT = 100  # and what each text takes besides, so that many short ones end a batch, too
 DEFAULT_CACHE_DIR = "dataset/cache"
 FILES = ("tokens.bin", "offsets.bin", "bytes.bin", "hashes.bin")
 MASK_FILES = ("mask.bin", "labels.bin")
@@ -190,17 +191,21 @@ def refuse(message: str) -> NoReturn:
 def text_batches(
     files: list[Path], content: Content, bad: BadRecords, bar: tqdm
 ) -> Iterator[list[str]]:
-    """All documents in order, in lists of about BATCH_BYTES; ``bar`` counts the files' bytes."""
+    """All documents in order, in lists of about BATCH_BYTES; ``bar`` counts the files' bytes.
+
+    What counts is the texts' own bytes: files may be small, or hold far less than they say."""
     texts: list[str] = []
+    size = 0
     for path in files:
         bytes_read = reported = 0
         for text, bytes_read in read_documents(path, bad, content):
             texts.append(text)
-            if bytes_read - reported >= BATCH_BYTES:
+            size += len(text.encode("utf-8")) + BYTES_PER_TEXT
+            if size >= BATCH_BYTES:
                 bar.update(bytes_read - reported)
                 reported = bytes_read
                 yield texts
-                texts = []
+                texts, size = [], 0
         bar.update(bytes_read - reported)
     yield texts
 

@@ -1,5 +1,6 @@
 """Rows, their order and the token cache, compared with plain Python that follows their contract."""
 
+import gzip
 import itertools
 import os
 import random
@@ -7,21 +8,31 @@ import signal
 import socket
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
+from unittest import mock
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset import token_cache
 from dataset.lm_dataset import PretrainDataset, permutation
 from dataset.loader import as_is
-from dataset.records import DataError, read_documents
-from dataset.token_cache import TokenCache, build_token_cache, remove_leftovers, unsigned
+from dataset.records import TEXT, DataError, read_documents
+from dataset.token_cache import (
+    BadRecords,
+    TokenCache,
+    build_token_cache,
+    remove_leftovers,
+    text_batches,
+    unsigned,
+)
 from scripts import prepare_data
 from tests.helpers import shipped_tokenizer, start_python, write_jsonl
 from tests.running import files_with_times
@@ -443,6 +454,44 @@ def test_memory_does_not_grow_with_the_corpus(
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 1.5 * peaks[1]
+
+
+def many_files(folder: Path, texts: list[str]) -> list[Path]:
+    """Five texts in each."""
+    parts = [texts[i : i + 5] for i in range(0, len(texts), 5)]
+    return [write_jsonl(folder / f"{i}.jsonl", part) for i, part in enumerate(parts)]
+
+
+def packed_file(folder: Path, texts: list[str]) -> list[Path]:
+    """All of them in a file of few bytes."""
+    path = write_jsonl(folder / "a.jsonl", texts)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    return [folder / "a.jsonl.gz"]
+
+
+def parquet_file(folder: Path, texts: list[str]) -> list[Path]:
+    """All of them, most of which the format stores once."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": texts}), folder / "a.parquet")
+    return [folder / "a.parquet"]
+
+
+@pytest.mark.parametrize("write", [many_files, packed_file, parquet_file])
+@pytest.mark.parametrize("text", ["é" * 500, ""])
+def test_a_batch_is_bounded_however_the_texts_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable, text: str
+) -> None:
+    monkeypatch.setattr(token_cache, "BATCH_BYTES", 10_000)
+    texts = [text] * 1000
+    files = write(tmp_path, texts)
+    with tqdm(disable=True) as bar, mock.patch.object(bar, "update") as update:
+        batches = list(text_batches(files, TEXT, BadRecords(skip=False), bar))
+    assert sum(batches, []) == texts
+    assert max(map(len, batches)) <= (10 if text else 100)
+    counted = sum(call.args[0] for call in update.call_args_list)
+    assert counted == sum(path.stat().st_size for path in files)  # the bar ends at its end
 
 
 # ---------------------------------------------------------------------------------- bad input

@@ -244,6 +244,25 @@ def test_a_long_line_of_text_is_not_cut_after_a_byte_order_mark_or_blanks(
         assert found[0].startswith(f"{path} line 1 (byte 0): more than 100 bytes without")
 
 
+def test_a_document_of_parquet_is_as_long_as_a_line_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
+    path = parquet(tmp_path / "a.parquet", ["one", "é" * 50, "x" * 101, "é" * 51, "last"])
+    found: list[str] = []
+    texts = [text for text, _ in read_documents(path, found.append)]
+    assert texts == ["one", "é" * 50, "last"]
+    way_out = "expected up to 100. Split it into several rows."
+    assert found == [
+        f"{path} row 3: a document of 101 bytes, {way_out}",
+        f"{path} row 4: a document of 102 bytes, {way_out}",
+    ]
+    with pytest.raises(DataError, match=r"row 3: .*rows\. Correct it, or .*--bad_records skip"):
+        build_token_cache(path, shipped_tokenizer(), tmp_path / "cache")
+    cache = build_token_cache(path, shipped_tokenizer(), tmp_path / "cache", bad_records="skip")
+    assert (cache.meta["num_documents"], cache.meta["num_bad"]) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("kind", "package", "name"),
     [("jsonl.zst", "backports.zstd", "backports.zstd"), ("parquet", "pyarrow", "pyarrow")],
