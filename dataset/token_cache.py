@@ -22,6 +22,8 @@ import os
 import shutil
 import socket
 import sys
+import time
+import uuid
 from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -53,6 +55,9 @@ BYTES_PER_TEXT = 100  # and what each text takes besides, so that many short one
 DEFAULT_CACHE_DIR = "dataset/cache"
 FILES = ("tokens.bin", "offsets.bin", "bytes.bin", "hashes.bin")
 MASK_FILES = ("mask.bin", "labels.bin")
+LOCK = ".lock"  # in the folder of a cache that is being built
+DAYS_WITHOUT_LOCK = 7  # after which such a folder counts as abandoned: its disk has no locks,
+DAYS_ELSEWHERE = 1  # or it can be locked, but is another machine's
 NEVER_HELD_OUT = b"\xff\xff\xff\x7f"  # the largest int32
 Encoded = tuple[list[str], list[list[int]]]  # texts, and the ids of each
 
@@ -356,23 +361,58 @@ def is_finished(folder: Path) -> bool:
 
 
 def private_folder(cache_dir: Path, kind: Literal["building", "damaged"]) -> Path:
-    """Where this process keeps a cache that is not complete, or no longer."""
-    return cache_dir / f".{kind}-{socket.gethostname()}-{os.getpid()}"
+    """A new name for a cache that is not complete, or no longer. It tells the machine, and no two
+    are the same: containers may share a host's name and count their processes from 1."""
+    return cache_dir / f".{kind}-{socket.gethostname()}-{os.getpid()}.{uuid.uuid4().hex[:8]}"
+
+
+def lock(file: BinaryIO, shared: bool = False) -> bool | None:
+    """Whether an open file could be locked until it is closed; None: there are no locks here."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP: some network disks
+        return None
+    return True
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """For open(opener=...): a pipe of that name must not wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def is_abandoned(building: Path) -> bool:
+    """Whether the process that was building a cache here has ended.
+
+    If its lock can be had, it has; unless it ran on another machine, which may not see our locks.
+    Without a lock in it, a folder counts as abandoned when nothing in it changed for long."""
+    try:
+        held = None
+        if (building / LOCK).exists():
+            with open(building / LOCK, "rb", opener=open_without_waiting) as file:
+                if file.read(1):  # it was locked once, see new_folder
+                    held = lock(file, shared=True)
+        if held is False:
+            return False
+        if held and building.name.rpartition("-")[0] == f".building-{socket.gethostname()}":
+            return True
+        changed = max(path.lstat().st_mtime for path in (building, *building.iterdir()))
+    except OSError:  # another process removed it, or it is not ours to read
+        return False
+    return time.time() - changed > (DAYS_ELSEWHERE if held else DAYS_WITHOUT_LOCK) * 86_400
 
 
 def remove_leftovers(cache_dir: Path) -> None:
-    """Delete the private folders of processes of this machine that were killed."""
-    stems = [f".{kind}-{socket.gethostname()}" for kind in ("building", "damaged")]
-    for folder in cache_dir.glob(".*"):
-        stem, _, pid = folder.name.rpartition("-")
-        if stem not in stems or not pid.isdigit():
-            continue  # among others those of a machine whose name begins like this one's
-        try:
-            os.kill(int(pid), 0)
-            is_alive = int(pid) != os.getpid()
-        except OSError:
-            is_alive = False
-        if not is_alive:
+    """Delete the private folders of processes that were killed."""
+    for folder in cache_dir.glob(".damaged-*"):  # whoever set it aside wanted it deleted
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in cache_dir.glob(".building-*"):
+        if is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -382,7 +422,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     building = private_folder(folder.parent, "building")
     try:
         building.mkdir()
-        yield building
+        with (building / LOCK).open("wb", buffering=0) as file:
+            if lock(file):
+                file.write(b"1")  # only now: an empty one may be about to be locked
+            yield building
+            file.truncate(0)
+        (building / LOCK).unlink()
         try:
             building.rename(folder)  # the commit: a cache is whole or absent
         except OSError:
@@ -396,6 +441,16 @@ def size_and_mtime(path: Path) -> tuple[int, int]:
     """Bytes and nanoseconds; if either changes, the content may have changed."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
+
+
+def check_cache_dir(cache_dir: str | Path) -> None:
+    """Raises: DataError if its name is not UTF-8, as torch maps only files whose names are."""
+    try:
+        str(cache_dir).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(
+            f"--cache_dir {str(cache_dir)!a} is not UTF-8. Choose a folder whose name is."
+        ) from None
 
 
 def build_token_cache(
@@ -413,7 +468,9 @@ def build_token_cache(
         bad_records: "stop" raises at the first; "skip" leaves them out and counts them in ``meta``.
         content: what documents are; by default the text of ``text_column``.
     Raises: DataError if a file is missing or unusable or changes meanwhile, if there is a bad
-        record that must not be skipped, even if an earlier run did, or if there is no document."""
+        record that must not be skipped, even if an earlier run did, if there is no document, or if
+        ``cache_dir`` has a name that cannot be used."""
+    check_cache_dir(cache_dir)
     files = find_files(data_path)
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         backend.no_truncation()  # a tokenizer's file may enable both, but documents stay whole

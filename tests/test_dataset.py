@@ -4,11 +4,13 @@ import gzip
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
 from unittest import mock
@@ -406,11 +408,119 @@ def test_a_killed_build_leaves_no_cache_and_the_next_one_succeeds(tmp_path: Path
     assert not list(folder.glob(".building-*"))
 
 
-def test_builds_of_a_machine_with_a_longer_name_are_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / f".building-{socket.gethostname()}-2-999999999"
-    other.mkdir()
+WAITING_BUILD = """
+import os, sys
+from unittest import mock
+from dataset import token_cache
+from tests.helpers import shipped_tokenizer
+
+if sys.argv[3] != "-":
+    os.getpid = lambda: int(sys.argv[3])
+if sys.argv[4] == "no locks":
+    token_cache.lock = lambda file, shared=False: None
+
+def encode(tokenizer, texts):
+    print("building", flush=True)
+    sys.stdin.readline()
+    return [[1]] * len(texts)
+
+token_cache.encode = encode
+print(token_cache.build_token_cache(sys.argv[1], shipped_tokenizer(), sys.argv[2]).folder.name)
+"""
+DAY = 86_400
+
+
+@contextmanager
+def builder(folder: Path, pid: object = "-", locks: str = "locks") -> Iterator[Popen]:
+    """A process that is building a cache in ``folder`` / cache until it reads a line.
+
+    Args: pid: what it takes for its own; locks: "no locks" if its disk has none."""
+    corpus = write_jsonl(folder / "a.jsonl", TEXTS)
+    with start_python("-c", WAITING_BUILD, corpus, folder / "cache", pid, locks) as process:
+        assert process.stdout.readline() == "building\n", process.stderr.read()
+        yield process
+        process.kill()
+
+
+def building(folder: Path) -> list[Path]:
+    """The private folders of builds."""
+    return list((folder / "cache").glob(".building-*"))
+
+
+def make_old(folder: Path, days: float) -> None:
+    """Let nothing in it have changed for so long."""
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (time.time() - days * DAY,) * 2)
+
+
+@pytest.mark.parametrize("pid", [999_999_999, 1, os.getpid()])
+def test_what_a_process_of_another_container_builds_is_left_alone(tmp_path: Path, pid: int) -> None:
+    with builder(tmp_path, pid) as process:
+        (found,) = building(tmp_path)
+        make_old(found, 30)
+        assert len(documents_of(build(tmp_path, tmp_path / "a.jsonl"))) == len(TEXTS)
+        assert building(tmp_path) == [found]
+        said, complaint = process.communicate("\n", timeout=60)
+        assert process.returncode == 0, complaint
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert said.strip() == cache.name
+    assert {path.name for path in cache.iterdir()} == {*token_cache.FILES, "meta.json"}
+
+
+def test_a_killed_build_is_removed_whoever_has_its_pid_now(tmp_path: Path) -> None:
+    with builder(tmp_path, os.getppid()):
+        assert building(tmp_path)
+    remove_leftovers(tmp_path / "cache")
+    assert not building(tmp_path)
+
+
+@pytest.mark.parametrize("locks", ["locks", "no locks"])
+def test_a_killed_build_that_may_be_another_machine_s_is_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: str
+) -> None:
+    with builder(tmp_path, locks=locks):
+        pass
+    if locks == "locks":
+        monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    (found,) = building(tmp_path)
+    days = 1 if locks == "locks" else 7
+    for age, is_left in ((0, True), (days - 0.1, True), (days + 0.1, False)):
+        make_old(found, age)
+        remove_leftovers(tmp_path / "cache")
+        assert found.exists() == is_left
+
+
+def test_odd_names_in_the_cache_folder_do_no_harm(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    names = [f".building-{host}-{'9' * 20}", f".building-{host}-2-999999999", ".building-"]
+    names += [f".building-{host}--5", ".building-²", f".building-{host}-", "building-x"]
+    folders = [tmp_path / name for name in names]
+    for folder in folders:
+        folder.mkdir()
+    (tmp_path / ".building-file").touch()
+    (tmp_path / ".building-link").symlink_to(tmp_path / "building-x")
+    os.mkfifo(folders[0] / token_cache.LOCK)
+    before = set(tmp_path.iterdir())
     remove_leftovers(tmp_path)
-    assert other.exists()
+    assert set(tmp_path.iterdir()) == before
+    for folder in folders:
+        make_old(folder, 8)
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "building-x",
+        *map(".building-{}".format, ("file", "link")),
+    }
+
+
+def test_a_cache_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9")
+    assert prepare_data.main(["--data_path", str(corpus), "--cache_dir", folder]) == 3
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: --cache_dir '.*caf\\udce9' is not UTF-8\. Choose .*\n", error)
+    assert list(tmp_path.iterdir()) == [corpus]
 
 
 def test_a_cache_made_ahead_is_the_one_that_training_finds(
@@ -488,7 +598,7 @@ def test_a_batch_is_bounded_however_the_texts_are_stored(
     files = write(tmp_path, texts)
     with tqdm(disable=True) as bar, mock.patch.object(bar, "update") as update:
         batches = list(text_batches(files, TEXT, BadRecords(skip=False), bar))
-    assert sum(batches, []) == texts
+    assert list(itertools.chain(*batches)) == texts
     assert max(map(len, batches)) <= (10 if text else 100)
     counted = sum(call.args[0] for call in update.call_args_list)
     assert counted == sum(path.stat().st_size for path in files)  # the bar ends at its end
