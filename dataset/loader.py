@@ -52,15 +52,18 @@ def ignore_signals(worker: int) -> None:
     The signal would end the loader's processes first, and with them the trainer, before it saves.
     """
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+            signal.signal(number, signal.SIG_IGN)
 
 
 def from_loader(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The loader's batches. Raises: DataError if one of its processes died or does not respond."""
     try:
         iterator = iter(batches)
-        if getattr(batches, "num_workers", 0):  # torch's handler raises at any point, even during a
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # save; the loader also checks by itself
+        # torch's handler raises at any point, even during a save; the loader also checks by itself.
+        # Windows has no such signal.
+        if getattr(batches, "num_workers", 0) and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from iterator
     except (RuntimeError, ConnectionError, EOFError) as error:
         is_lost = isinstance(error, ConnectionError | EOFError)  # died while handing over a batch

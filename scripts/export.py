@@ -199,9 +199,10 @@ def read_hf(folder: Path) -> MiniMindForCausalLM:
     if not folder.is_dir():  # or transformers would look for the name on a hub
         raise CheckpointError(f"--input {folder}: no such folder")
     try:
-        config = minimind_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        alone = {"trust_remote_code": False, "local_files_only": True}
+        config = minimind_config(AutoConfig.from_pretrained(folder, **alone))
         theirs = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            folder, dtype=torch.float32, use_safetensors=True, **alone
         ).eval()
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]

@@ -1,5 +1,6 @@
 """Rows, their order and the token cache, compared with plain Python that follows their contract."""
 
+import errno
 import gzip
 import itertools
 import os
@@ -7,6 +8,7 @@ import random
 import re
 import signal
 import socket
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset import token_cache
 from dataset.lm_dataset import PretrainDataset, permutation
-from dataset.loader import as_is
+from dataset.loader import as_is, from_loader, ignore_signals
 from dataset.records import TEXT, DataError, read_documents
 from dataset.token_cache import (
     BadRecords,
@@ -488,6 +490,30 @@ def test_a_killed_build_that_may_be_another_machine_s_is_removed_later(
         make_old(found, age)
         remove_leftovers(tmp_path / "cache")
         assert found.exists() == is_left
+
+
+@pytest.mark.parametrize("system", ["Windows", "a network disk"])
+def test_a_cache_is_built_where_there_are_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    if system == "Windows":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+    with builder(tmp_path):
+        assert len(documents_of(build(tmp_path, tmp_path / "a.jsonl"))) == len(TEXTS)
+        assert building(tmp_path)
+
+
+def test_signals_that_a_system_lacks_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.delattr(signal, "SIGCHLD")
+    with mock.patch.object(signal, "signal") as changed:
+        ignore_signals(0)
+        batches = mock.MagicMock(num_workers=1)
+        batches.__iter__.return_value = iter([])
+        assert list(from_loader(batches)) == []
+    assert [call.args[0] for call in changed.call_args_list] == [signal.SIGTERM, signal.SIGINT]
 
 
 def test_odd_names_in_the_cache_folder_do_no_harm(tmp_path: Path) -> None:

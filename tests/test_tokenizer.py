@@ -1,6 +1,8 @@
 """The bundled tokenizer, and the script that trains others."""
 
+import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +11,8 @@ from transformers import AutoTokenizer
 
 from dataset.records import DataError
 from scripts.train_tokenizer import find_texts, sample_texts, save, train
-from tests.helpers import shipped_tokenizer, start_python, write_jsonl
+from tests.helpers import ROOT, shipped_tokenizer, start_python, write_jsonl
+from trainer.errors import SettingsError
 from trainer.trainer_utils import load_tokenizer
 
 SCRIPT = ("-m", "scripts.train_tokenizer")
@@ -60,6 +63,107 @@ def test_digits_stay_single() -> None:
     trained = train(iter([text] * 500), 400)  # enough to merge all that may be merged
     for tokens in (shipped_tokenizer().tokenize(text), trained.encode(text).tokens):
         assert digits_of(tokens) == list("2048314159100")
+
+
+# ---------------------------------------------------------------------- what cannot be used
+
+
+def changed(folder: Path, name: str = "tokenizer.json", **entries: object) -> Path:
+    """A copy of the bundled tokenizer, with entries of one of its files replaced."""
+    made = folder / "changed"
+    made.mkdir()
+    for file in (ROOT / "model").glob("*.j*"):
+        shutil.copy(file, made)
+    described = json.loads((made / name).read_text()) | entries
+    (made / name).write_text(json.dumps(described))
+    return made
+
+
+def refused(folder: Path) -> str:
+    """The one line with which it is."""
+    with pytest.raises(SettingsError) as caught:
+        load_tokenizer(str(folder))
+    message = str(caught.value)
+    assert message.startswith(f"--tokenizer_path {folder} ") and message.isprintable()
+    assert len(message) < 300 + len(str(folder))
+    return message
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", "", "\0", "[" * 10**5, '{"a":' * 10**5])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_s_file_that_is_none_is_one_line(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    if (name, content) == ("tokenizer_config.json", "{}"):
+        pytest.skip("usable: no entry is needed")
+    folder = changed(tmp_path)
+    (folder / name).write_text(content)
+    assert " holds no tokenizer: " in refused(folder)
+
+
+MODEL = json.loads((ROOT / "model" / "tokenizer.json").read_text())["model"]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"model": None},
+        {"model": {name: value for name, value in MODEL.items() if name != "vocab"}},
+        {"model": MODEL | {"vocab": MODEL["vocab"] | {"a": -1}}},
+        {"model": MODEL | {"vocab": MODEL["vocab"] | {"a": 2**33}}},
+        {"model": MODEL | {"merges": [["absent one", "absent two"]]}},
+        {"normalizer": {"type": "Unknown"}},
+        {"name": "tokenizer_config.json", "tokenizer_class": ["a list"]},
+        {"name": "tokenizer_config.json", "eos_token": 5},
+    ],
+    ids=["null", "no vocabulary", "-1", "2^33", "merges", "normalizer", "class", "eos"],
+)
+def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, entries: dict) -> None:
+    assert " holds no tokenizer: " in refused(changed(tmp_path, **entries))
+
+
+@pytest.mark.parametrize("largest", [6_500, 70_000, 2**31 + 5, 2**32 - 1])
+def test_a_gap_in_the_ids_is_found_before_the_corpus_is_tokenized(
+    tmp_path: Path, largest: int
+) -> None:
+    entry = list(MODEL["vocab"])[5000]
+    folder = changed(tmp_path, model=MODEL | {"vocab": MODEL["vocab"] | {entry: largest}})
+    found = f"its largest id is {largest:,}, but it has 6,400 entries."
+    assert refused(folder).endswith(f" cannot be used: {found}")
+
+
+def test_a_tokenizer_that_draws_at_random_is_refused(tmp_path: Path) -> None:
+    message = refused(changed(tmp_path, model=MODEL | {"dropout": 0.1}))
+    assert "its dropout is 0.1, so that a text's ids change each time" in message
+
+
+@pytest.mark.parametrize("name", ["absent", "owner/absent", "./absent", "README.md"])
+def test_a_name_that_is_no_folder_is_not_looked_up_on_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    assert "no such folder. For one from a hub, download it first: hf download" in refused(name)
+
+
+@pytest.mark.parametrize("program", ["train_pretrain", "eval_llm", "scripts.export"])
+def test_code_in_a_tokenizer_s_folder_is_not_run_whatever_standard_input_says(
+    tmp_path: Path, program: str
+) -> None:
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    folder, marker = changed(tmp_path, "tokenizer_config.json", **own), tmp_path / "marker"
+    code = "from transformers import PreTrainedTokenizerFast as Own"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n{code}\n")
+    words = ["--tokenizer_path", folder]
+    if program == "train_pretrain":
+        words += ["--device", "cpu", "--data_path", write_jsonl(tmp_path / "a.jsonl", ["a"])]
+        words += [f"--{name}={tmp_path}" for name in ("save_dir", "checkpoint_dir", "cache_dir")]
+    elif program == "scripts.export":
+        words += ["--to", "hf", "--output", tmp_path / "output"]
+    with start_python("-m", program, *words) as process:
+        _, complaint = process.communicate("y\n" * 9, timeout=60)
+    assert process.returncode == 2 and not marker.exists(), complaint
+    assert complaint.startswith(f"error: --tokenizer_path {folder} holds no tokenizer: ")
+    assert complaint.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------- the script

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import checkpoint_name, write_atomically
-from trainer.errors import CheckpointError, SettingsError, printable, reason_of
+from trainer.errors import CheckpointError, Interrupted, SettingsError, printable, reason_of
 from trainer.guard.untrusted import load_tensors
 from trainer.reading import read_json
 
@@ -204,17 +204,44 @@ def init_model(
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Any transformers tokenizer. ``model`` is the bundled one, whatever the working directory.
+    """Any transformers tokenizer in a folder, without running code from it or asking a hub.
+    ``model`` is the bundled one, whatever the working directory.
 
-    Raises: SettingsError if ``path`` does not hold a tokenizer."""
+    Raises: SettingsError if ``path`` does not hold a tokenizer, or one that cannot be used."""
     if path == "model" and not Path(path).is_dir():
         path = str(Path(__file__).resolve().parents[1] / path)
+    if not Path(path).is_dir():  # or transformers would look for the name on a hub
+        raise SettingsError(
+            f"--tokenizer_path {path} holds no tokenizer: no such folder. For one from a hub, "
+            f"download it first: hf download OWNER/NAME --local-dir FOLDER"
+        )
     try:
-        # pyrefly: ignore[bad-return]  # the inferred type includes None, which is never returned
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise SettingsError(f"--tokenizer_path {path} holds no tokenizer: {reason:.200}") from None
+        # pyrefly: ignore[bad-assignment]  # the inferred type includes None, never returned
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+    except (Interrupted, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can make transformers raise anything
+        raise SettingsError(
+            f"--tokenizer_path {path} holds no tokenizer: {reason_of(error):.200}"
+        ) from None
+    if problem := problem_of(tokenizer):
+        raise SettingsError(f"--tokenizer_path {path} cannot be used: {problem}.")
+    return tokenizer
+
+
+def problem_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why training would end, or not be repeatable, with this tokenizer; None if it would not.
+
+    To be asked first: written out, a vocabulary with an id of billions takes all memory."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= len(tokenizer):
+        return f"its largest id is {largest:,}, but it has {len(tokenizer):,} entries"
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        return f"its dropout is {dropout:g}, so that a text's ids change each time; set it to null"
+    return None
 
 
 def get_model_params(model: MiniMindForCausalLM, config: MiniMindConfig) -> tuple[int, int]:
