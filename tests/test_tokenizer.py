@@ -112,11 +112,12 @@ MODEL = json.loads((ROOT / "model" / "tokenizer.json").read_text())["model"]
         {"model": MODEL | {"vocab": MODEL["vocab"] | {"a": -1}}},
         {"model": MODEL | {"vocab": MODEL["vocab"] | {"a": 2**33}}},
         {"model": MODEL | {"merges": [["absent one", "absent two"]]}},
+        {"model": MODEL | {"continuing_subword_prefix": "a" * 5000}},
         {"normalizer": {"type": "Unknown"}},
         {"name": "tokenizer_config.json", "tokenizer_class": ["a list"]},
         {"name": "tokenizer_config.json", "eos_token": 5},
     ],
-    ids=["null", "no vocabulary", "-1", "2^33", "merges", "normalizer", "class", "eos"],
+    ids=["null", "no vocabulary", "-1", "2^33", "merges", "panic", "normalizer", "class", "eos"],
 )
 def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, entries: dict) -> None:
     assert " holds no tokenizer: " in refused(changed(tmp_path, **entries))

@@ -220,9 +220,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=False, local_files_only=True
         )
-    except (Interrupted, MemoryError):
+    except (Interrupted, MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # a damaged file can make transformers raise anything
+    except BaseException as error:  # a damaged file can cause anything, also a panic of Rust
         raise SettingsError(
             f"--tokenizer_path {path} holds no tokenizer: {reason_of(error):.200}"
         ) from None
