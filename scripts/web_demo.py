@@ -30,6 +30,8 @@ from trainer.weights import load_tokenizer
 
 HISTORY = 8  # turns of both that the model sees again
 TIMEOUT_SECONDS = 300  # a model that takes longer for one token has failed
+MAX_CHARACTERS = 2**18  # of a prompt; more would take seconds to be tokenized, and then not fit
+HOSTS = ["localhost", "127.0.0.1", "[::1]"]  # names by which a browser may ask for the page
 
 
 class Continuer:
@@ -37,6 +39,28 @@ class Continuer:
 
     def __init__(self, model: QwenModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
+
+    def encoded(
+        self, prompt: str, max_new_tokens: int, before: list[dict] | None = None
+    ) -> torch.Tensor:
+        """(1, T) int64: what ``text`` continues. Raises: SettingsError if it is too long."""
+        num_characters = len(prompt) + sum(len(turn["content"]) for turn in before or ())
+        if num_characters > MAX_CHARACTERS:
+            raise SettingsError(
+                f"The prompt has {num_characters:,} characters, expected at most "
+                f"{MAX_CHARACTERS:,}. Shorten it."
+            )
+        if before is None:
+            ids = encode_prompt(self.tokenizer, prompt)
+        else:
+            ids = encode_question(self.tokenizer, prompt, before)
+        num_tokens, most = ids.shape[1], self.model.config.max_position_embeddings
+        if num_tokens + max_new_tokens > most:
+            raise SettingsError(
+                f"The prompt has {num_tokens:,} tokens, which with {max_new_tokens:,} new ones is "
+                f"more than the {most:,} that the model can hold. Shorten it, or ask for fewer."
+            )
+        return ids
 
     def text(
         self,
@@ -48,20 +72,19 @@ class Continuer:
         before: list[dict] | None = None,
     ) -> Iterator[str]:
         """The prompt and its continuation so far, after each new piece of text; or if the turns
-        ``before`` it are given, the answer so far."""
+        ``before`` it are given, the answer so far.
+
+        Raises: SettingsError if they are too long for the model, or the seed is no number."""
+        prompt, seed = prompt or "", checked_seed(seed)
+        ids = self.encoded(prompt, max_new_tokens, before).to(self.model.device)
         stopped, failed = threading.Event(), []
         streamer = TextIteratorStreamer(
             self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=TIMEOUT_SECONDS
         )
-        if before is None:
-            ids = encode_prompt(self.tokenizer, prompt)
-        else:
-            ids = encode_question(self.tokenizer, prompt, before)
-        ids = ids.to(self.model.device)
 
         def generate() -> None:
-            setup_seed(seed)
             try:
+                setup_seed(seed)
                 self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
@@ -88,9 +111,25 @@ class Continuer:
             raise failed[0]
 
 
+def checked_seed(seed: Any) -> int:
+    """The seed that a visitor gave, in the range of every generator; 0 if the field is empty.
+
+    Raises: SettingsError if it is no number."""
+    try:
+        return int(seed or 0) % 2**63
+    except (ValueError, TypeError, OverflowError):
+        raise SettingsError(f"The seed is {seed!r:.40}, expected a whole number.") from None
+
+
 def import_gradio() -> Any:
-    """gradio, told not to report its use. Raises: SettingsError if it is not installed."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    """gradio, told not to report its use. Raises: SettingsError if it is not installed.
+
+    Its environment variables are removed, since some of them open the page to other machines, or
+    files of this one to the page, whatever ``launch`` is told."""
+    for name in list(os.environ):
+        if name.startswith("GRADIO_") and name != "GRADIO_TEMP_DIR":
+            del os.environ[name]
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError:
@@ -177,7 +216,18 @@ def serve(args: argparse.Namespace) -> None:
     chat = eval_llm.is_chat(args)
     page = (build_chat if chat else build_page)(Continuer(model, tokenizer))
     page.queue(default_concurrency_limit=1)  # pages take turns with the model
-    page.launch(server_name="127.0.0.1", server_port=args.port)
+    from starlette.middleware import Middleware  # which gradio is built on
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    # Another name means that a site elsewhere made its own name point here (DNS rebinding).
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
+    page.launch(
+        server_name="127.0.0.1",
+        server_port=args.port,
+        share=False,
+        show_error=True,
+        app_kwargs={"middleware": [trusted]},
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

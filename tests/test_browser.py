@@ -2,12 +2,15 @@
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from model.generation import generating_model
 from scripts.web_demo import Continuer
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
 from tests.running import tiny_flags
+from trainer.errors import SettingsError
+from trainer.samples import encode_prompt
 from trainer.weights import read_weights, save_weights
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -54,8 +59,9 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *words: object) -> Iterator[str]:
-    """Start a server on a free port; yields its address once it accepts connections."""
+def serving(folder: Path, *words: object, **variables: str) -> Iterator[str]:
+    """Start a server on a free port, in an environment with these ``variables``; yields its address
+    once it accepts connections."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,7 +72,7 @@ def serving(folder: Path, *words: object) -> Iterator[str]:
         cwd=ROOT,
         stdout=log,
         stderr=log,
-        env=env | {"PYTHONUNBUFFERED": "1"},
+        env=env | {"PYTHONUNBUFFERED": "1"} | variables,
     )
     try:
         until(lambda: answers(port) or process.poll() is not None)
@@ -108,11 +114,96 @@ def test_text_grows_piece_by_piece_to_the_generated_text() -> None:
 
 def test_a_closed_page_stops_generation_and_errors_reach_the_page() -> None:
     model = tiny_model(vocab_size=6400, max_position_embeddings=4096)
-    text = Continuer(generating_model(model), shipped_tokenizer()).text("a", 10**6, 1.0, 1.0, 1)
+    text = Continuer(generating_model(model), shipped_tokenizer()).text("a", 4000, 1.0, 1.0, 1)
     next(text)
     text.close()  # returns only after the model has stopped
     with pytest.raises(ValueError, match="max_new_tokens"):
         list(Continuer(generating_model(model), shipped_tokenizer()).text("a", -1, 1.0, 1.0, 1))
+
+
+def test_any_seed_is_taken_or_refused_at_once() -> None:
+    model = tiny_model(vocab_size=6400, max_position_embeddings=256)
+    continuer = Continuer(generating_model(model), shipped_tokenizer())
+
+    def drawn(seed: Any) -> str:
+        return list(continuer.text("Paris is", 20, 1.0, 1.0, seed))[-1]
+
+    for seed, same in ((None, 0), ("", 0), (2**64, 0), (10**30, 10**30 % 2**63), (7.0, 7)):
+        assert drawn(seed) == drawn(same), seed
+    assert drawn(-(2**63) - 1) == drawn(2**63 - 1)
+    for seed in ("x", float("inf"), [1]):
+        with pytest.raises(SettingsError, match=r"^The seed is .*, expected a whole number.$"):
+            drawn(seed)
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_an_empty_one_does_no_harm() -> None:
+    model = tiny_model(vocab_size=6400, max_position_embeddings=64)
+    continuer = Continuer(generating_model(model), shipped_tokenizer())
+    num = 64 - len(list(encode_prompt(shipped_tokenizer(), "Paris is")[0]))
+    assert list(continuer.text("Paris is", num, 0, 1.0, 1))
+    turns = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "yes"}]
+    for prompt, most, before in (("Paris is", num + 1, None), ("b", 1, turns)):
+        with pytest.raises(SettingsError, match=r"^The prompt has \d+ tokens, .* than the 64 that"):
+            list(continuer.text(prompt, most, 0, 1.0, 1, before))
+    for prompt, before in (("a" * 2**18 + "b", None), ("b", [turns[0] | {"content": "a" * 2**18}])):
+        with pytest.raises(SettingsError, match=r"^The prompt has 262,145 characters, expected"):
+            list(continuer.text(prompt, 1, 0, 1.0, 1, before))
+    for before in (None, []):
+        assert list(continuer.text("", 8, 0, 1.0, 1, before)) == list(
+            continuer.text(None, 8, 0, 1.0, 1, before)
+        )
+
+
+def test_the_page_is_for_this_machine_alone_whatever_the_environment(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    path, secret = tmp_path / "pretrain_32.pth", tmp_path / "elsewhere" / "secret.txt"
+    save_weights(path, tiny_model(vocab_size=6400), {})
+    secret.parent.mkdir()
+    secret.write_text("secret")
+    hostile = {
+        "GRADIO_SHARE": "True",
+        "GRADIO_ALLOWED_PATHS": str(secret.parent),
+        "GRADIO_SERVER_NAME": "0.0.0.0",
+        "GRADIO_ROOT_PATH": "/elsewhere",
+    }
+    words = ["-m", "scripts.web_demo", "--weight", path, "--device", "cpu"]
+    with serving(tmp_path, *words, **hostile) as address:
+        port = address.rpartition(":")[2]
+        for host in ("localhost", "127.0.0.1", f"localhost:{port}", f"[::1]:{port}"):
+            assert status_of(address, host) == 200, host
+        for host in ("evil.example", f"evil.example:{port}", f"127.0.0.1.evil.example:{port}"):
+            assert status_of(address, host) == 400, host
+        assert status_of(f"{address}/gradio_api/file={secret}", "localhost") == 403
+        assert b"/elsewhere" not in opened(address, "localhost").read()
+        log = (tmp_path / "server.log").read_text()
+    assert "public URL" not in log and "share link" not in log, log
+
+
+def test_a_page_shows_why_a_prompt_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    path = tmp_path / "pretrain_32.pth"
+    save_weights(path, tiny_model(vocab_size=6400, max_position_embeddings=64), {})
+    words = ["-m", "scripts.web_demo", "--weight", path, "--device", "cpu"]
+    with serving(tmp_path, *words) as address:
+        call = f"{address}/gradio_api/call/text"
+        asked = json.dumps({"data": ["Paris is", 100, 0, 1.0, 1]}).encode()
+        event = json.load(opened(call, "localhost", asked))["event_id"]
+        said = opened(f"{call}/{event}", "localhost").read().decode()
+    assert "event: error" in said and "more than the 64 that the model can hold" in said
+
+
+def opened(address: str, host: str, data: bytes | None = None) -> Any:
+    """The answer to a request that gives this host, without a proxy."""
+    headers = {"Host": host, "Content-Type": "application/json"}
+    request = urllib.request.Request(address, data, headers)
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+
+
+def status_of(address: str, host: str) -> int:
+    try:
+        return opened(address, host).status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_without_gradio_one_line_says_what_to_install(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_only_declared_packages_are_imported() -> None:
     brought = {"tokenizers", "safetensors", "packaging"}  # by transformers, built on them
     ours = {*ALLOWED, *PROGRAMS, "train_pretrain", "train_full_sft", "eval_llm"}
     # Imported where they are used; nanochat by the program that measures it.
-    optional = {"matplotlib", "gguf", "pyarrow", "backports", "gradio", "nanochat"}
+    optional = {"matplotlib", "gguf", "pyarrow", "backports", "gradio", "starlette", "nanochat"}
     future = {"compression"}  # of Python 3.14
     for file in source_files():
         source = file.read_text(encoding="utf-8")
