@@ -35,17 +35,57 @@ from transformers.utils.logging import disable_progress_bar
 import eval_llm
 from model.generation import MOE_SIZES, SIZES, generating_model
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.errors import CheckpointError, SettingsError
+from trainer.errors import CheckpointError, SettingsError, printable
 from trainer.flags import Parser
 from trainer.program import run_program
 from trainer.samples import encode_prompt
-from trainer.weights import load_tokenizer, save_weights, weights_path
+from trainer.weights import (
+    NO_DESCRIPTION,
+    get_model_params,
+    load_tokenizer,
+    save_weights,
+    weights_path,
+)
 
 TOLERANCE = 1e-3  # absolute difference of float32 logits: two implementations round differently
 NOTHING_WRITTEN = (
     f"Nothing was written to --output. transformers {transformers.__version__} is installed; "
     f"requirements.txt has the tested versions."
 )
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A {kind} with {size}: {layers} layers of width {width}, a vocabulary of {vocabulary:,}.
+It {does}. The license above is that of the code; change it if your data asks for another.
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "FOLDER")({prompt}, max_new_tokens=20))
+```
+"""
+RECORDED = {  # key of a run's description: what the card calls it
+    "program": "program",
+    "from_weight": "began with the weights",
+    "max_seq_len": "tokens per row",
+    "rows per update": "rows per update",
+    "step": "updates",
+    "epochs": "epochs",
+    "tokens": "tokens with a loss",
+    "pairs": "pairs",
+    "optimizer": "optimizer",
+    "learning_rate": "learning rate",
+    "lr_schedule": "its schedule",
+    "heldout_loss": "held-out loss",
+    "heldout_bits_per_byte": "held-out bits per byte",
+    "heldout_accuracy": "held-out accuracy",
+}
 
 
 # ------------------------------------------------------------------------------ to transformers
@@ -85,6 +125,42 @@ def write_hf(folder: Path, model: MiniMindForCausalLM, tokenizer: PreTrainedToke
     )
     for file in folder.iterdir():  # safetensors makes its files readable by their owner only
         file.chmod((folder / "config.json").stat().st_mode)
+
+
+def model_card(weights: Path, model: MiniMindForCausalLM, is_chat: bool) -> str:
+    """The README.md of the folder, in Markdown with YAML in front, as a hub shows it: the sizes,
+    and how the weights were trained as far as the ``.json`` beside them tells."""
+    config, prompt = model.config, next(iter(eval_llm.QUESTIONS if is_chat else eval_llm.PROMPTS))
+    total, used = get_model_params(model, config)
+    card = CARD.format(
+        name=weights.stem,
+        kind="Qwen3MoeForCausalLM" if config.use_moe else "Qwen3ForCausalLM",
+        size=f"{total:,} parameters" + f", {used:,} of them for a token" * (used < total),
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+        does="answers in conversations" if is_chat else "continues text",
+        prompt=json.dumps([{"role": "user", "content": prompt}] if is_chat else prompt),
+    )
+    try:
+        run = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))["run"]
+        found = {"program": "pretrain"} | run["settings"] | run
+        longest = told(found["max_seq_len"])
+    except (OSError, *NO_DESCRIPTION):  # MiniMind's own weights, or imported ones
+        return card
+    rows = [f"| {RECORDED[key]} | {told(found[key])} |" for key in RECORDED if key in found]
+    return (
+        card + "\n## Training\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"In this training it saw at most {longest} tokens at once. `config.json` allows "
+        f"{config.max_position_embeddings:,}; how well it does beyond was not measured.\n"
+    )
+
+
+def told(value: object) -> str:
+    """A recorded value, for a cell of a table."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{printable(value):.80}"
 
 
 def amend(path: Path, entries: dict, without: tuple[str, ...] = ()) -> None:
@@ -198,6 +274,11 @@ def read_hf(folder: Path) -> MiniMindForCausalLM:
     Raises: CheckpointError if it cannot be opened or is another kind of model."""
     if not folder.is_dir():  # or transformers would look for the name on a hub
         raise CheckpointError(f"--input {folder}: no such folder")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"--input {folder} holds an adapter of PEFT, expected a whole model. Merge it first: "
+            f"model.merge_and_unload().save_pretrained(...)"
+        )
     try:
         alone = {"trust_remote_code": False, "local_files_only": True}
         config = minimind_config(AutoConfig.from_pretrained(folder, **alone))
@@ -257,6 +338,8 @@ def export(args: argparse.Namespace) -> None:
         write_hf(hf, model, load_tokenizer(args.tokenizer_path))
         if args.to == "hf":
             made, found = hf, check_hf(hf, model, tokenizer)
+            card = model_card(eval_llm.find_weights(args), model, eval_llm.is_chat(args))
+            (hf / "README.md").write_text(card, encoding="utf-8")
         else:
             from scripts.export_gguf import check_gguf, write_gguf
 

@@ -21,7 +21,8 @@ from transformers import (
 
 from model.model_minimind import MiniMindForCausalLM
 from scripts import export
-from tests.helpers import shipped_tokenizer, tiny_model
+from tests.helpers import ROOT, shipped_tokenizer, tiny_model
+from tests.running import train_in_process
 from trainer.samples import encode_prompt
 from trainer.weights import read_config, read_weights, save_weights
 
@@ -84,7 +85,7 @@ def test_the_folder_holds_settings_and_no_code(tmp_path: Path, use_moe: bool) ->
     folder, _ = exported(tmp_path, use_moe=use_moe)
     assert {file.name for file in folder.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"),
     }
     config = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in config and config["dtype"] == "float16"
@@ -100,6 +101,52 @@ def test_the_folder_holds_settings_and_no_code(tmp_path: Path, use_moe: bool) ->
         name == "model.layers.1.mlp.experts.3.up_proj.weight"
         for name in load_file(folder / "model.safetensors")
     )
+
+
+def test_the_card_tells_how_the_weights_were_trained(tmp_path: Path) -> None:
+    train_in_process(tmp_path, epochs=1, hidden_size=64)
+    path = tmp_path / "out" / "pretrain_64.pth"
+    run = json.loads(path.with_suffix(".json").read_text())["run"]
+    words = ["--to", "hf", "--weight", str(path), "--output", str(tmp_path / "hf")]
+    assert export.main(words) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    metadata = dict(line.split(": ") for line in card.split("---\n")[1].splitlines())
+    assert metadata == {
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+    total = sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "hf").parameters()
+    )
+    assert f"# pretrain_64\n\nA Qwen3ForCausalLM with {total:,} parameters" in card
+    for row in (
+        f"| tokens with a loss | {run['tokens']:,} |",
+        f"| updates | {run['step']} |",
+        "| tokens per row | 32 |",
+        f"| held-out loss | {run['heldout_loss']:.4g} |",
+        f"| held-out bits per byte | {run['heldout_bits_per_byte']:.4g} |",
+    ):
+        assert f"\n{row}\n" in card
+    assert "saw at most 32 tokens at once. `config.json` allows 32,768;" in card
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_the_program_in_the_card_of_weights_of_unknown_origin_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture, is_chat: bool
+) -> None:
+    path, _ = saved(tmp_path)
+    path.with_suffix(".json").write_text('{"config": {}}' if is_chat else "[")
+    card = export.model_card(path, saved(tmp_path / "again")[1], is_chat)
+    assert "## Training" not in card
+    folder, _ = exported(tmp_path)
+    program = card.split("```")[1].removeprefix("python\n").replace("FOLDER", str(folder))
+    capsys.readouterr()
+    exec(program)
+    assert (
+        "'role': 'assistant'" if is_chat else "The capital of France"
+    ) in capsys.readouterr().out
 
 
 @DENSE_AND_MOE
@@ -194,6 +241,12 @@ def test_other_models_are_refused_with_the_setting_that_differs(
         line = refused(capsys, "--from", "hf", "--input", folder, "--save_dir", tmp_path / "out")
         assert reason in line
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    line = refused(capsys, "--from", "hf", "--input", tmp_path, "--save_dir", tmp_path / "out")
+    assert "holds an adapter of PEFT" in line and "merge_and_unload()" in line
 
 
 def test_missing_and_existing_paths_are_errors(
