@@ -16,6 +16,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -266,6 +267,13 @@ def expected_line(content: Content | str = TEXT_COLUMN) -> str:
     return f"Expected one JSON object per line, in UTF-8, with {content.what}: {content.example}."
 
 
+def begins_an_array(line: bytes) -> bool:
+    """Whether a file of this first line is one JSON array, on many lines or on this one."""
+    start = line.lstrip(WHITESPACE)
+    is_of_records = start[1:].lstrip(WHITESPACE).startswith(b"{")
+    return start.startswith(b"[") and (is_of_records or not line.endswith(b"]"))
+
+
 def read_jsonl(path: Path, content: Content) -> Iterator[Record]:
     """One record per line; blank lines are skipped."""
     is_first = True
@@ -273,8 +281,11 @@ def read_jsonl(path: Path, content: Content) -> Iterator[Record]:
         data, is_too_long = line.data.rstrip(WHITESPACE), line.size > MAX_LINE_BYTES
         if not data and not is_too_long:
             continue
-        if is_first and data.lstrip(WHITESPACE).startswith(b"[") and not data.endswith(b"]"):
-            raise DataError(f"{path} is one JSON array. {expected_line(content)}")
+        if is_first and begins_an_array(data):
+            raise DataError(
+                f"{path} is a JSON array. {expected_line(content)} "
+                f"One record per line is what this writes: jq -c '.[]' {path.name}"
+            )
         is_first = False
         try:
             if is_too_long:
@@ -383,6 +394,17 @@ ENDINGS = tuple(
     for name, form in FORMATS.items()
     for compressed in ("", *(f".{ending}" for ending in COMPRESSIONS if form.is_text))
 )
+TO_PARQUET = 'With the datasets package: {}.to_parquet("corpus.parquet").'
+UNPACK = (
+    f"Unpack it; of compressed files, {' and '.join(c.name for c in COMPRESSIONS.values())} are."
+)
+OTHER_ENDINGS = {  # that are not read -> how to make a file that is
+    **dict.fromkeys(("md", "markdown"), "Rename it to .txt, which is cut at blank lines."),
+    "csv": TO_PARQUET.format('Dataset.from_csv("corpus.csv")'),
+    "tsv": TO_PARQUET.format('Dataset.from_csv("corpus.tsv", sep="\\t")'),
+    "arrow": TO_PARQUET.format('load_from_disk("folder")'),
+    **dict.fromkeys(("xz", "bz2", "zip", "7z", "tar", "tgz"), UNPACK),
+}
 NOT_TEXT = {  # the first bytes of a file -> what it is, and what to do about it
     **{
         form.signature: f"{name}; end its name in .{name}"
@@ -400,7 +422,7 @@ NOT_TEXT = {  # the first bytes of a file -> what it is, and what to do about it
 def endings_of(path: Path) -> tuple[str, str | None]:
     """The keys in FORMATS and COMPRESSIONS (None: not compressed) that a file's name ends in.
 
-    A file whose name ends otherwise is taken for JSONL."""
+    A file whose name ends otherwise is taken for JSONL, but see ``check_ending``."""
     name, _, compression = path.name.rpartition(".")
     if compression not in COMPRESSIONS:
         name, compression = path.name, None
@@ -408,11 +430,23 @@ def endings_of(path: Path) -> tuple[str, str | None]:
     return (form if form in FORMATS else "jsonl"), compression
 
 
+def check_ending(path: Path) -> None:
+    """Raises: DataError if a file's name ends as those of a format that is not read."""
+    _, compression = endings_of(path)
+    ending = path.name.removesuffix(f".{compression}").rpartition(".")[2].lower()
+    if ending in OTHER_ENDINGS:
+        raise DataError(
+            f"--data_path {path}: files in .{ending} are not read, only those in "
+            f"{', '.join(ENDINGS)}. {OTHER_ENDINGS[ending]}"
+        )
+
+
 def find_files(data_path: str | Path | list[str]) -> list[Path]:
     """The files that ``--data_path`` names: files, folders (whose files of known endings are taken)
     and glob patterns.
 
-    Raises: DataError if a file does not exist, or if a folder or pattern contains none."""
+    Raises: DataError if a file does not exist or is of a format that is not read, or if a folder or
+    pattern contains none."""
     given = [data_path] if isinstance(data_path, str | Path) else data_path
     return [file for name in given for file in files_at(name)]
 
@@ -420,19 +454,39 @@ def find_files(data_path: str | Path | list[str]) -> list[Path]:
 def files_at(name: str | Path) -> list[Path]:
     """The files that one name means, see ``find_files``."""
     path = Path(name)
-    if path.is_file():
-        return [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        files = [p for p in inside if p.name.endswith(ENDINGS)]
+        for other in [] if files else inside:
+            check_ending(other)
         problem = f"no file in this folder ends in {', '.join(ENDINGS)}."
     else:
-        files = [p for p in map(Path, sorted(glob.glob(f"{name}", recursive=True))) if p.is_file()]
-        expected = f"Expected a file, a folder or a pattern, relative to {Path.cwd()}."
-        is_minimind_s = path.name.startswith(("pretrain_t2t", "sft_t2t", "dpo"))
-        problem = f"no such file. {DOWNLOAD_HINT if is_minimind_s else expected}"
+        found = (
+            [path] if path.is_file() else map(Path, sorted(glob.glob(f"{name}", recursive=True)))
+        )
+        files = [p for p in found if p.is_file()]
+        for file in files:
+            check_ending(file)
+        problem = f"no such file. {instead_of_missing(f'{name}')}"
     if not files:
         raise DataError(f"--data_path {name}: {problem}")
     return files
+
+
+def instead_of_missing(name: str) -> str:
+    """What to do about a path that does not exist."""
+    path = Path(name)
+    if path.name.startswith(("pretrain_t2t", "sft_t2t", "dpo")):  # MiniMind's
+        return DOWNLOAD_HINT
+    if "://" in name:
+        return "Expected files of this machine. Copy them here first: hf download, aws s3 cp, ..."
+    expected = f"Expected a file, a folder or a pattern, relative to {Path.cwd()}."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists():
+        return (
+            f"{expected} A data set of the hub is copied here first: hf download {name} "
+            f"--repo-type dataset --local-dir dataset/{path.name}"
+        )
+    return expected
 
 
 def stop(message: str) -> NoReturn:

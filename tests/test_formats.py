@@ -198,6 +198,72 @@ def test_a_file_with_another_content_than_its_name_says(tmp_path: Path, kind: st
     assert "cannot be " in message(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("a.md", "Rename it to .txt"),
+        ("a.csv", 'Dataset.from_csv("corpus.csv").to_parquet("corpus.parquet")'),
+        ("a.csv.gz", "Dataset.from_csv"),
+        ("a.tsv", 'sep="\\t"'),
+        ("saved/data-00000-of-00001.arrow", 'load_from_disk("folder").to_parquet'),
+        ("a.jsonl.xz", "Unpack it; of compressed files, gzip and zstd are."),
+        ("a.tar.gz", "Unpack it"),
+    ],
+)
+def test_a_format_that_is_not_read_is_refused_with_the_way_to_one_that_is(
+    tmp_path: Path, name: str, way_out: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("text,url\n")
+    folder = path.parent
+    for given in (path, folder, f"{folder}/*{path.suffix}"):
+        with pytest.raises(DataError) as caught:
+            built(given, tmp_path)
+        said = str(caught.value)
+        assert said.startswith(f"--data_path {path}: files in .") and way_out in said
+        assert ", ".join(records.ENDINGS) in said and "bad_records" not in said
+
+
+def test_a_folder_with_files_that_are_read_may_hold_others(tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("a,b\n")
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert find_files(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_json_array_is_refused_without_advice_to_skip_it(
+    tmp_path: Path, name: str, indent: int | None
+) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps([{"text": text} for text in TEXTS], indent=indent))
+    with pytest.raises(DataError) as caught:
+        built(path, tmp_path)
+    assert str(caught.value).startswith(
+        f"{path} is a JSON array. Expected one JSON object per line"
+    )
+    assert "bad_records" not in str(caught.value)
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    assert built(path, tmp_path).meta["num_documents"] == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("HuggingFaceFW/fineweb", "hf download HuggingFaceFW/fineweb --repo-type dataset"),
+        ("hf://datasets/owner/name/a.parquet", "Copy them here first: hf download, aws s3 cp"),
+        ("s3://bucket/a.jsonl", "Copy them here first"),
+    ],
+)
+def test_data_elsewhere_is_to_be_copied_first(name: str, way_out: str) -> None:
+    with pytest.raises(DataError, match=f"^--data_path {name}: no such file.*{way_out}"):
+        find_files(name)
+    with pytest.raises(DataError) as caught:
+        find_files("dataset/nowhere")
+    assert "hf download" not in str(caught.value)
+
+
 def test_bad_rows_and_paragraphs_are_named_by_place(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n\n\nbad \xff\nmore\n\nlast")
