@@ -8,6 +8,7 @@ python eval_llm.py --data_path held_out.jsonl           # nats per token, bits p
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -232,20 +233,16 @@ def measure(
         by_language.append(f"{language} {bits_per_byte(part_nats, part.num_text_bytes):.4f}")
     print(
         f"{len(data.documents):,} documents, {num_bytes:,} bytes: loss {nats / num_labels:.4f} "
-        f"nats/token, {bits_per_byte(nats, num_bytes):.4f} bits/byte ({', '.join(by_language)})"
+        f"nats/token, {bits_per_byte(nats, num_bytes):.4f} bits/byte ({', '.join(by_language)}), "
+        f"rows of {args.max_seq_len} tokens"
     )
 
 
 def typed_prompts() -> Iterator[str]:
     """Prompts from the terminal, until an empty line or the end of input."""
-    while True:
-        try:
-            prompt = input("prompt: ")
-        except EOFError:
-            return
-        if not prompt:
-            return
-        yield prompt
+    with contextlib.suppress(EOFError):
+        while prompt := input("prompt: "):
+            yield prompt
 
 
 def sampling(temperature: float, top_p: float, top_k: int = 50) -> dict:

@@ -89,6 +89,7 @@ def test_the_loss_of_a_file_is_that_of_its_documents_one_at_a_time(
     num_bytes = sum(len(document.encode()) for document in documents)
     assert f"loss {nats / num_labels:.4f} nats/token" in output
     assert f"{nats / math.log(2) / num_bytes:.4f} bits/byte" in output
+    assert output.endswith("), rows of 2048 tokens\n")  # the loss depends on it
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
