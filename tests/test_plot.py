@@ -1,12 +1,15 @@
 """scripts/plot.py: curves show the metrics, and bands show whether a loss is right."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from scripts import to_tensorboard
 from scripts.plot import PANELS, PlotError, band_of, compare, curve, draw, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,3 +170,58 @@ def test_a_missing_file_is_an_error_of_one_line(tmp_path: Path) -> None:
     done = plot(tmp_path / "none_metrics.jsonl")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "none_metrics.jsonl" in done.stderr
+
+
+# ---------------------------------------------------------------------------------- tensorboard
+
+
+def test_tensorboard_shows_each_number_once_however_often_it_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = write(tmp_path / "a_metrics.jsonl", records())
+    for _ in range(2):
+        assert to_tensorboard.main([str(path)]) == 0
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "a")).Reload()
+    numbers = {key for r in records() for key, v in r.items() if isinstance(v, int | float)}
+    assert set(found.Tags()["scalars"]) == numbers
+    for key in ("loss", "heldout_bits_per_byte"):
+        expected = [(r["step"], pytest.approx(r[key])) for r in records() if key in r]
+        assert [(event.step, event.value) for event in found.Scalars(key)] == expected
+
+
+def test_numbers_are_handed_to_tensorboard_s_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With a stand-in for the package."""
+    written: list[tuple] = []
+
+    class Writer(contextlib.nullcontext):
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            super().__init__(self)
+            assert (folder, purge_step) == (tmp_path / "tensorboard" / "a", 0)
+
+        def add_scalar(self, *given: object) -> None:
+            written.append(given)
+
+    stand_in = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    path = write(tmp_path / "a_metrics.jsonl", records())
+    assert to_tensorboard.main([str(path)]) == 0
+    assert ("loss", 6.0, 10) in written and ("heldout_loss", 70 / 30, 30) in written
+    assert all(isinstance(value, int | float) for _, value, _ in written)
+    assert f"5 records written to {tmp_path / 'tensorboard' / 'a'}" in capsys.readouterr().out
+
+
+def test_what_tensorboard_cannot_be_written_from_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert to_tensorboard.main([str(write(tmp_path / "a_metrics.jsonl", records()))]) == 1
+    said = capsys.readouterr().err
+    assert said == "event files need tensorboard: pip install tensorboard\n"
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=0)
+    )
+    assert to_tensorboard.main([str(write(tmp_path / "b.jsonl", []))]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
