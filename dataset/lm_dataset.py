@@ -107,7 +107,7 @@ class PretrainDataset(Dataset[tuple[Tensor, ...]]):
         self.packing, self.seed = packing, seed
         # Hashes are uniform int32, so this share of their range is the same share of documents.
         # It does not depend on the other documents: as the corpus grows, each stays on its side.
-        limit = round(heldout_fraction * 2**32) - 2**31
+        limit = min(round(heldout_fraction * 2**32) - 2**31, 2**31 - 1)  # int32's largest
         self.is_held_out = self.cache.hashes < limit  # (N,) bool
         self.documents = torch.where(~self.is_held_out)[0].to(torch.int32)
         if len(self.documents) == 0:

@@ -47,9 +47,30 @@ def files(folder: Path) -> dict[str, bytes]:
         ({"device": "gpu"}, "--device is 'gpu', expected cuda, mps or cpu"),
         ({"hidden_size": 30}, "30 is not divisible by num_attention_heads 4"),
         ({"num_key_value_heads": 3}, "4 is not divisible by num_key_value_heads 3"),
-        ({"batch_size": 0, "epochs": -1}, "--epochs is -1.*--batch_size is 0, expected 1 or more"),
+        (
+            {"batch_size": 0, "epochs": -1},
+            "--epochs is -1.*--batch_size is 0, expected 1 to 1000000",
+        ),
         ({"learning_rate": 0}, "--learning_rate is 0.0, expected above 0"),
         ({"heldout_fraction": 1}, "--heldout_fraction is 1.0"),
+        ({"seed": 2**63}, "--seed is 9223372036854775808, expected above -1e\\+18, below 1e\\+18"),
+        ({"seed": -(10**30)}, "--seed is -10{30}, expected above"),
+        ({"eval_tokens": 10**30}, "--eval_tokens is 10{30}, expected 1 or more, below 1e"),
+        ({"timeout": 10**7}, "--timeout is 10000000, expected 1 to 1000000"),
+        ({"batch_size": 10**30}, "--batch_size is 10{30}, expected 1 to 1000000"),
+        ({"learning_rate": 1e38}, "--learning_rate is 1e.38, expected above 0, below 1000\\.$"),
+        ({"learning_rate": "inf"}, "--learning_rate is inf, expected above 0, below 1000\\.$"),
+        ({"weight_decay": "inf"}, "--weight_decay is inf, expected 0 to 100"),
+        ({"embedding_lr_scale": "inf"}, "--embedding_lr_scale is inf, expected 1e-06 to 1000000"),
+        ({"grad_clip": "nan"}, "--grad_clip is nan, expected above 0, at most inf"),
+        (
+            {"learning_rate": 20},
+            "--learning_rate 20 x --weight_decay 0.1.*is 2, expected at most 1",
+        ),
+        ({"device": "meta"}, "--device is 'meta', expected cuda, mps or cpu"),
+        ({"device": "xpu"}, "--device is 'xpu', expected cuda, mps or cpu"),
+        ({"checkpoint_mirror": "no\n://such"}, r"--checkpoint_mirror no\\n://such is not a usable"),
+        ({"device": "cuda:-1"}, "--device is 'cuda:-1', expected cuda, mps or cpu"),
         ({"max_seq_len": 1}, "--max_seq_len is 1, expected 2 to 32768"),
         ({"preset": "7b"}, "--preset: invalid choice: '7b'"),
         ({"learning_rte": 1}, "unrecognized arguments: --learning_rte.*mean --learning_rate\\?"),
@@ -88,6 +109,33 @@ def test_data_that_cannot_be_trained_on(
     status, error = refusal(words, capsys)
     assert status == 3 and re.search(expected, error), error
     assert files(tmp_path) == before
+
+
+def test_not_every_document_can_be_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = refusal(tiny_flags(tmp_path, heldout_fraction=0.99999999999), capsys)
+    assert status == 3 and "all 80 documents are held out. Lower --heldout_fraction" in error
+
+
+def test_more_epochs_than_a_plan_can_hold_are_refused_with_the_most_possible(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epochs in (10**12, 10**17):
+        status, error = refusal(tiny_flags(tmp_path, epochs=epochs), capsys)
+        found = re.search(rf"--epochs is {epochs}, expected at most (\d+) with (\d+) rows", error)
+        assert status == 2 and found, error
+        most, rows = map(int, found.groups())
+        assert most == 2**40 // rows
+    assert list((tmp_path / "checkpoints").glob("*_resume_*")) == []
+    status, error = refusal(tiny_flags(tmp_path, epochs=most + 1), capsys)
+    assert status == 2 and f"expected at most {most} " in error
+    assert train_pretrain.main(tiny_flags(tmp_path, epochs=most, dry_run=1)) == 0
+
+
+def test_strange_flags_are_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    status, error = refusal(["--no\nsuch \udcff", "x\n"], capsys)
+    assert status == 2 and r"unrecognized arguments: --no\nsuch \udcff x\n" in error
 
 
 def test_a_missing_data_file_names_the_download_and_the_demo(

@@ -107,6 +107,17 @@ def test_a_signal_in_training_saves_the_update_and_stops(
     assert_goes_on(tmp_path, whole)
 
 
+def test_a_run_of_a_billion_epochs_goes_on_after_a_signal(tmp_path: Path) -> None:
+    """Its plan is below the most rows that a state may plan."""
+    log = tmp_path / "log"
+    words = tiny_flags(tmp_path, epochs=10**9, from_resume=1)
+    for start in (1, 2):
+        processes = launched.start_trainers(words, log)
+        until(reached(tmp_path, 5 * start))
+        assert stop(processes, signal.SIGTERM) == [75], log.read_text()
+    assert "resuming after update" in log.read_text()
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_update(tmp_path: Path) -> None:
     settings = SETTINGS | {"accumulation_steps": 2}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

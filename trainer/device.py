@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def join_ranks(name: str, timeout_seconds: float) -> torch.device:
     """Join the ranks that torchrun started, if any.
 
     Args: name: of the device, such as ``cuda``; each rank gets its own.
-    Raises: RankError if a rank is missing."""
+    Raises: as init_distributed_mode."""
     local_rank = init_distributed_mode(name, timeout_seconds)
     device = torch.device(name)
     if device.type == "cuda":
@@ -33,15 +34,14 @@ def default_device() -> str:
 
 def device_problems(name: str) -> list[str]:
     """Why this machine cannot train on ``--device``; empty if it can."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
+    found = re.fullmatch(r"cpu|mps|cuda(?::(0|[1-9]\d{0,8}))?", name, re.ASCII)
+    if found is None:
         return [f"--device is {name!r}, expected cuda, mps or cpu"]
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name.startswith("cuda") and not torch.cuda.is_available():
         return ["--device is cuda, but PyTorch finds no CUDA device here; --device cpu works"]
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if int(found[1] or 0) >= max(torch.cuda.device_count(), 1):
         return [f"--device is {name}, but there are {torch.cuda.device_count()} CUDA devices"]
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if name == "mps" and not torch.backends.mps.is_available():
         return ["--device is mps, but PyTorch finds no Metal device here; --device cpu works"]
     return []
 

@@ -7,6 +7,7 @@ Flags have MiniMind's names where it has them; intervals count optimizer updates
 import argparse
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -29,6 +30,8 @@ from trainer.schedule import SCHEDULES
 # SPLITS: it determines how the work is divided, so a change affects only rounding. FREE: neither.
 DECIDES, SPLITS, FREE = "decides", "splits", "free"
 AUTO = -1  # given as the word "auto": a number that the run chooses
+LARGEST = 10**18  # of any number: a state holds it as int64, and a run computes with it
+MOST_ROWS = 10**6  # of a micro-step, and micro-steps: their product is a number of rows
 
 
 def flag(
@@ -54,7 +57,8 @@ def flag(
         alias: a second name.
         auto: whether the word "auto" may stand for the number.
         least, most: inclusive bounds.
-        above, below: exclusive bounds."""
+        above, below: exclusive bounds. A number without bounds is above -LARGEST, below LARGEST;
+            infinity is one that ``most=math.inf`` admits."""
     metadata = {
         "help": help,
         "resume": resume,
@@ -153,12 +157,14 @@ class ModelFlags:
     """model"""
 
     preset: str = flag("64m", "set of defaults for sizes and data; see README", choices=PRESETS)
-    hidden_size: int = flag(768, "width of the model", resume=DECIDES, least=1)
-    num_hidden_layers: int = flag(8, "number of layers", resume=DECIDES, least=1)
-    num_attention_heads: int = flag(8, "number of query heads", resume=DECIDES, least=1)
-    num_key_value_heads: int = flag(4, "number of key/value heads", resume=DECIDES, least=1)
+    hidden_size: int = flag(768, "width of the model", resume=DECIDES, least=1, most=65536)
+    num_hidden_layers: int = flag(8, "number of layers", resume=DECIDES, least=1, most=4096)
+    num_attention_heads: int = flag(8, "number of query heads", resume=DECIDES, least=1, most=4096)
+    num_key_value_heads: int = flag(
+        4, "number of key/value heads", resume=DECIDES, least=1, most=4096
+    )
     intermediate_size: int | None = flag(
-        None, "feed-forward width; None: hidden_size * pi", resume=DECIDES, least=1
+        None, "feed-forward width; None: hidden_size * pi", resume=DECIDES, least=1, most=262144
     )
     dropout: float = flag(
         0.0, "probability of dropping an activation in training", resume=DECIDES, least=0, below=1
@@ -210,7 +216,9 @@ class DataFlags:
     heldout_fraction: float = flag(
         0.005, "fraction of documents held out from training", resume=DECIDES, least=0, below=1
     )
-    num_workers: int = flag(0, "data loading processes; 0 suffices except on slow disks", least=0)
+    num_workers: int = flag(
+        0, "data loading processes; 0 suffices except on slow disks", least=0, most=1024
+    )
     bad_records: str = flag(
         "stop", "on a record that cannot be read: stop, or skip it", choices=["stop", "skip"]
     )
@@ -234,9 +242,14 @@ class TrainingFlags:
         resume=SPLITS,
         auto=True,
         least=1,
+        most=MOST_ROWS,
     )
     accumulation_steps: int = flag(
-        8, "micro-steps per update, whose gradients are added up", resume=SPLITS, least=1
+        8,
+        "micro-steps per update, whose gradients are added up",
+        resume=SPLITS,
+        least=1,
+        most=MOST_ROWS,
     )
     optimizer: str = flag(
         "adamw",
@@ -252,23 +265,26 @@ class TrainingFlags:
         resume=DECIDES,
         auto=True,
         above=0,
+        below=1e3,
     )
     embedding_lr_scale: float = flag(
         1.0,
         "learning rate of the embedding, over that of the layers' matrices",
         resume=DECIDES,
         older=1.0,
-        above=0,
+        least=1e-6,
+        most=1e6,
     )
     head_lr_scale: float = flag(
         1.0,
         "likewise, of an output head with --tie_word_embeddings 0",
         resume=DECIDES,
         older=1.0,
-        above=0,
+        least=1e-6,
+        most=1e6,
     )
     vector_lr_scale: float = flag(
-        1.0, "likewise, of the norms' weights", resume=DECIDES, older=1.0, above=0
+        1.0, "likewise, of the norms' weights", resume=DECIDES, older=1.0, least=1e-6, most=1e6
     )
     adam_beta1: float = flag(
         0.9, "decay of AdamW's first moment", resume=DECIDES, older=0.9, least=0, below=1
@@ -293,6 +309,7 @@ class TrainingFlags:
         resume=DECIDES,
         older=0.1,
         least=0,
+        most=100,
     )
     lr_schedule: str = flag(
         "cosine",
@@ -314,7 +331,9 @@ class TrainingFlags:
         above=0,
         below=1e6,
     )
-    grad_clip: float = flag(1.0, "largest gradient norm; inf: no clipping", resume=DECIDES, above=0)
+    grad_clip: float = flag(
+        1.0, "largest gradient norm; inf: no clipping", resume=DECIDES, above=0, most=math.inf
+    )
     max_bad_updates: int = flag(
         20, "tolerated consecutive updates with a non-finite loss or gradient", least=0
     )
@@ -348,6 +367,7 @@ class MachineFlags:
         "on cuda as many as are useful and fit",
         resume=SPLITS,
         least=1,
+        most=MOST_ROWS,
     )
     strict_fast_path: int = flag(
         0,
@@ -356,7 +376,10 @@ class MachineFlags:
         choices=[0, 1],
     )
     timeout: int = flag(
-        600, "seconds after which an unresponsive rank or loader process counts as lost", least=1
+        600,
+        "seconds after which an unresponsive rank or loader process counts as lost",
+        least=1,
+        most=10**6,
     )
 
 
@@ -373,7 +396,7 @@ class FileFlags:
     save_interval: int = flag(1000, "updates between saves", least=1)
     keep_states: int = flag(2, "number of newest states to keep", least=1)
     from_resume: int = flag(0, "1: resume if there is a state", choices=[0, 1])
-    resume_step: int | None = flag(None, "return to the state of this update")
+    resume_step: int | None = flag(None, "return to the state of this update", least=0)
     skip_steps: str | None = flag(
         None, "FIRST:END, updates to skip, excluding END; to get past a loss spike"
     )
@@ -492,7 +515,7 @@ class Parser(argparse.ArgumentParser):
         words = message.split() if message.startswith("unrecognized") else []
         matches = [f for w in words for f in get_close_matches(w, self._option_string_actions)]
         hint = f"Did you mean {matches[0]}? " if matches else ""
-        self.exit(2, f"error: {message}. {hint}See --help.\n")
+        self.exit(2, f"error: {printable(message)}. {hint}See --help.\n")
 
 
 def number_or_auto(kind: type) -> Callable[[str], Any]:
@@ -584,7 +607,7 @@ def described_sizes(args: argparse.Namespace) -> dict[str, Any]:
         config = description_of(args)["config"]
         names = [f.name for f in fields(ModelFlags) if f.name in config and f.name != "dropout"]
         return {name: int(config[name]) for name in names}
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, OverflowError):
         return {}  # loading the weights will tell
 
 
@@ -602,26 +625,28 @@ def description_of(args: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- checks
 
 
-def range_problems(flags: Any) -> Iterator[str]:
-    """A message for each value outside the bounds that its field declares."""
-    for declared in fields(flags):
+def range_problems(flags: Any, *groups: type) -> Iterator[str]:
+    """A message for each number outside the bounds that its field declares.
+
+    Args: groups: the dataclasses that declare the fields of ``flags``."""
+    for declared in (declared for group in groups for declared in fields(group)):
         metadata, value = declared.metadata, getattr(flags, declared.name)
+        if not isinstance(value, int | float) or (metadata.get("auto") and value == AUTO):
+            continue
         least, above, most, below = (metadata.get(b) for b in ("least", "above", "most", "below"))
-        if value is None or (least, above, most, below) == (None,) * 4:
-            continue
-        if metadata.get("auto") and value == AUTO:
-            continue
+        above = -LARGEST if least is None and above is None else above
+        below = LARGEST if most is None and below is None else below
         inside = (least is None or value >= least) and (above is None or value > above)
         if inside and (most is None or value <= most) and (below is None or value < below):
             continue
         if least is not None and most is not None:
-            expected = f"{least:g} to {most:g}"
+            expected = f"{least:.7g} to {most:.7g}"
         else:
             words = (
-                ("{:g} or more", least),
-                ("above {:g}", above),
-                ("at most {:g}", most),
-                ("below {:g}", below),
+                ("{:.7g} or more", least),
+                ("above {:.7g}", above),
+                ("at most {:.7g}", most),
+                ("below {:.7g}", below),
             )
             expected = ", ".join(w.format(b) for w, b in words if b is not None)
         yield f"--{declared.name} is {value}, expected {expected}"
@@ -629,7 +654,7 @@ def range_problems(flags: Any) -> Iterator[str]:
 
 def check_flags(config: TrainConfig) -> None:
     """Raises: SettingsError that lists all invalid flags."""
-    problems = [*range_problems(config)]
+    problems = [*range_problems(config, type(config))]
 
     def expect(holds: object, problem: str) -> None:
         if not holds:
@@ -640,6 +665,12 @@ def check_flags(config: TrainConfig) -> None:
         micro is None or micro < 1 or rows % micro == 0 or config.batch_size == AUTO,
         f"--micro_batch_size is {micro}, expected a divisor of batch_size x "
         f"accumulation_steps = {rows}",
+    )
+    rate, weight_decay = config.learning_rate, config.weight_decay
+    expect(
+        problems or rate * weight_decay <= 1,
+        f"--learning_rate {rate:g} x --weight_decay {weight_decay:g}, the share of a weight that "
+        f"an update takes away, is {rate * weight_decay:g}, expected at most 1",
     )
     warmup, decay = config.warmup_ratio, config.decay_ratio
     expect(
@@ -680,7 +711,7 @@ def check_flags(config: TrainConfig) -> None:
         expect(separate, "--checkpoint_mirror is --checkpoint_dir, expected another disk")
     problems += device_problems(config.device)
     if problems:
-        raise SettingsError("; ".join(problems) + ".")
+        raise SettingsError(printable("; ".join(problems)) + ".")
 
 
 def skipped_updates(given: str | None) -> range:

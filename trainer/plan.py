@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from trainer.host import run_time
 
-NOT_KNOWN = 2**40  # rows, until the speed is known
+NOT_KNOWN = 2**40  # rows, until the speed is known; no plan has more
 NUM_CLOCK_CHECKS = 100  # re-plan about 100 times per run
 WINDOW = 0.1  # share of the time over which speed is measured
 SKIPPED = 2  # first updates of a start, not measured: they compile and fill caches

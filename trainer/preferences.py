@@ -46,6 +46,7 @@ class PreferenceFlags:
         "the model stays to --from_weight",
         resume=DECIDES,
         above=0,
+        below=1e3,
     )
     sft_weight: float = flag(
         0.0,
@@ -53,6 +54,7 @@ class PreferenceFlags:
         "keeps chosen answers from becoming improbable, too",
         resume=DECIDES,
         least=0,
+        below=1e3,
     )
 
 

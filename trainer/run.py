@@ -48,7 +48,9 @@ def next_token_loss(model: MiniMindForCausalLM, batch: Any) -> CausalLMOutput:
 @dataclass
 class Run:
     """All that an update reads or changes. It changes only between updates, so every save can be
-    resumed."""
+    resumed.
+
+    Raises: SettingsError if its epochs have more rows than a plan can hold."""
 
     args: TrainConfig
     config: MiniMindConfig
@@ -82,7 +84,13 @@ class Run:
     def __post_init__(self) -> None:
         self.reset_micro_batch()
         self.gradients = distributed.GradientSum(self.model.parameters())
-        self.plan = Plan(NOT_KNOWN if self.budget else self.rows_per_epoch * self.args.epochs)
+        rows, epochs = self.rows_per_epoch, self.args.epochs
+        if not self.budget and rows * epochs > NOT_KNOWN:
+            raise SettingsError(
+                f"--epochs is {epochs}, expected at most {NOT_KNOWN // rows} with {rows:,} rows in "
+                f"an epoch: a run has at most {NOT_KNOWN:,} rows"
+            )
+        self.plan = Plan(NOT_KNOWN if self.budget else rows * epochs)
 
     @property
     def rows_seen(self) -> int:
@@ -159,7 +167,7 @@ class Run:
         epochs, rows = divmod(self.rows_seen, self.rows_per_epoch)
         epochs, last = divmod(epochs * per_epoch + rows // self.global_batch + updates, per_epoch)
         end = epochs * self.rows_per_epoch + last * self.global_batch
-        self.plan = self.plan.changed(self.rows_seen, end)
+        self.plan = self.plan.changed(self.rows_seen, min(end, NOT_KNOWN))
 
     @property
     def is_done(self) -> bool:
