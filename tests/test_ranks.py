@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+import train_pretrain
 from tests import launched
 from tests.helpers import ROOT
 from tests.running import (
@@ -166,6 +167,32 @@ def test_what_dead_ranks_left_in_torchruns_store_misleads_nobody(
     assert statuses == [0, 0], log.read_text()
     assert log.read_text().count("resuming after update") == 2
     assert_equal_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing"),
+    [
+        ({"WORLD_SIZE": "1"}, "LOCAL_RANK, GROUP_RANK, MASTER_PORT, MASTER_ADDR are missing"),
+        (
+            {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "80", "LOCAL_RANK": "0"},
+            "GROUP_RANK is missing",
+        ),
+        ({"RANK": "first"}, "RANK, LOCAL_RANK, GROUP_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR"),
+    ],
+)
+def test_a_launcher_that_is_not_torchrun_is_told_what_is_missing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict,
+    missing: str,
+) -> None:
+    for name, value in ({"RANK": "0"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert train_pretrain.main(tiny_flags(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert f"error: RANK is set in the environment, but {missing}" in error
+    assert "start it with torchrun" in error and error.count("\n") == 1
 
 
 def test_ranks_that_never_come_are_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from trainer.errors import RankError, exit_status_of, is_out_of_memory, reason_of
+from trainer.errors import RankError, SettingsError, exit_status_of, is_out_of_memory, reason_of
 from trainer.host import end_with_parent
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ MAX_WORK_SECONDS = 24 * 3600.0  # one rank may tokenize a large corpus while the
 POLL_SECONDS = 0.02
 ROLL_CALL_SECONDS = 15.0  # in which live ranks answer; torchrun kills them 30 s after a failure
 BUCKET_BYTES = 2**22  # gradients are exchanged in buckets of about this size; docs/BENCHMARKS.md
+# What torchrun sets beside MASTER_ADDR; other launchers set a part of it.
+NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_PORT")
 SERIAL_BACKENDS = ("gloo",)  # run one exchange at a time, see GradientSum._wait_for_last
 
 _timeout_seconds = 600.0
@@ -62,10 +64,18 @@ def init_distributed_mode(device: str = "cuda", timeout_seconds: float = 600) ->
 
     Args: timeout_seconds: a rank that does not join an exchange for this long counts as lost.
     Returns: the index of this process on its machine, 0 without torchrun.
-    Raises: RankError if a rank is missing."""
+    Raises: RankError if a rank is missing, SettingsError if what torchrun sets is incomplete."""
     global _restarted, _store, _timeout_seconds
     if "RANK" not in os.environ:
         return 0
+    unusable = [name for name in NUMBERS if not os.environ.get(name, "").isdecimal()]
+    unusable += ["MASTER_ADDR"] * ("MASTER_ADDR" not in os.environ)
+    if unusable:
+        raise SettingsError(
+            f"RANK is set in the environment, but {', '.join(unusable)} "
+            f"{'is' if len(unusable) == 1 else 'are'} missing or not a number: start it with "
+            f"torchrun, or unset RANK to train on one device."
+        )
     local_rank = int(os.environ["LOCAL_RANK"])
     on_cuda = device.startswith("cuda")
     if on_cuda:
