@@ -35,19 +35,19 @@ from transformers.utils.logging import disable_progress_bar
 import eval_llm
 from model.generation import MOE_SIZES, SIZES, generating_model
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from trainer.errors import CheckpointError, SettingsError, printable
+from trainer.errors import CheckpointError, SettingsError, printable, reason_of
 from trainer.flags import Parser
 from trainer.program import run_program
+from trainer.reading import read_json
 from trainer.samples import encode_prompt
-from trainer.weights import (
-    NO_DESCRIPTION,
-    get_model_params,
-    load_tokenizer,
-    save_weights,
-    weights_path,
-)
+from trainer.weights import get_model_params, load_tokenizer, save_weights, weights_path
 
 TOLERANCE = 1e-3  # absolute difference of float32 logits: two implementations round differently
+CONFIG_KEYS = {
+    *(*SIZES, *MOE_SIZES, "tie_word_embeddings", "rope_parameters", "rope_theta", "rope_scaling"),
+    *("attention_bias", "use_sliding_window", "mlp_only_layers", "decoder_sparse_step"),
+    "num_local_experts",  # as transformers saves num_experts
+}
 NOTHING_WRITTEN = (
     f"Nothing was written to --output. transformers {transformers.__version__} is installed; "
     f"requirements.txt has the tested versions."
@@ -143,10 +143,10 @@ def model_card(weights: Path, model: MiniMindForCausalLM, is_chat: bool) -> str:
         prompt=json.dumps([{"role": "user", "content": prompt}] if is_chat else prompt),
     )
     try:
-        run = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))["run"]
+        run = read_json(weights.with_suffix(".json"))["run"]
         found = {"program": "pretrain"} | run["settings"] | run
         longest = told(found["max_seq_len"])
-    except (OSError, *NO_DESCRIPTION):  # MiniMind's own weights, or imported ones
+    except (OSError, ValueError, LookupError, TypeError):  # MiniMind's own weights, or imported
         return card
     rows = [f"| {RECORDED[key]} | {told(found[key])} |" for key in RECORDED if key in found]
     return (
@@ -268,6 +268,23 @@ def minimind_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def read_hf_config(folder: Path) -> PretrainedConfig:
+    """The configuration in a folder, of which only what a model like ours has is taken.
+
+    Other entries can make transformers build gigabytes of labels, or look for kernels on a hub.
+
+    Raises: OSError, ValueError; CheckpointError if the weights beside it are too few for it."""
+    given = read_json(folder / "config.json")
+    kept = {name: given[name] for name in CONFIG_KEYS & given.keys()}
+    config = AutoConfig.for_model(str(given.get("model_type")), **kept)
+    layer = config.hidden_size * (config.num_attention_heads + config.intermediate_size)
+    least = config.vocab_size * config.hidden_size + config.num_hidden_layers * layer
+    found = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if least > found:  # a byte each would not do
+        raise CheckpointError(f"its sizes take {least:,} numbers, its weights {found:,} bytes")
+    return config
+
+
 def read_hf(folder: Path) -> MiniMindForCausalLM:
     """The model in a folder that transformers can open, compared with it; no code in it is run.
 
@@ -281,15 +298,17 @@ def read_hf(folder: Path) -> MiniMindForCausalLM:
         )
     try:
         alone = {"trust_remote_code": False, "local_files_only": True}
-        config = minimind_config(AutoConfig.from_pretrained(folder, **alone))
+        found = read_hf_config(folder)
+        config = minimind_config(found)
         theirs = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **alone
+            folder, config=found, dtype=torch.float32, use_safetensors=True, **alone
         ).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+        model = MiniMindForCausalLM(config).eval()
+        model.load_state_dict(minimind_names(theirs.state_dict()))
+    except Exception as error:  # somebody else's folder can raise anything in there
+        ours = isinstance(error, CheckpointError)
+        reason = printable(str(error).split("\n")[0]) if ours else reason_of(error)
         raise CheckpointError(f"--input {folder}: {reason:.300}") from None
-    model = MiniMindForCausalLM(config).eval()
-    model.load_state_dict(minimind_names(theirs.state_dict()))
     ids = torch.randint(config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     if (largest := difference(model, theirs, ids)) > TOLERANCE:
         raise CheckpointError(f"--input {folder}: logits differ by {largest:.2g}")

@@ -23,6 +23,7 @@ from model.model_minimind import MiniMindForCausalLM
 from scripts import export
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
 from tests.running import train_in_process
+from trainer import host
 from trainer.samples import encode_prompt
 from trainer.weights import read_config, read_weights, save_weights
 
@@ -241,6 +242,50 @@ def test_other_models_are_refused_with_the_setting_that_differs(
         line = refused(capsys, "--from", "hf", "--input", folder, "--save_dir", tmp_path / "out")
         assert reason in line
     assert not (tmp_path / "out").exists()
+
+
+CONFIGS: dict[str, object] = {
+    "num_labels": 10**8,  # is no part of a model like ours
+    "_attn_implementation": "some/kernel",
+    "hidden_size": 10**9,
+    "num_hidden_layers": 10**7,
+    "vocab_size": "many",
+    "num_attention_heads": 0,
+    "head_dim": None,
+    "rms_norm_eps": [],
+    "rope_parameters": 7,
+    "model_type": ["qwen3"],
+    "intermediate_size": -1,
+    "eos_token_id": {},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_crafted_configuration_is_refused_or_its_odd_entry_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    path, _ = saved(tmp_path)
+    folder, out = tmp_path / "hf", tmp_path / "out"
+    assert export.main(["--to", "hf", "--weight", str(path), "--output", str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: CONFIGS[name]}))
+    capsys.readouterr()
+    before = host.peak_memory()
+    if name in ("num_labels", "_attn_implementation", "head_dim"):
+        export.main(["--from", "hf", "--input", str(folder), "--save_dir", str(out)])
+        assert capsys.readouterr().err.count("\n") <= 1
+    else:
+        refused(capsys, "--from", "hf", "--input", folder, "--save_dir", out)
+    assert host.peak_memory() - before < 2**28
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "[" * 10**5, '{"model_type": "qwen3"}'])
+def test_what_is_no_configuration_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, text: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    line = refused(capsys, "--from", "hf", "--input", tmp_path, "--save_dir", tmp_path / "out")
+    assert f"--input {tmp_path}: " in line
 
 
 def test_an_adapter_is_to_be_merged_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,8 +12,8 @@ from dataset.token_cache import unsigned
 from tests import launched
 from tests.gradients import step, toy_data, toy_model, toy_run
 from tests.running import assert_same, newest_state, read_metrics, tiny_flags
+from trainer.bad_updates import rows_of
 from trainer.checkpoint import list_states, read_state
-from trainer.distributed import rows_of
 from trainer.guard.run_folder import read_run_state
 from trainer.optimizer import build_optimizer
 from trainer.trainer_utils import SkipBatchSampler

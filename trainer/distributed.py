@@ -284,11 +284,6 @@ class GradientSum:
         return sums, culprits
 
 
-def rows_of(rank: int, rows: range, micro_batch: int, num_ranks: int) -> list[int]:
-    """The rows that a rank has in an update: micro-batches are dealt to ranks in turn."""
-    return [row for i, row in enumerate(rows) if i // micro_batch % num_ranks == rank]
-
-
 def gather(value: T) -> list[T]:
     """The values of all ranks, in rank order, on every rank. For small picklable objects."""
     if world_size() == 1:

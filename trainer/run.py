@@ -13,10 +13,10 @@ from torch import Tensor
 
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
 from trainer import distributed
+from trainer.bad_updates import report_bad
 from trainer.checkpoint import checkpoint_name, restore_rng, save_for_all
-from trainer.console import log
 from trainer.device import setup_seed
-from trainer.errors import BadUpdateError, SettingsError
+from trainer.errors import SettingsError
 from trainer.flags import TrainConfig, skipped_updates
 from trainer.optimizer import load_optimizer
 from trainer.plan import NOT_KNOWN, Budget, Plan, largest_divisor
@@ -207,35 +207,12 @@ class Run:
         for update, outcome in zip(self.pending, seen, strict=True):
             self.progress.add(outcome, update.num_labels)
             if not outcome.is_finite:
-                self._report_bad(update, outcome.culprits)
+                report_bad(self, update, outcome.culprits)
         self.pending.clear()
         if not seen:
             return None, []
         load = seen[-1].expert_load
         return seen[-1].grad_norm, [tokens / max(sum(load), 1) for tokens in load]
-
-    def _report_bad(self, update: Update, ranks: list[int]) -> None:
-        """Log which documents a bad update had read. Raises: BadUpdateError after too many."""
-        num_ranks, micro = distributed.world_size(), self.micro_batch
-        ranks = ranks or ([0] if num_ranks == 1 else [])
-        span = range(update.first_row, update.first_row + update.num_rows)
-        rows = [row for r in ranks for row in distributed.rows_of(r, span, micro, num_ranks)]
-        documents = sorted(set(self.documents_of(rows)))
-        shown = ", ".join(map(str, documents[:8])) + (", …" if len(documents) > 8 else "")
-        where = "only in the sum over all ranks"
-        if ranks:
-            where = f"rank {', '.join(map(str, ranks))}, documents {shown}"
-        found = f"update {update.step:,}: loss or gradient is not finite ({where})"
-        in_a_row = self.progress.bad_in_a_row
-        if in_a_row > self.args.max_bad_updates:
-            first = update.step - in_a_row + 1
-            raise BadUpdateError(
-                f"{found}, as in each of the last {in_a_row:,} updates. None was applied: "
-                f"the weights are those of update {first - 1:,}. Resume with --from_resume 1 "
-                f"--skip_steps {first}:{update.step + 1}, or start again with a lower "
-                f"--learning_rate."
-            )
-        log(f"warning: {found}; not applied")
 
     def close_interval(self) -> dict[str, float]:
         """Mean losses since the last call, none if nothing was learnt; ``read_outcomes`` first."""
