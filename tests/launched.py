@@ -24,7 +24,7 @@ import transformers
 
 import train_pretrain
 from tests.strict import make_strict
-from trainer import checkpoint, distributed, evaluation
+from trainer import checkpoint, distributed, evaluation, host
 from trainer.guard import mirror
 
 make_strict()
@@ -63,7 +63,7 @@ def at_operation(number: int, strike: Callable[[str], None]) -> None:
         if next(count) == number:
             strike(name)
 
-    checkpoint.os = Operations(before)
+    checkpoint.os = host.os = Operations(before)
 
 
 def kill_at_operation(number: int) -> None:
@@ -220,7 +220,7 @@ def slow_save(marker: str, seconds: float) -> None:
             time.sleep(seconds)
 
     def slowed(*args: object) -> object:
-        checkpoint.os = Operations(before)
+        checkpoint.os = host.os = Operations(before)
         return save(*args)
 
     train_pretrain.Run.save = slowed

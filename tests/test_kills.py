@@ -20,7 +20,7 @@ from tests.running import (
     tiny_flags,
     train_in_process,
 )
-from trainer import checkpoint
+from trainer import checkpoint, host
 from trainer.checkpoint import list_states, update_of
 from trainer.trainer_utils import SkipBatchSampler
 
@@ -57,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, flo
     return found
 
 
-def assert_equal_runs(cut: Path, whole: Path) -> None:
+def assert_equal_runs(cut: Path, whole: Path, at_least: int = 2) -> None:
     """State, weights and metrics; and nothing half-written is left."""
     assert_same(newest_state(cut), newest_state(whole))
     assert metrics_without_times(cut) == metrics_without_times(whole)
@@ -66,7 +66,7 @@ def assert_equal_runs(cut: Path, whole: Path) -> None:
     name = "out/pretrain_32.pth"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert not list(cut.rglob("*.part"))
-    assert len(list_states(cut / "checkpoints", "pretrain_32")) == 2
+    assert at_least <= len(list_states(cut / "checkpoints", "pretrain_32")) <= 2
 
 
 def kill_often(whole: tuple[Path, float], folder: Path, num_ranks: int, kills: int) -> None:
@@ -110,7 +110,9 @@ def crash_points(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The operations on files of a short run, by number; of each file's writes, one after another
     into a file that nobody reads yet, the first, one in the middle and the last."""
     seen: list[str] = []
-    monkeypatch.setattr(checkpoint, "os", launched.Operations(lambda name, *_: seen.append(name)))
+    operations = launched.Operations(lambda name, *_: seen.append(name))
+    for module in (checkpoint, host):
+        monkeypatch.setattr(module, "os", operations)
     train_in_process(folder, **settings(1, epochs=1, save_interval=4))
     monkeypatch.undo()
     points: list[int] = []

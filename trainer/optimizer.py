@@ -174,6 +174,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
     Optimizer.load_state_dict alone would also restore the file's ``fused``."""
     own = optimizer.state_dict()["param_groups"]
+    for group, given in zip(own, saved["param_groups"], strict=False):
+        if type(given.get("lr")) is float:  # a start that makes no update saves it again
+            group["lr"] = given["lr"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
