@@ -272,6 +272,7 @@ def test_the_page_of_a_fine_tuned_model_is_a_conversation(tmp_path: Path, browse
         by = "css selector"
         box = until(lambda: browser.find_elements(by, "textarea") or None)[0]
         for number, question in enumerate(("Hello?", "Again?")):
+            until(box.is_displayed)  # the page goes on building once the box is there
             box.send_keys(question)
             box.send_keys("\n")
 
