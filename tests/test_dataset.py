@@ -455,7 +455,7 @@ def make_old(folder: Path, days: float) -> None:
         os.utime(path, (time.time() - days * DAY,) * 2)
 
 
-@pytest.mark.parametrize("pid", [999_999_999, 1, os.getpid()])
+@pytest.mark.parametrize("pid", [999_999_999, 1, os.getpid()], ids=["free", "first", "own"])
 def test_what_a_process_of_another_container_builds_is_left_alone(tmp_path: Path, pid: int) -> None:
     with builder(tmp_path, pid) as process:
         (found,) = building(tmp_path)
