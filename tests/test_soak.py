@@ -150,7 +150,7 @@ def test_after_any_mixture_of_faults_it_is_the_run_that_nothing_disturbed(
             during(dice, processes)
             statuses = launched.wait_for_all(processes)
             text = log.read_text() if log.exists() else ""
-            assert set(statuses) <= STATUSES and "Traceback" not in text, (statuses, text)
+            assert set(statuses) <= STATUSES and "\nTraceback" not in f"\n{text}", (statuses, text)
             counts["lives"] += 1
             counts[during.__name__] += 1
             for name, _ in faults:
