@@ -333,6 +333,9 @@ def write_meta(folder: Path, meta: dict[str, Any], files: tuple[str, ...] = FILE
 
 def damaged_file(folder: Path) -> str | None:
     """The first file of a cache that differs from what was written; None if there is none."""
+    strange = (path.name for path in folder.iterdir() if path.exists() and not path.is_file())
+    if name := next(strange, None):  # a pipe would wait for ever, a device never end
+        return name
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         own_digest = meta["sha256"].pop("meta.json")
@@ -342,8 +345,10 @@ def damaged_file(folder: Path) -> str | None:
         return next((n for n, digest in digests if sha256_of_file(folder / n) != digest), None)
     except FileNotFoundError as error:
         return Path(error.filename).name
-    except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or of another structure
-        return "meta.json"
+    except OSError as error:  # a bad sector
+        return Path(error.filename or "tokens.bin").name
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return "meta.json"  # no JSON, or of another structure
 
 
 def is_finished(folder: Path) -> bool:

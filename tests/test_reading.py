@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_full_sft
 import train_pretrain
 from tests.helpers import digest
 from tests.running import newest_state, tiny_flags, train_and_kill, train_in_process
+from tests.test_fine_tuning import sft_flags
 from trainer import checkpoint, reading
 from trainer.checkpoint import is_good, list_states, make_room, save_state
 from trainer.checkpoint import newest_state as newest_of
@@ -196,3 +198,45 @@ def test_weights_that_are_not_finite_are_refused(
     words = tiny_flags(tmp_path, from_weight="pretrain", save_weight="next")
     assert train_pretrain.main(words) == 4
     assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [*STRANGE, "deep"])
+@pytest.mark.parametrize("name", ["meta.json", "tokens.bin"])
+def test_a_cache_with_a_file_that_is_none_is_built_again(
+    tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_in_process(tmp_path, epochs=1)
+    (path,) = (tmp_path / "cache").glob(f"*/{name}")
+    path.unlink()
+    if kind == "deep":
+        path.write_text(DEEP)
+    else:
+        STRANGE[kind](path)
+    train_in_process(tmp_path, epochs=1, overwrite=1)
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"config": {"hidden_size": 1e999}}', "[]"])
+def test_an_odd_description_of_the_base_is_told_by_its_weights(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_in_process(tmp_path, epochs=1)
+    (tmp_path / "out" / "pretrain_32.json").write_text(text)
+    assert train_full_sft.main(sft_flags(tmp_path, from_weight="pretrain")) in (0, 4)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("from_resume", [0, 1])
+def test_weights_whose_states_are_gone_are_not_said_to_be_resumable(
+    tmp_path: Path, from_resume: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_in_process(tmp_path, epochs=1)
+    for path in list_states(tmp_path / "checkpoints", "pretrain_32"):
+        path.unlink()
+    assert train_pretrain.main(tiny_flags(tmp_path, from_resume=from_resume)) == 4
+    said = capsys.readouterr().err
+    assert "pretrain_32.pth belongs to an earlier run. No state of it is left: " in said
+    assert (
+        "--from_weight pretrain trains its weights further" in said
+        and "--from_resume 1 resumes" not in said
+    )

@@ -6,7 +6,6 @@ Flags have MiniMind's names where it has them; intervals count optimizer updates
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 import types
@@ -24,6 +23,7 @@ from trainer.device import default_device, default_dtype, default_residual_dtype
 from trainer.errors import SettingsError, printable
 from trainer.guard.mirror import mirror_problems
 from trainer.optimizer import OPTIMIZERS, Tuning
+from trainer.reading import read_json
 from trainer.schedule import SCHEDULES
 
 # What a flag means on resume. DECIDES: it determines what is learned, so it must stay the same.
@@ -616,10 +616,9 @@ def description_of(args: Any) -> dict[str, Any]:
     moe = "_moe" if args.use_moe else ""
     path = Path(args.save_dir) / f"{args.from_weight}_{args.hidden_size}{moe}.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 # ------------------------------------------------------------------------------------- checks

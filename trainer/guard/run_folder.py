@@ -171,8 +171,12 @@ class RunFolder:
             with contextlib.suppress(MirrorError):  # unreachable: copying will warn
                 taken += [f"{self.mirror.safe_url}/{name}" for name in self.mirror.states()]
         if taken and not self.args.overwrite:
+            way = "--from_resume 1 resumes it"
+            if not is_state(Path(taken[0]).name):
+                own = self.args.save_weight
+                way = f"No state of it is left: --from_weight {own} trains its weights further"
             raise CheckpointError(
-                f"{taken[0]} belongs to an earlier run. --from_resume 1 resumes it, "
+                f"{taken[0]} belongs to an earlier run. {way}, "
                 f"--save_weight NAME starts another run beside it, --overwrite 1 deletes it."
             )
 
