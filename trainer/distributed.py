@@ -170,7 +170,7 @@ def _roll_call(reason: str) -> RankError:
     try:
         store = _joined_store()
         store.set(f"alive/{own}", "")
-        if dist.get_backend() == "gloo":  # with NCCL, leaving might block
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # with NCCL, leaving might block
             dist.destroy_process_group()  # ranks that wait for this one fail, and answer in turn
         silent, since = list(ranks), time.monotonic()
         while len(silent) > 1 or time.monotonic() - since < 1:
