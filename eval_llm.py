@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from model.model_minimind import MiniMindForCausalLM
 from trainer.device import default_device, device_problems, setup_seed
 from trainer.errors import CheckpointError, SettingsError, printable
 from trainer.evaluation import bits_per_byte, held_out_sums
-from trainer.flags import Parser
+from trainer.flags import MOST_ROWS, Parser, add_flags, flag, range_problems
 from trainer.program import run_program
 from trainer.reading import read_json
 from trainer.samples import encode_prompt, encode_question
@@ -81,70 +82,65 @@ def add_weight_flags(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
+@dataclass
+class MeasuringFlags:
+    """measuring the loss of files"""
+
+    data_path: list[str] | None = flag(  # noqa: RUF009
+        None, "files to measure the loss on instead"
+    )
+    text_column: str = flag("text", "with --data_path: the field that holds the text")
+    max_seq_len: int = flag(512, "with --data_path: tokens per row", least=2, most=32768)
+    batch_size: int = flag(16, "with --data_path: rows per forward pass", least=1, most=MOST_ROWS)
+    bad_records: str = flag(
+        "stop",
+        "with --data_path: what to do with a record that cannot be read",
+        choices=["stop", "skip"],
+    )
+    cache_dir: str = flag(DEFAULT_CACHE_DIR, "with --data_path: folder of token caches")
+
+
+@dataclass
+class SamplingFlags:
+    """sampling"""
+
+    history: int = flag(
+        8,
+        "with --interactive and a model that answers: how many turns of both it sees again",
+        alias="historys",
+        least=0,
+    )
+    max_new_tokens: int = flag(100, "maximum length of a continuation", least=1, most=10**6)
+    temperature: float = flag(TEMPERATURE, "0: always the most probable token", least=0)
+    top_p: float = flag(
+        0.9,
+        "sample from the most probable tokens with this much probability together",
+        above=0,
+        most=1,
+    )
+    top_k: int = flag(50, "sample from this many tokens at most; 0: all", least=0)
+    repetition_penalty: float = flag(1.0, "above 1: fewer repetitions", least=0.01, most=100)
+    seed: int = flag(42, "the same seed gives the same text")
+
+
 def build_parser() -> Parser:
     """The parser of all flags; ``check_flags`` checks their values."""
     parser = Parser(__doc__)
     add = add_weight_flags(parser).add_argument
     add("--inference_rope_scaling", action="store_true", help="extend the context 16 times (YaRN)")
     add("--device", default=default_device(), help="cuda, mps or cpu")
-
     add = parser.add_argument_group("what to do").add_argument
     add("--prompt", action="append", help="text to continue; may be given several times")
     add("--interactive", type=int, default=0, choices=[0, 1], help="1: read prompts, one per line")
-    add(
-        *("--history", "--historys"),
-        type=int,
-        default=8,
-        help="with --interactive and a model that answers: how many turns of both it sees again",
-    )
-    add("--data_path", nargs="+", help="files to measure the loss on instead")
-    add("--text_column", default="text", help="with --data_path: the field that holds the text")
-    add("--max_seq_len", type=int, default=512, help="with --data_path: tokens per row")
-    add("--batch_size", type=int, default=16, help="with --data_path: rows per forward pass")
-    add(
-        "--bad_records",
-        choices=["stop", "skip"],
-        default="stop",
-        help="with --data_path: what to do with a record that cannot be read",
-    )
-    add("--cache_dir", default=DEFAULT_CACHE_DIR, help="with --data_path: folder of token caches")
-
-    add = parser.add_argument_group("sampling").add_argument
-    add("--max_new_tokens", type=int, default=100, help="maximum length of a continuation")
-    add("--temperature", type=float, default=TEMPERATURE, help="0: always the most probable token")
-    add(
-        "--top_p",
-        type=float,
-        default=0.9,
-        help="sample from the most probable tokens with this much probability together",
-    )
-    add("--top_k", type=int, default=50, help="sample from this many tokens at most; 0: all")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions")
-    add("--seed", type=int, default=42, help="the same seed gives the same text")
+    add_flags(parser, (MeasuringFlags, SamplingFlags))
     return parser
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises: SettingsError listing every flag that is out of range."""
-    at_least = {
-        "max_new_tokens": 1,
-        "batch_size": 1,
-        "max_seq_len": 2,
-        "temperature": 0,
-        "top_k": 0,
-        "history": 0,
-    }
-    problems = [
-        f"--{name} is {getattr(args, name)}, expected {least} or more"
-        for name, least in at_least.items()
-        if getattr(args, name) < least
-    ]
-    if not 0 < args.top_p <= 1:
-        problems.append(f"--top_p is {args.top_p}, expected above 0, at most 1")
+    problems = [*range_problems(args, MeasuringFlags, SamplingFlags)]
     if args.history % 2:
         problems.append(f"--history is {args.history}, expected an even number: both sides' turns")
-    if args.repetition_penalty <= 0:
-        problems.append(f"--repetition_penalty is {args.repetition_penalty}, expected above 0")
     if args.inference_rope_scaling and args.data_path:
         problems.append(
             "--inference_rope_scaling applies to prompts only; --data_path measures "
@@ -246,8 +242,9 @@ def typed_prompts() -> Iterator[str]:
 
 
 def sampling(temperature: float, top_p: float, top_k: int = 50) -> dict:
-    """Arguments of ``generate`` for sampling; a temperature of 0 means greedy decoding."""
-    if temperature == 0:
+    """Arguments of ``generate`` for sampling; a temperature of 0 means greedy decoding, as does
+    one by which scores would overflow."""
+    if temperature < 1e-5:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 

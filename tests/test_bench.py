@@ -245,7 +245,7 @@ def test_a_trial_that_diverges_is_as_bad_as_can_be_and_ends_no_contest(
 ) -> None:
     compare_recipes.split(corpus, tmp_path)
     flags = compare_recipes.recipes(on_cuda=False)["AdamW, packed"].flags | TINY
-    flags |= {"learning_rate": 999, "max_bad_updates": 0}
+    flags |= {"learning_rate": 999, "weight_decay": 0, "max_bad_updates": 0}
     args = Namespace(device="cpu", preset="demo")
     trial = compare_recipes.Trial("AdamW, packed", flags, 9000, 1)
     assert compare_recipes.run_trial(trial, args, tmp_path)["bits_per_byte"] == math.inf
