@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import train_pretrain
 from bench import compare_recipes, fine_tuning, growth, try_variants
 from bench.benchmark import (
     PADDED,
@@ -241,11 +242,21 @@ def test_a_trial_sees_the_tokens_it_is_given_and_is_scored_as_documents_are(
 
 
 def test_a_trial_that_diverges_is_as_bad_as_can_be_and_ends_no_contest(
-    tmp_path: Path, corpus: Path
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its initial weights are so large that the first loss is not finite."""
     compare_recipes.split(corpus, tmp_path)
     flags = compare_recipes.recipes(on_cuda=False)["AdamW, packed"].flags | TINY
-    flags |= {"learning_rate": 999, "weight_decay": 0, "max_bad_updates": 0}
+    flags |= {"max_bad_updates": 0}
+    build = train_pretrain.init_model
+
+    def overflowing(*args: object) -> tuple:
+        model, tokenizer = build(*args)
+        with torch.no_grad():
+            model.model.norm.weight.fill_(torch.inf)
+        return model, tokenizer
+
+    monkeypatch.setattr(train_pretrain, "init_model", overflowing)
     args = Namespace(device="cpu", preset="demo")
     trial = compare_recipes.Trial("AdamW, packed", flags, 9000, 1)
     assert compare_recipes.run_trial(trial, args, tmp_path)["bits_per_byte"] == math.inf
