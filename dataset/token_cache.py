@@ -333,10 +333,10 @@ def write_meta(folder: Path, meta: dict[str, Any], files: tuple[str, ...] = FILE
 
 def damaged_file(folder: Path) -> str | None:
     """The first file of a cache that differs from what was written; None if there is none."""
-    strange = (path.name for path in folder.iterdir() if path.exists() and not path.is_file())
-    if name := next(strange, None):  # a pipe would wait for ever, a device never end
-        return name
     try:
+        strange = (path.name for path in folder.glob("*") if path.exists() and not path.is_file())
+        if name := next(strange, None):  # a pipe would wait for ever, a device never end
+            return name
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         own_digest = meta["sha256"].pop("meta.json")
         if own_digest != hashlib.sha256(json.dumps(meta).encode()).hexdigest():

@@ -34,6 +34,15 @@ def begin_program() -> None:
             signal.signal(number, leave)
 
 
+def end_program() -> None:
+    """Ignore further signals if this process began with ``begin_program``: only its status is left.
+
+    Python itself would take the handlers back before it ends."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is leave:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def leave(number: int, frame: FrameType | None) -> None:
     """End the process: outside training there is nothing to save."""
     with suppress(OSError):

@@ -14,7 +14,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from trainer.console import write_line
 from trainer.distributed import uses_nccl
 from trainer.errors import Interrupted, RankError, exit_status_of
-from trainer.host import begin_run
+from trainer.host import begin_run, end_program
 
 # Declares the version ranges that the tests were run with.
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
@@ -44,6 +44,14 @@ def untested_versions(requirements: Path = REQUIREMENTS) -> list[str]:
 def run_program(program: Callable[[], None]) -> int:
     """Run ``program`` and return its exit status; a user error is printed as one line on stderr."""
     begin_run()
+    try:
+        return status_of(program)
+    finally:
+        end_program()
+
+
+def status_of(program: Callable[[], None]) -> int:
+    """As ``run_program``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows another
             stream.reconfigure(errors="replace")
