@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 from model.model_minimind import MiniMindForCausalLM
 from scripts import export
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
-from tests.running import train_in_process
+from tests.running import run_command, train_in_process
 from trainer import host
 from trainer.samples import encode_prompt
 from trainer.weights import read_config, read_weights, save_weights
@@ -135,7 +136,7 @@ def test_the_card_tells_how_the_weights_were_trained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_the_program_in_the_card_of_weights_of_unknown_origin_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture, is_chat: bool
+    tmp_path: Path, is_chat: bool
 ) -> None:
     path, _ = saved(tmp_path)
     path.with_suffix(".json").write_text('{"config": {}}' if is_chat else "[")
@@ -143,11 +144,9 @@ def test_the_program_in_the_card_of_weights_of_unknown_origin_runs(
     assert "## Training" not in card
     folder, _ = exported(tmp_path)
     program = card.split("```")[1].removeprefix("python\n").replace("FOLDER", str(folder))
-    capsys.readouterr()
-    exec(program)
-    assert (
-        "'role': 'assistant'" if is_chat else "The capital of France"
-    ) in capsys.readouterr().out
+    done = run_command([sys.executable, "-c", program])  # as a reader runs it
+    assert done.returncode == 0, done.stderr
+    assert ("'role': 'assistant'" if is_chat else "The capital of France") in done.stdout
 
 
 @DENSE_AND_MOE
