@@ -1,5 +1,6 @@
 """What a run says of itself: numbers, file, console, SwanLab."""
 
+import itertools
 import json
 import re
 import sqlite3
@@ -29,7 +30,7 @@ from trainer.flags import PRESETS, parse_flags
 from trainer.guard import fast_paths
 from trainer.metrics import flops_per_token, peak_flops, restore_file
 from trainer.samples import continuations, encode_prompt, repeated_ngrams
-from trainer.step_times import StepTimes, bottleneck, shares
+from trainer.step_times import MAX_MARKS, StepTimes, bottleneck, shares
 
 
 def test_operations_per_token_are_those_of_a_hand_count() -> None:
@@ -121,6 +122,19 @@ def test_times_of_a_step_are_those_between_its_marks() -> None:
     assert times.read() == {"data": 1.5, "optimizer": 0.25}
     assert times.read() == {}
     assert shares({"optimizer": 1.0, "data": 3.0}) == {"data": 0.75, "optimizer": 0.25}
+
+
+def test_times_that_no_line_shows_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However rare log lines are, memory does not grow."""
+    now = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
+    times = StepTimes(torch.device("cpu"))
+    for _ in range(5 * MAX_MARKS):
+        times.mark("data")
+        times.mark("optimizer")
+        assert len(times.marks) <= MAX_MARKS
+    assert times.read() == {"data": 5.0 * MAX_MARKS, "optimizer": 5.0 * MAX_MARKS}
+    assert times.read() == {}
 
 
 def test_a_file_that_a_kill_cut_short_is_made_what_the_state_holds(tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ ADVICE = {
 }
 
 
+MAX_MARKS = 1000  # that are kept, each with an event on CUDA; then they are added up
+
+
 class StepTimes:
     """Measures the seconds spent on each part of a step; a mark ends a part.
 
@@ -31,10 +34,13 @@ class StepTimes:
         """Start measuring now, and forget everything before."""
         self.marks: list[tuple[str, float]] = []  # on the CPU, with the time in seconds
         self.events: list[tuple[str, torch.cuda.Event]] = []  # on CUDA
+        self.seconds: dict[str, float] = {}  # by part, until the marks that are kept
         self.mark("")
 
     def mark(self, part: str) -> None:
         """Attribute the time since the last mark to ``part``."""
+        if len(self.marks) + len(self.events) == MAX_MARKS:
+            self._add_up()
         if not self.on_cuda:
             return self.marks.append((part, time.perf_counter()))
         event = torch.cuda.Event(enable_timing=True)
@@ -43,6 +49,12 @@ class StepTimes:
 
     def read(self) -> dict[str, float]:
         """Seconds by part since the last call. Waits for the device."""
+        self._add_up()
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+    def _add_up(self) -> None:
+        """Move all that the marks tell into ``seconds``. Waits for the device."""
         if self.events:
             self.events[-1][1].synchronize()
         durations = [
@@ -52,11 +64,9 @@ class StepTimes:
                 for (_, begin), (part, end) in itertools.pairwise(self.events)
             ),
         ]
-        seconds: dict[str, float] = {}
         for part, duration in durations:
-            seconds[part] = seconds.get(part, 0.0) + duration
+            self.seconds[part] = self.seconds.get(part, 0.0) + duration
         self.marks, self.events = self.marks[-1:], self.events[-1:]
-        return seconds
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
