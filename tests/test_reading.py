@@ -240,3 +240,14 @@ def test_weights_whose_states_are_gone_are_not_said_to_be_resumable(
         "--from_weight pretrain trains its weights further" in said
         and "--from_resume 1 resumes" not in said
     )
+
+
+def test_weights_whose_states_are_on_the_mirror_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = {"checkpoint_mirror": tmp_path / "there"}
+    train_in_process(tmp_path, epochs=1, **mirror)
+    for path in list_states(tmp_path / "checkpoints", "pretrain_32"):
+        path.unlink()
+    assert train_pretrain.main(tiny_flags(tmp_path, **mirror)) == 4
+    assert "belongs to an earlier run. --from_resume 1 resumes it" in capsys.readouterr().err

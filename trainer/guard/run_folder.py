@@ -172,7 +172,7 @@ class RunFolder:
                 taken += [f"{self.mirror.safe_url}/{name}" for name in self.mirror.states()]
         if taken and not self.args.overwrite:
             way = "--from_resume 1 resumes it"
-            if not is_state(Path(taken[0]).name):
+            if not any(is_state(str(found).rpartition("/")[2]) for found in taken):
                 own = self.args.save_weight
                 way = f"No state of it is left: --from_weight {own} trains its weights further"
             raise CheckpointError(
