@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.preferences import content_of
-from dataset.records import ENDINGS, TEXT_COLUMN, DataError, find_files
+from dataset.records import ENDINGS, TEXT_COLUMN, find_files
 from dataset.token_cache import DEFAULT_CACHE_DIR, TokenCache, build_token_cache
-from trainer.errors import SettingsError, exit_status_of
+from trainer.program import run_program
 from trainer.weights import load_tokenizer
 
 NUM_SAMPLED = 5_000  # evenly spaced documents, from which the kinds of text are estimated
@@ -182,20 +182,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Build the cache that training with the same flags finds. Returns: the exit status."""
     args = build_parser().parse_args(argv)
+    return run_program(lambda: prepare(args))
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """The program. Raises: DataError, SettingsError, OSError."""
     since = time.monotonic()
-    try:
-        tokenizer = load_tokenizer(args.tokenizer_path)
-        cache = build_token_cache(
-            args.data_path,
-            tokenizer,
-            args.cache_dir,
-            args.bad_records,
-            args.text_column,
-            content_of(find_files(args.data_path)[0], tokenizer, args.empty_thinking),
-        )
-    except (DataError, SettingsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_status_of(error)
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    cache = build_token_cache(
+        args.data_path,
+        tokenizer,
+        args.cache_dir,
+        args.bad_records,
+        args.text_column,
+        content_of(find_files(args.data_path)[0], tokenizer, args.empty_thinking),
+    )
     counts, seconds = cache.meta, time.monotonic() - since
     print(
         f"{cache.folder}: {counts['num_documents']:,} documents, {counts['num_tokens']:,} tokens, "
@@ -203,7 +204,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     if args.report:
         print(report(cache, tokenizer))
-    return 0
 
 
 if __name__ == "__main__":
