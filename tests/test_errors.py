@@ -133,6 +133,15 @@ def test_more_epochs_than_a_plan_can_hold_are_refused_with_the_most_possible(
     assert train_pretrain.main(tiny_flags(tmp_path, epochs=most, dry_run=1)) == 0
 
 
+def test_weights_too_large_for_their_file_are_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tiny_flags(tmp_path, learning_rate=10, embedding_lr_scale=1e6)
+    status, error = refusal(words, capsys)
+    assert status == 5 and "embed_tokens.weight is not finite in half precision" in error
+    assert list((tmp_path / "out").glob("*.pth")) == []
+
+
 def test_strange_flags_are_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     status, error = refusal(["--no\nsuch \udcff", "x\n"], capsys)
     assert status == 2 and r"unrecognized arguments: --no\nsuch \udcff x\n" in error

@@ -11,7 +11,7 @@ import pytest
 from tests import fitting
 from tests.gradients import toy_data
 from tests.launched import run_trainers
-from trainer.plan import largest_divisor
+from trainer.run import largest_divisor
 
 ROWS = 96  # of an update on each rank; a row takes some 10 MiB
 

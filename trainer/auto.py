@@ -14,7 +14,7 @@ from trainer.errors import SettingsError, is_out_of_memory
 from trainer.flags import AUTO, TrainConfig
 from trainer.host import run_time
 from trainer.muon import NUM_STEPS
-from trainer.plan import largest_divisor
+from trainer.run import largest_divisor
 from trainer.state import refuse_unless
 from trainer.weights import get_model_params
 

@@ -5,7 +5,7 @@
 2  flags, or a folder in use         8  another rank is dead or stuck
 3  data                             75  stopped by a signal, saved; the same command resumes
 4  weights or states               130  stopped immediately, by a second Ctrl-C
-5  loss or gradient not finite
+5  loss, gradient or weights not finite
 """
 
 import torch
@@ -24,7 +24,7 @@ class CheckpointError(ValueError):
 
 
 class BadUpdateError(ValueError):
-    """Too many consecutive updates had a non-finite loss or gradient; none was applied."""
+    """Updates were not finite, too many in a row, and none was applied; or the weights are not."""
 
     exit_status = 5
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from trainer.errors import SettingsError
 from trainer.host import run_time
 
 NOT_KNOWN = 2**40  # rows, until the speed is known; no plan has more
@@ -31,9 +32,14 @@ class Plan(NamedTuple):
         return Plan(max(total_rows, rows), rows, self.share(rows))
 
 
-def largest_divisor(number: int, limit: float) -> int:
-    """The largest divisor of ``number`` that is not above ``limit``, at least 1."""
-    return next(d for d in range(max(1, min(number, int(limit))), 0, -1) if number % d == 0)
+def rows_of_run(rows_per_epoch: int, epochs: int) -> int:
+    """Their product. Raises: SettingsError if a plan cannot hold it."""
+    if rows_per_epoch * epochs > NOT_KNOWN:
+        raise SettingsError(
+            f"--epochs is {epochs}, expected at most {NOT_KNOWN // rows_per_epoch} with "
+            f"{rows_per_epoch:,} rows in an epoch: a run has at most {NOT_KNOWN:,} rows"
+        )
+    return rows_per_epoch * epochs
 
 
 class Budget:

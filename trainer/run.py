@@ -19,7 +19,7 @@ from trainer.device import setup_seed
 from trainer.errors import SettingsError
 from trainer.flags import TrainConfig, skipped_updates
 from trainer.optimizer import load_optimizer
-from trainer.plan import NOT_KNOWN, Budget, Plan, largest_divisor
+from trainer.plan import NOT_KNOWN, Budget, Plan, rows_of_run
 from trainer.progress import Outcome, Progress, to_host
 from trainer.schedule import learning_rate
 from trainer.step_times import StepTimes
@@ -48,9 +48,7 @@ def next_token_loss(model: MiniMindForCausalLM, batch: Any) -> CausalLMOutput:
 @dataclass
 class Run:
     """All that an update reads or changes. It changes only between updates, so every save can be
-    resumed.
-
-    Raises: SettingsError if its epochs have more rows than a plan can hold."""
+    resumed. Raises: SettingsError if its epochs are too many."""
 
     args: TrainConfig
     config: MiniMindConfig
@@ -85,12 +83,7 @@ class Run:
         self.reset_micro_batch()
         self.gradients = distributed.GradientSum(self.model.parameters())
         rows, epochs = self.rows_per_epoch, self.args.epochs
-        if not self.budget and rows * epochs > NOT_KNOWN:
-            raise SettingsError(
-                f"--epochs is {epochs}, expected at most {NOT_KNOWN // rows} with {rows:,} rows in "
-                f"an epoch: a run has at most {NOT_KNOWN:,} rows"
-            )
-        self.plan = Plan(NOT_KNOWN if self.budget else rows * epochs)
+        self.plan = Plan(NOT_KNOWN if self.budget else rows_of_run(rows, epochs))
 
     @property
     def rows_seen(self) -> int:
@@ -312,3 +305,8 @@ class Run:
             if self.plan.from_row:
                 return self.plan_decay()
             self.plan = Plan(self.rows_per_epoch * self.args.epochs)
+
+
+def largest_divisor(number: int, limit: float) -> int:
+    """The largest divisor of ``number`` that is not above ``limit``, at least 1."""
+    return next(d for d in range(max(1, min(number, int(limit))), 0, -1) if number % d == 0)

@@ -13,7 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.checkpoint import checkpoint_name, write_atomically
-from trainer.errors import CheckpointError, Interrupted, SettingsError, printable, reason_of
+from trainer.errors import (
+    BadUpdateError,
+    CheckpointError,
+    Interrupted,
+    SettingsError,
+    printable,
+    reason_of,
+)
 from trainer.guard.untrusted import load_tensors
 from trainer.reading import read_json
 
@@ -32,12 +39,20 @@ def weights_path(save_dir: str | Path, weight: str, config: MiniMindConfig) -> P
 
 
 def save_weights(path: Path, model: MiniMindForCausalLM, summary: dict) -> None:
-    """Write the weights, and their configuration with a ``summary`` of the run. Raises: OSError."""
+    """Write the weights, and their configuration with a ``summary`` of the run.
+
+    Raises: OSError; BadUpdateError, with nothing written, if one is too large for the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tied, state = model.config.tie_word_embeddings, model.state_dict()
     if tied:
         state.pop("lm_head.weight")
     half = {key: value.half().cpu() for key, value in state.items()}
+    bad = next((key for key, value in half.items() if not value.isfinite().all()), None)
+    if bad:
+        raise BadUpdateError(
+            f"{path}: {bad} is not finite in half precision, whose largest number is 65504. Start "
+            f"again with a lower --learning_rate."
+        )
     if tied:
         # MiniMind's files name the tied matrix twice. Sharing storage, it is stored only once.
         half["lm_head.weight"] = half["model.embed_tokens.weight"]
@@ -143,10 +158,8 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
             reason = printable(reason_of(error))
             raise CheckpointError(f"{description} does not describe a model: {reason}") from None
         sizes = config_from_shapes(state, path) if state else config
-        for name in (
-            *SIZES,
-            *(EXPERTS if sizes.use_moe else ["intermediate_size"]),
-        ):  # before a model of that size is built
+        inner = EXPERTS if sizes.use_moe else ("intermediate_size",)
+        for name in SIZES + inner:  # before a model of that size is built
             if getattr(config, name) != getattr(sizes, name):
                 raise CheckpointError(
                     f"{description} says {name} {printable(getattr(config, name)):.40}, but the "

@@ -26,8 +26,7 @@ from trainer.device import keep_compiled_code, silence_compiler
 from trainer.errors import SettingsError, is_out_of_memory, reason_of
 from trainer.guard.micro_batch import fit_micro_batch, free_bytes
 from trainer.optimizer import OPTIMIZERS, step_if_finite, tensors_of, use_plain_steps
-from trainer.plan import largest_divisor
-from trainer.run import Run
+from trainer.run import Run, largest_divisor
 
 Pass = Callable[[Any, float], Tensor]  # forward_backward in train_pretrain.py, of a run
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from trainer import distributed
 from trainer.console import log
 from trainer.errors import is_out_of_memory
-from trainer.plan import largest_divisor
-from trainer.run import Run
+from trainer.run import Run, largest_divisor
 
 MAX_TOKENS = 2**17  # per pass; an estimate of where larger matrix products stop being faster
 MEMORY_FRACTION = 0.8  # the rest is for temporary tensors and fragmentation
