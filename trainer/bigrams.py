@@ -9,6 +9,7 @@ V: vocabulary; D: width.
 """
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -129,7 +130,10 @@ def factors(counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
         bonus.indices(), bonus.values() * row_weight[v] * column_weight[w], len(counts)
     )
     rank = min(width - 2, len(counts))
-    left, values, right = torch.svd_lowrank(weighted, q=rank, niter=ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        by_rows = weighted.to_sparse_csr()  # whose products take a fifth of the time
+        left, values, right = torch.svd_lowrank(by_rows, q=rank, niter=ITERATIONS)
     left = left * values.sqrt() / row_weight[:, None]
     right = right * values.sqrt() / column_weight[:, None]
 
