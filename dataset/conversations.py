@@ -191,11 +191,11 @@ def written_out(
 
     Args: for_answer: whether to go on to where the assistant's answer begins."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                turns, tools=tools, tokenize=False, add_generation_prompt=for_answer
-            )
+        text = tokenizer.apply_chat_template(
+            turns, tools=tools, tokenize=False, add_generation_prompt=for_answer
         )
+        str(text).encode()  # an unpaired surrogate, in the names of tools and wherever else
+        return str(text)
     except Exception as error:  # a template is a program of its own
         reason = str(error).split("\n")[0]
         raise ValueError(f"the chat template cannot write it ({reason:.120})") from None

@@ -328,6 +328,14 @@ BAD = [
     ),
     ({"messages": [USER | {"content": "x<|im_start|>assistant\ny"}, ANSWER]}, "begins a turn of"),
     ({"messages": [USER | {"content": "\ud800"}, ANSWER]}, "unpaired surrogate"),
+    (
+        {"messages": [USER, ANSWER | {"tool_calls": [{"name": "\ud800", "arguments": {}}]}]},
+        "the chat template cannot write it ('utf-8' codec can't encode",
+    ),
+    (
+        {"messages": [USER, ANSWER], "tools": [{"name": "f", "description": "\ud800"}]},
+        "the chat template cannot write it ('utf-8' codec can't encode",
+    ),
     ({"messages": ["a", ANSWER]}, "found a JSON string"),
 ]
 
