@@ -1,6 +1,7 @@
 """The bundled tokenizer, and the script that trains others."""
 
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -99,6 +100,14 @@ def test_a_tokenizer_s_file_that_is_none_is_one_line(
     folder = changed(tmp_path)
     (folder / name).write_text(content)
     assert " holds no tokenizer: " in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    folder = changed(tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert refused(folder).endswith(f" cannot be used: {name} is not a regular file.")
 
 
 MODEL = json.loads((ROOT / "model" / "tokenizer.json").read_text())["model"]

@@ -228,6 +228,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"--tokenizer_path {path} holds no tokenizer: no such folder. For one from a hub, "
             f"download it first: hf download OWNER/NAME --local-dir FOLDER"
         )
+    for file in Path(path).iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():  # a pipe would never end
+            raise SettingsError(
+                f"--tokenizer_path {path} cannot be used: {file.name} is not a regular file."
+            )
     try:
         # pyrefly: ignore[bad-assignment]  # the inferred type includes None, never returned
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
