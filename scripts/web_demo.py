@@ -9,11 +9,12 @@ It accepts local connections only. For a remote machine: ssh -L 7860:localhost:7
 """
 
 import argparse
+import functools
 import inspect
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -137,6 +138,19 @@ def import_gradio() -> Any:
     return gradio
 
 
+def refusing(gradio: Any, work: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
+    """``work``, whose refusals are the visitor's alone: no traceback in the terminal."""
+
+    @functools.wraps(work)
+    def run(*inputs: Any) -> Iterator[str]:
+        try:
+            yield from work(*inputs)
+        except SettingsError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
+
+    return run
+
+
 def sampling_inputs(gradio: Any) -> list[Any]:
     """What a visitor can set, in the order of ``Continuer.text``."""
     return [
@@ -159,7 +173,7 @@ def build_chat(continuer: Continuer) -> Any:
     told = "type" in inspect.signature(gradio.ChatInterface).parameters
     config = continuer.model.config
     return gradio.ChatInterface(
-        answer,
+        refusing(gradio, answer),
         title="MiniMind",
         description=f"A fine-tuned model of width {config.hidden_size} and "
         f"{config.num_hidden_layers} layers.",
@@ -194,7 +208,8 @@ def build_page(continuer: Continuer) -> Any:
         text = gradio.Textbox(label="Text", lines=10, interactive=False)
         inputs = [prompt, *settings]
         running: list[dict] = [
-            event(continuer.text, inputs, text) for event in (start.click, prompt.submit)
+            event(refusing(gradio, continuer.text), inputs, text)
+            for event in (start.click, prompt.submit)
         ]
         stop.click(None, cancels=running)
     return page

@@ -190,6 +190,7 @@ def test_a_page_shows_why_a_prompt_is_refused(tmp_path: Path) -> None:
         event = json.load(opened(call, "localhost", asked))["event_id"]
         said = opened(f"{call}/{event}", "localhost").read().decode()
     assert "event: error" in said and "more than the 64 that the model can hold" in said
+    assert "Traceback" not in (tmp_path / "server.log").read_text()
 
 
 def opened(address: str, host: str, data: bytes | None = None) -> Any:
