@@ -127,8 +127,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=42, help="seed of the sample")
     args = parser.parse_args(argv)
     least = len(CONTROL_TOKENS + MEDIA_TOKENS + CHAT_TOKENS + SPARE_TOKENS) + 256
-    if args.vocab_size < least:
-        parser.error(f"--vocab_size is {args.vocab_size}, expected {least} or more")
+    for name, smallest, largest in (("vocab_size", least, 10**6), ("max_megabytes", 1, 10**6)):
+        if not smallest <= getattr(args, name) <= largest:
+            found = getattr(args, name)
+            parser.error(f"--{name} is {found}, expected {smallest:,} to {largest:,}")
     try:
         texts = sample_texts(find_texts(args.data_path), args.max_megabytes * 10**6, args.seed)
         tokenizer = train(texts, args.vocab_size)

@@ -226,6 +226,8 @@ def build_parser() -> Parser:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
+    if not 0 < args.port < 2**16:
+        raise SettingsError(f"--port is {args.port}, expected 1 to 65,535.")
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = generating_model(eval_llm.load_model(args, tokenizer))
     chat = eval_llm.is_chat(args)

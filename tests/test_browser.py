@@ -19,6 +19,7 @@ import pytest
 
 import eval_llm
 from model.generation import generating_model
+from scripts import web_demo
 from scripts.web_demo import Continuer
 from tests.helpers import ROOT, shipped_tokenizer, tiny_model
 from tests.running import tiny_flags
@@ -191,6 +192,12 @@ def test_a_page_shows_why_a_prompt_is_refused(tmp_path: Path) -> None:
         said = opened(f"{call}/{event}", "localhost").read().decode()
     assert "event: error" in said and "more than the 64 that the model can hold" in said
     assert "Traceback" not in (tmp_path / "server.log").read_text()
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536"])
+def test_a_port_that_is_none_is_one_line(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert web_demo.main(["--port", port]) == 2
+    assert capsys.readouterr().err == f"error: --port is {port}, expected 1 to 65,535.\n"
 
 
 def opened(address: str, host: str, data: bytes | None = None) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dataset.records import DataError
+from scripts import train_tokenizer
 from scripts.train_tokenizer import find_texts, sample_texts, save, train
 from tests.helpers import ROOT, shipped_tokenizer, start_python, write_jsonl
 from trainer.errors import SettingsError
@@ -203,6 +204,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path]
 def test_the_script_reads_text_jsonl_and_folders(trained: tuple[list[Path], Path]) -> None:
     words = AutoTokenizer.from_pretrained(trained[1]).get_vocab()
     assert {"glimmer", "pumpkin", "walrus", "zeppelin"} <= words.keys() and "quasar" not in words
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--vocab_size=10", f"--vocab_size={10**11}", "--max_megabytes=0"]
+)
+def test_the_script_s_numbers_have_bounds(
+    tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_tokenizer.main(["--data_path", "a", "--output", str(tmp_path / "out"), wrong])
+    name, _, value = wrong.partition("=")
+    assert ended.value.code == 2 and f"{name} is {value}, expected " in capsys.readouterr().err
 
 
 def test_a_trained_tokenizer_keeps_minimind_ids_and_every_text(
