@@ -35,8 +35,8 @@ from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
+from trainer.fast_paths import make_fast
 from trainer.flags import TrainConfig, parse_flags
-from trainer.guard.fast_paths import make_fast
 from trainer.guard.guard import Guard
 from trainer.host import keep_freed_memory
 from trainer.metrics import Metrics, open_metrics

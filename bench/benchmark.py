@@ -45,8 +45,8 @@ from bench.measuring import (
 from dataset.lm_dataset import IGNORE, Batch, PretrainDataset
 from dataset.records import find_files, read_documents
 from model.model_minimind import MoEFeedForward
+from trainer.fast_paths import ATTENTION, ROWS_ON_DEVICE
 from trainer.flags import TrainConfig
-from trainer.guard.fast_paths import ATTENTION, ROWS_ON_DEVICE
 from trainer.metrics import flops_per_token, peak_flops
 from trainer.muon import Muon
 from trainer.optimizer import Tuning

@@ -9,7 +9,7 @@ import torch
 import train_pretrain
 from tests.gradients import toy_data, toy_model, toy_run
 from trainer import distributed
-from trainer.guard.micro_batch import fit_micro_batch
+from trainer.micro_batch import fit_micro_batch
 
 
 def main(argv: list[str]) -> int:

@@ -28,9 +28,8 @@ from tests.running import (
     training_command,
 )
 from tests.test_model import attend_in_a_loop
-from trainer import distributed
-from trainer.guard import fast_paths
-from trainer.guard.fast_paths import (
+from trainer import distributed, fast_paths
+from trainer.fast_paths import (
     ATTENTION,
     COMPILED,
     EXPERTS,
@@ -227,7 +226,7 @@ import os, sys
 import pytest, torch
 import train_pretrain
 from tests import test_fast_paths
-from trainer.guard import fast_paths
+from trainer import fast_paths
 
 if fast_paths.WITHOUT not in os.environ:  # at the first start
     test_fast_paths.fused_adamw(pytest.MonkeyPatch(), "raises")

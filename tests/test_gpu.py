@@ -19,7 +19,7 @@ from tests.running import (
 from tests.test_dataset import open_rows
 from tests.test_fine_tuning import fine_tune, sft_flags
 from tests.test_preferences import copy_of, dpo_flags, optimize
-from trainer.guard import fast_paths
+from trainer import fast_paths
 
 pytestmark = [
     pytest.mark.gpu,

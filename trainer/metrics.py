@@ -16,15 +16,15 @@ from trainer.checkpoint import checkpoint_name, list_states, update_of, write_at
 from trainer.console import log
 from trainer.describe import cost
 from trainer.distributed import is_main_process
+from trainer.fast_paths import ROWS_ON_DEVICE
 from trainer.flags import TrainConfig
 from trainer.forecast import described, forecast_of
-from trainer.guard.fast_paths import ROWS_ON_DEVICE
-from trainer.guard.tracker import NoTracker, SwanLabTracker
 from trainer.host import run_time
 from trainer.plan import NOT_KNOWN
 from trainer.reading import open_regular
 from trainer.run import Run
 from trainer.step_times import bottleneck, shares
+from trainer.tracker import NoTracker, SwanLabTracker
 from trainer.weights import get_model_params
 
 # Peak dense bfloat16 FLOP/s with float32 accumulation, by a part of the device's name; the first

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from model import generation, model_minimind
+from trainer import fast_paths
 from trainer.distributed import is_main_process
-from trainer.guard import fast_paths
 
 LIBRARY = ctypes.CDLL(None)  # preloaded
 CALLS = itertools.count()

@@ -17,10 +17,10 @@ from trainer.distributed import on_main_process, restarted
 from trainer.errors import Interrupted
 from trainer.flags import TrainConfig
 from trainer.guard.check_state import changed_rounding, check_state
-from trainer.guard.micro_batch import suggest_micro_batch
 from trainer.guard.run_folder import RunFolder, find_state, record_lost_rank, state_to_anneal
 from trainer.guard.signals import StopSignals
 from trainer.metrics import Metrics, complete_files
+from trainer.micro_batch import suggest_micro_batch
 from trainer.run import Run
 
 

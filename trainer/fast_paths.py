@@ -24,7 +24,7 @@ from trainer import distributed
 from trainer.console import log
 from trainer.device import keep_compiled_code, silence_compiler
 from trainer.errors import SettingsError, is_out_of_memory, reason_of
-from trainer.guard.micro_batch import fit_micro_batch, free_bytes
+from trainer.micro_batch import fit_micro_batch, free_bytes
 from trainer.optimizer import OPTIMIZERS, step_if_finite, tensors_of, use_plain_steps
 from trainer.run import Run, largest_divisor
 
