@@ -22,9 +22,10 @@ import torch
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
 from tests.helpers import ROOT
+from trainer.address import mirror_problems
 from trainer.errors import CheckpointError, Interrupted
 from trainer.guard import mirror as module
-from trainer.guard.mirror import Mirror, MirrorError, fetch_newest, mirror_problems
+from trainer.guard.mirror import Mirror, MirrorError, fetch_newest
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 MEGABYTE = 1_000_000

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from trainer.address import mirror_problems
 from trainer.device import default_device, default_dtype, default_residual_dtype, device_problems
 from trainer.errors import SettingsError, printable
-from trainer.guard.mirror import mirror_problems
 from trainer.optimizer import OPTIMIZERS, Tuning
 from trainer.reading import read_json
 from trainer.schedule import SCHEDULES
