@@ -5,6 +5,7 @@ Opening a state therefore runs no code and allocates no more than the file holds
 """
 
 import json
+from collections.abc import Iterable
 from types import UnionType
 from typing import Any, BinaryIO, Protocol
 
@@ -143,9 +144,9 @@ def with_tensors(part: object, tensors: dict[str, Tensor]) -> object:
     return part
 
 
-def check_names(part: dict[str, object]) -> None:
+def check_names(part: Iterable[object]) -> None:
     """Raises: ValueError unless a message can show each name."""
-    if not all(key.isprintable() and len(key) <= 200 for key in part):
+    if not all(isinstance(key, str) and key.isprintable() and len(key) <= 200 for key in part):
         raise ValueError("one of its names is not one line of text")
 
 

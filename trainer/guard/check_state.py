@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from trainer.errors import CheckpointError, printable
+from trainer.errors import printable
 from trainer.flags import check_same_settings, skipped_updates
 from trainer.optimizer import expected_state
 from trainer.plan import NOT_KNOWN, Plan
@@ -46,10 +46,8 @@ def check_layout(state: dict) -> None:
             _, skipped = rollback
             skipped_updates(skipped)
         except (ValueError, AttributeError):
-            raise CheckpointError(
-                f"the state does not fit: rollbacks[{number}] is not a pair of --resume_step and "
-                f"--skip_steps."
-            ) from None
+            wanted = "a pair of --resume_step and --skip_steps"
+            refuse_unless(False, f"rollbacks[{number}] is not {wanted}")
 
 
 def check_state(state: dict, run: Run) -> None:

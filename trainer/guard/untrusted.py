@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.errors import CheckpointError, printable
 from trainer.reading import open_regular
+from trainer.state import check_names
 
 # The globals that dicts and lists of tensors need. torch would allow more, such as byte arrays and
 # tensors of any size, sparse tensors with out-of-bounds indices, and text encoders.
@@ -84,9 +85,8 @@ def plain_tensors(content: object) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected a plain state dict")
     tensors = dict(dict.items(content))  # an attribute from the file could shadow items()
+    check_names(tensors)
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
-            raise ValueError("one of its names is not one line of text")
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ValueError(
                 f"{name} is not a tensor of real numbers: this is not a plain state dict"
