@@ -138,7 +138,7 @@ class Mirror:
 
     def states(self) -> list[str]:
         """The names of the states there, newest first. Raises: MirrorError."""
-        return sorted(self._read(self._states_in), key=update_of, reverse=True)
+        return self._read(self._states_in)
 
     def fetch(self, state: str, folder: Path) -> Path:
         """Copy a state to a local folder. Raises: MirrorError; CheckpointError if it is damaged."""
@@ -227,19 +227,15 @@ class Mirror:
     def _work(self) -> None:
         """The thread: copy the newest state, repeatedly if necessary, then wait for the next."""
         failures = 0
-        while (path := self._next(failures)) is not None:
+        while True:
+            with self._changed:
+                if failures and self._offered == self._taken and not self._ended:
+                    self._changed.wait(PAUSES[min(failures, len(PAUSES)) - 1])
+                self._changed.wait_for(lambda: self._ended or self._offered != self._copied)
+                if self._ended or self._offered is None:
+                    return
+                path = self._taken = self._offered
             failures = 0 if self._attempt(path) else failures + 1
-
-    def _next(self, failures: int) -> Path | None:
-        """Wait for a state to copy, after a pause if attempts failed. Returns: None at the end."""
-        with self._changed:
-            if failures and self._offered == self._taken and not self._ended:
-                self._changed.wait(PAUSES[min(failures, len(PAUSES)) - 1])
-            self._changed.wait_for(lambda: self._ended or self._offered != self._copied)
-            if self._ended:
-                return None
-            self._taken = self._offered
-            return self._taken
 
     def _attempt(self, path: Path) -> bool:
         """Copy a state over a new connection. Returns: whether it succeeded."""
@@ -269,18 +265,18 @@ class Mirror:
             self._changed.notify_all()
         return copied
 
-    def _states_in(self, fs: AbstractFileSystem, folder: str) -> set[str]:
-        """The names of the states of this name in ``folder``."""
-        return {file for file in names_in(fs, folder) if is_state(file, self.name)}
+    def _states_in(self, fs: AbstractFileSystem, folder: str) -> list[str]:
+        """The names of the states of this name in ``folder``, newest first."""
+        found = [file for file in names_in(fs, folder) if is_state(file, self.name)]
+        return sorted(found, key=update_of, reverse=True)
 
     def _prune(self, fs: AbstractFileSystem, folder: str, newest: str) -> None:
         """Delete this run's states except ``newest`` and the ``keep - 1`` before it. Those of later
         updates go as well: the run abandoned them when it returned to an earlier state."""
-        others = self._states_in(fs, folder) - {newest}
-        own = others & self._own
-        before = [state for state in own if update_of(state) < update_of(newest)]
-        kept = sorted(before, key=update_of, reverse=True)[: self.keep - 1]
-        for state in others if self._clearing else own.difference(kept):
+        others = [state for state in self._states_in(fs, folder) if state != newest]
+        own = [state for state in others if state in self._own]
+        kept = [state for state in own if update_of(state) < update_of(newest)][: self.keep - 1]
+        for state in others if self._clearing else set(own).difference(kept):
             fs.rm_file(f"{folder}/{state}")
         self._clearing = False
 
