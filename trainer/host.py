@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -29,9 +31,14 @@ def begin_program() -> None:
     For the first line of a program, not for a function that a notebook calls."""
     global _program_began
     _program_began = time.monotonic()
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, leave)
+    answer_signals(leave)
+
+
+def answer_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Have ``handler`` answer the signals that ask to stop, except for those that are ignored, such
+    as SIGHUP under nohup. Returns: who answered each before."""
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 def end_program() -> None:

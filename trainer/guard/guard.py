@@ -5,11 +5,10 @@ The code of an update knows nothing of it. Call every method on every rank; what
 is handled inside.
 """
 
-import contextlib
 from collections.abc import Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import TracebackType
+from typing import Any
 
 from model.model_minimind import MiniMindConfig
 from trainer.console import log
@@ -33,19 +32,13 @@ class Guard:
         self.config = config
         self.stop = StopSignals()
         self.scope = ExitStack()  # its callbacks receive the error that ends the run
-        self.resumed = False
 
     def __enter__(self) -> "Guard":
-        self.scope.enter_context(self.stop.installed())
+        self.stop.install(self.scope)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.scope.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self.scope.__exit__(*error)
 
     def state(self, model_config: MiniMindConfig) -> dict | None:
         """Lock the run's folders, and find the state to resume or to anneal from, if any.
@@ -60,7 +53,7 @@ class Guard:
             # "and None": the result is sent to all ranks, which a RunFolder must not be.
             on_main_process(lambda: self.scope.enter_context(self.folder) and None)
             if config.from_resume or restarted():  # torchrun restarts with the same flags
-                state = find_state(config, model_config, self.folder)
+                state = find_state(self.folder)
             if state is None:
                 on_main_process(self.folder.refuse_to_overwrite)
         self.resumed = state is not None
@@ -90,10 +83,10 @@ class Guard:
         if not config.dry_run:
             if not self.resumed:
                 on_main_process(self.folder.delete_run)
-            on_main_process(partial(self.folder.begin, run.step, num_bad_records))
+            on_main_process(partial(self.folder.begin, run.step, num_bad_records, run.budget))
         return True
 
-    @contextlib.contextmanager
+    @contextmanager
     def training(self, run: Run) -> Generator[None]:
         """A context in which signals are only noted. Outside it, nothing needs to be saved, and a
         signal ends the run immediately."""

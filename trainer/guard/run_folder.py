@@ -46,7 +46,7 @@ from trainer.weights import weights_path
 
 RUN_STATE = "run_state.json"
 FORM = {"status": str, "run": str, "step": int, "pid": int, "host": str, "since": str}
-LOCK_SECONDS = 1.0  # to wait for a lock, which a process that is being killed may still hold
+LOCK_TRIES = 20  # in a second, for a lock that a process that is being killed may still hold
 MIRROR_SECONDS = 600.0  # to wait for the last copy
 
 
@@ -62,10 +62,8 @@ class RunFolder:
         self.args, self.name = args, checkpoint_name(args.save_weight, config)
         self.folder, self.save_dir = Path(args.checkpoint_dir), Path(args.save_dir)
         self.weights = weights_path(args.save_dir, args.save_weight, config)
-        self.path = self.folder / RUN_STATE
         self.locks: list[int] = []
         self.own_states: set[Path] = set()
-        self.budget: Budget | None = None
         self.ended, self.writing = threading.Event(), threading.RLock()
         self.before_first_save = False  # whether this start goes on with one that saved nothing
         self.mirror: Mirror | None = None
@@ -94,8 +92,7 @@ class RunFolder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock(flag, folder / lock)
-                probe = write_atomically(folder / f"{self.name}.probe", b"")
-                probe.unlink()
+                write_atomically(folder / f"{self.name}.probe", b"").unlink()
                 if not host.sync_folder(folder):
                     log(
                         f"note: {folder} cannot be told to keep the names of its files: what was "
@@ -114,33 +111,26 @@ class RunFolder:
                 f"note: the last run here was killed, or ran out of memory, some time after "
                 f"update {last.get('step', 0):,}"
             )
-        parts = [
-            *remove_partial_files(self.folder, self.name),
-            *remove_partial_files(self.folder, "run_state"),
-            *remove_partial_files(self.save_dir, self.name),
-        ]
-        for part in parts:
-            log(f"note: removed {part.name}, a partial file of a killed run")
+        places = [(self.folder, self.name), (self.folder, "run_state"), (self.save_dir, self.name)]
+        for folder, name in places:
+            for part in remove_partial_files(folder, name):
+                log(f"note: removed {part.name}, a partial file of a killed run")
         if last.get("status") != "complete":  # restarting a complete run changes nothing
             self.write()
         return self
 
     def _lock(self, flag: str, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        since = time.monotonic()
-        while True:
-            try:
+        for _ in range(LOCK_TRIES):
+            with contextlib.suppress(BlockingIOError):
                 if not host.lock(descriptor):
                     log(
                         f"note: {path.parent} has no locks: another run in the same folder is "
                         f"noticed only when one of them saves"
                     )
                 return self.locks.append(descriptor)
-            except BlockingIOError:
-                if time.monotonic() - since > LOCK_SECONDS:
-                    os.close(descriptor)
-                    break
-            time.sleep(0.05)
+            time.sleep(1 / LOCK_TRIES)
+        os.close(descriptor)
         last, owner = read_run_state(self.folder), "another run"
         if last.get("status") == "running":
             owner = f"{last['run']}, pid {last['pid']} on {last['host']} since {last['since']}"
@@ -151,7 +141,7 @@ class RunFolder:
         with self.writing:
             self.content |= changes
             text = json.dumps(self.content, indent=1, ensure_ascii=False)
-            write_atomically(self.path, text.encode())
+            write_atomically(self.folder / RUN_STATE, text.encode())
 
     def tell(self, **changes: object) -> None:
         """As ``write``; but a disk that fails is left to the next save, which tries it twice."""
@@ -196,7 +186,8 @@ class RunFolder:
             return
         good = [update_of(path) for path in list_states(self.folder, self.name) if is_good(path)]
         try:
-            self.mirror.add_own(self.mirror.states())
+            there = self.mirror.states()
+            self.mirror.add_own(there)
             if update is None:
                 newest = max(good, default=-1)
                 found, complaints = fetch_newest(self.mirror, self.folder, newest, usable)
@@ -205,7 +196,7 @@ class RunFolder:
                 if found:
                     log(f"fetched {found.name} from the mirror")
             elif update not in good:
-                for name in self.mirror.states():
+                for name in there:
                     if update_of(name) == update:
                         self.mirror.fetch(name, self.folder)
         except MirrorError as error:
@@ -227,22 +218,17 @@ class RunFolder:
         Also of starts that ended before they had saved anything, if this one goes on with them."""
         if resumed or self.before_first_save:
             budget.spent_before = max(budget.spent_before, self.content["seconds_spent"])
+        budget.keep = lambda seconds: self.tell(seconds_spent=round(seconds, 3))
 
-        def keep(seconds: float) -> None:
-            with contextlib.suppress(OSError):  # on a full disk, only this number is lost
-                self.write(seconds_spent=round(seconds, 3))
-
-        budget.keep, self.budget = keep, budget
-
-    def begin(self, step: int, num_bad_records: int) -> None:
+    def begin(self, step: int, num_bad_records: int, budget: Budget | None) -> None:
         """Record that training begins after ``step`` updates; later states could not be used."""
         self.set_aside(step)
         self.own_states = set(list_states(self.folder, self.name))
         if self.mirror is not None:
             self.mirror.add_own(path.name for path in self.own_states)
         self.write(step=step, bad_records=num_bad_records)
-        if self.budget is not None:  # on rank 0
-            threading.Thread(target=self._keep_time, args=[self.budget], daemon=True).start()
+        if budget is not None:
+            threading.Thread(target=self._keep_time, args=[budget], daemon=True).start()
 
     def _keep_time(self, budget: Budget) -> None:
         """The thread that records the time spent: a kill may come before the third update."""
@@ -277,8 +263,7 @@ class RunFolder:
         last = read_run_state(self.folder)
         if last.get("pid") == os.getpid() and last.get("status") == "running":
             status = {0: "complete", 75: "interrupted"}.get(code, "failed")
-            with contextlib.suppress(OSError):  # perhaps a full disk; the exit status remains
-                self.write(status=status, code=code, reason=str(error or ""))
+            self.tell(status=status, code=code, reason=str(error or ""))  # or the exit status tells
         for descriptor in self.locks:
             os.close(descriptor)
 
@@ -325,20 +310,19 @@ def state_to_anneal(args: TrainConfig, anneal_from: str) -> dict:
     return state
 
 
-def find_state(args: TrainConfig, config: MiniMindConfig, folder: RunFolder) -> dict | None:
+def find_state(folder: RunFolder) -> dict | None:
     """The state to resume from, on every rank, or None if there is none and the run is new.
 
     Raises: CheckpointError, MirrorError if there is or may be a state that cannot be used."""
 
-    def load(update: int | None = None) -> dict | None:
+    def load(update: int | None) -> dict | None:
+        on_main_process(partial(folder.fetch, update))
         return newest_for_all(folder.folder, folder.name, update, check_layout)
 
-    on_main_process(partial(folder.fetch, None))
-    state = load()
+    args, state = folder.args, load(None)
     rollback = [args.resume_step, args.skip_steps]
     if args.resume_step is not None and (state is None or rollback not in state["rollbacks"]):
-        on_main_process(partial(folder.fetch, args.resume_step))
-        state = load(update=args.resume_step)
+        state = load(args.resume_step)
         on_main_process(partial(folder.set_aside, args.resume_step))
     if state is None:
         log("no state found: starting a new run")

@@ -1,15 +1,14 @@
 """Handling of SIGTERM, SIGINT and SIGHUP: finish the update, save, stop."""
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Generator
+from contextlib import ExitStack, suppress
 from types import FrameType
 
 from trainer.console import drop_output
 from trainer.errors import Interrupted
-from trainer.host import STOP_SIGNALS
+from trainer.host import answer_signals
 
 
 class StopSignals:
@@ -27,7 +26,7 @@ class StopSignals:
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one stops immediately
-            with contextlib.suppress(OSError):  # not print(), which may be what was interrupted
+            with suppress(OSError):  # not print(), which may be what was interrupted
                 os.write(2, b"\nstopping after this update; Ctrl-C again stops without saving\n")
         if self.received == "SIGHUP":
             for terminal in self._terminals:  # it is gone, so each write would fail
@@ -35,16 +34,8 @@ class StopSignals:
         if not self.training:
             raise Interrupted(f"stopping: {self.received} received, there was nothing to save")
 
-    @contextlib.contextmanager
-    def installed(self) -> Generator["StopSignals"]:
-        """Install the handler, except for ignored signals, such as SIGHUP under nohup."""
-        before = {}
+    def install(self, scope: ExitStack) -> None:
+        """Answer signals until ``scope`` ends, if this is the main thread: no other can."""
         if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    before[number] = signal.signal(number, self._handle)
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, before in answer_signals(self._handle).items():
+                scope.callback(signal.signal, number, before)
