@@ -367,17 +367,25 @@ EVENING = [
 ]
 
 
+def num_lines(*files: Path) -> int:
+    """The lines of these files together."""
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
 def test_what_decides_what_is_learnt_is_read_in_one_evening() -> None:
     """Nine files, in the order of docs/CODE.md, each a section of it."""
     page = (ROOT / "docs/CODE.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## \d\. .*\]\(\.\./(.*)\)$", page, flags=re.MULTILINE)
     assert headings == EVENING
-    lines = sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in EVENING)
-    assert lines < 2000
-    another = ROOT / "tests" / "test_own_loss_mask.py"  # another kind of training
-    assert len(another.read_text(encoding="utf-8").splitlines()) <= 80
+    assert num_lines(*(ROOT / name for name in EVENING)) < 2000
+    assert num_lines(ROOT / "tests" / "test_own_loss_mask.py") <= 80  # another kind of training
     assert "in fewer than 80 lines" in page
     assert page.count("- Change it for: ") == page.count("- Try: ") == len(EVENING)
+
+
+def test_the_guard_has_at_most_a_thousand_lines() -> None:
+    files = [*(ROOT / "trainer" / "guard").rglob("*.py")]
+    assert len(files) > 1 and num_lines(*files) <= 1000
 
 
 def test_imports_form_no_circle_and_the_figure_shows_them() -> None:
