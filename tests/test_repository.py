@@ -388,6 +388,14 @@ def test_the_guard_has_at_most_a_thousand_lines() -> None:
     assert len(files) > 1 and num_lines(*files) <= 1000
 
 
+def test_only_the_programs_import_the_guard() -> None:
+    """What an update reads or changes would work the same without it."""
+    found = import_map.imports()
+    users = {name for name, used in found.items() if any(".guard." in other for other in used)}
+    users = {name for name in users if not name.startswith("trainer.guard.")}
+    assert users == {"train_pretrain", "train_full_sft", "train_dpo", "bench.measuring"}
+
+
 def test_imports_form_no_circle_and_the_figure_shows_them() -> None:
     page = (ROOT / "docs/CODE.md").read_text(encoding="utf-8")
     assert page == import_map.page_with(import_map.figure())

@@ -21,8 +21,8 @@ from trainer.errors import (
     printable,
     reason_of,
 )
-from trainer.guard.untrusted import load_tensors
 from trainer.reading import read_json
+from trainer.untrusted import load_tensors
 
 # Fields of the configuration that also follow from the shapes of the weights.
 SIZES = (
