@@ -310,3 +310,14 @@ def test_a_state_that_is_not_kept_cannot_be_gone_back_to(whole: dict, tmp_path: 
     assert "--resume_step 5: no good state of that update in" in log.read_text()
     assert f"there are: {kept}" in log.read_text()
     assert list_states(tmp_path / "cut" / "checkpoints", "pretrain_32") == before
+
+
+def test_a_refused_way_back_sets_no_state_aside(whole: dict, tmp_path: Path) -> None:
+    shutil.copytree(whole[1][0], tmp_path / "cut")
+    before = list_states(tmp_path / "cut" / "checkpoints", "pretrain_32")
+    words = tiny_flags(
+        tmp_path / "cut", **settings(1, resume_step=update_of(before[-1]), learning_rate=9e-4)
+    )
+    assert launched.run_trainers(words, tmp_path / "log") == [2]
+    assert "these settings differ from the saved run's" in (tmp_path / "log").read_text()
+    assert list_states(tmp_path / "cut" / "checkpoints", "pretrain_32") == before

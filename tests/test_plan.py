@@ -243,19 +243,26 @@ def test_a_dry_run_beside_a_run_changes_nothing_of_it(stable: Path) -> None:
     assert files_with_times(stable) == before
 
 
+def killed(*args: object) -> None:
+    """An end soon after an update."""
+    time.sleep(0.3)
+    raise KeyboardInterrupt
+
+
+def note_time_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the thread that notes the time do so every 0.05 s."""
+    real = threading.Event.wait
+    monkeypatch.setattr(
+        threading.Event, "wait", lambda event, seconds=None: real(event, seconds and 0.05)
+    )
+
+
 def test_starts_that_end_before_their_third_update_spend_their_time(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing was saved yet, and still 5 x 30 s of the 300 are over; a thread notes the time."""
 
-    def killed(*args: object) -> None:
-        time.sleep(0.3)
-        raise KeyboardInterrupt
-
-    real = threading.Event.wait
-    monkeypatch.setattr(
-        threading.Event, "wait", lambda event, seconds=None: real(event, seconds and 0.05)
-    )
+    note_time_often(monkeypatch)
     begun = clock()
     words = tiny_flags(tmp_path, **SETTINGS, max_minutes=5, from_resume=1)
     for _ in range(5):
@@ -271,6 +278,25 @@ def test_starts_that_end_before_their_third_update_spend_their_time(
     begun = clock()
     train_in_process(tmp_path, **SETTINGS, max_minutes=5, overwrite=1)
     assert clock() - begun == pytest.approx(300, rel=0.02)
+
+
+def test_so_do_starts_of_a_decay(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS | {"decay_ratio": 0.25, "save_interval": 60}
+    train_in_process(tmp_path, **settings, epochs=2, keep_states=99)
+    note_time_often(monkeypatch)
+    start = next(
+        p for p in list_states(tmp_path / "checkpoints", "pretrain_32") if update_of(p) == 60
+    )
+    decay = {"anneal_from": start, "save_weight": "annealed", "max_minutes": 5, "from_resume": 1}
+    folder = {"checkpoint_dir": tmp_path / "annealed"}
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            took(clock, patch, 30)
+            patch.setattr(train_pretrain.Metrics, "add_update", killed)
+            assert train_pretrain.main(tiny_flags(tmp_path, **settings, **decay, **folder)) == 130
+    assert read_run_state(tmp_path / "annealed")["seconds_spent"] == pytest.approx(90, abs=1)
 
 
 def test_a_run_by_time_saved_before_it_had_a_plan_goes_on_by_epochs(

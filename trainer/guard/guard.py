@@ -72,10 +72,10 @@ class Guard:
             run.restore(state)
             if changed := changed_rounding(state, run):
                 log(f"note: saved with {changed}: the same run except for rounding")
-        if run.budget and not config.dry_run:
-            self.folder.track_time(run.budget, self.resumed)
         if config.anneal_from and not self.resumed:
             run.anneal()
+        if run.budget and not config.dry_run:
+            self.folder.track_time(run.budget, self.resumed)
         if run.is_done and not run.evaluation_due:
             on_main_process(partial(complete_files, run))
             log(f"complete: all {run.total_rows:,} rows were trained on; nothing to do")

@@ -102,7 +102,8 @@ class RunFolder:
                 raise OSError(f"cannot write to {flag} {folder}: {error.strerror}") from None
         last = read_run_state(self.folder)
         spent = last.get("seconds_spent")
-        unfinished = last.get("step") == 0 and last.get("status") != "complete"
+        first = last.get("step") == 0 or bool(self.args.anneal_from)  # which begins elsewhere
+        unfinished = first and last.get("status") != "complete"
         self.before_first_save = bool(self.args.from_resume) and unfinished
         if last.get("run") == self.name and isinstance(spent, float) and 0 < spent < math.inf:
             self.content["seconds_spent"] = spent
@@ -323,7 +324,6 @@ def find_state(folder: RunFolder) -> dict | None:
     rollback = [args.resume_step, args.skip_steps]
     if args.resume_step is not None and (state is None or rollback not in state["rollbacks"]):
         state = load(args.resume_step)
-        on_main_process(partial(folder.set_aside, args.resume_step))
     if state is None:
         log("no state found: starting a new run")
         return None
