@@ -20,8 +20,7 @@ from trainer.weights import get_model_params
 
 USABLE = 0.8  # share of the time left that passes take; the rest is for optimizer, evaluations
 SMALLEST_TOKENS = 10**5  # the rules were not looked at below
-LARGEST_RATE = 4.5e-3  # for small models Step Law says more, which did harm: docs/RECIPES.md
-OWN_FACTOR = 1.3  # times Step Law's rate, see docs/RECIPES.md
+LARGEST_RATE = 4.5e-3  # of AdamW: for small models Step Law says more, which did harm
 TOKENS_TIMED, TOKENS_TIMED_ON_CPU = 65536, 4096  # in a large pass, at most
 # An update should keep an accelerator busy for so many times what launching a small pass takes the
 # host: launching the optimizer's step, and moments in which the host is slower, come on top.
@@ -31,16 +30,20 @@ FEWEST_UPDATES = 200
 ROWS_ON_CPU = 16  # in a pass, at most, for its memory
 
 
-def best_learning_rate(num_weights: float, num_tokens: float) -> float:
-    """The peak rate for a model with this many weights in its layers, over a run of this length.
+def best_learning_rate(optimizer: str, num_weights: float, num_tokens: float) -> float:
+    """The peak rate for a model with this many weights in its layers, over a run of this length,
+    with updates of ``best_update_tokens``.
 
-    Source: Step Law (Li et al. 2025, arXiv 2503.04715), which was fitted to AdamW; Muon's updates
-    are scaled to the size of AdamW's. Times what our own runs ask for, see docs/RECIPES.md."""
-    return OWN_FACTOR * 1.79 * num_weights**-0.713 * num_tokens**0.307
+    Source: of AdamW, Step Law (Li et al. 2025, arXiv 2503.04715). Of Muon, our own runs of 0.8 to
+    13 M weights, see docs/RECIPES.md: its best rate depends little on the model, and that it
+    should fall for longer runs is made up for by their larger updates."""
+    if optimizer == "muon":
+        return 0.06 * num_weights**-0.2
+    return min(1.79 * num_weights**-0.713 * num_tokens**0.307, LARGEST_RATE)
 
 
 def best_update_tokens(num_tokens: float) -> float:
-    """Tokens of an update over a run of this length. Source: as above."""
+    """Tokens of an update over a run of this length. Source: Step Law."""
     return 0.58 * num_tokens**0.571
 
 
@@ -130,7 +133,7 @@ def choose(
         rows_per_update = args.batch_size * args.accumulation_steps * ranks
     # Noise falls with the size of an update, and so the rate may rise; by its square root.
     larger = rows_per_update * args.row_length / best
-    rate = min(best_learning_rate(weights, tokens), LARGEST_RATE) * math.sqrt(min(larger, 4.0))
+    rate = best_learning_rate(args.optimizer, weights, tokens) * math.sqrt(min(larger, 4.0))
     rate = float(f"{rate:.2g}")
     if not auto_rate:
         rate = args.learning_rate
