@@ -26,10 +26,11 @@ from dataset.records import find_files
 from dataset.token_cache import DEFAULT_CACHE_DIR
 from model.generation import generating_model
 from model.model_minimind import MiniMindForCausalLM
+from trainer.command_line import Parser, add_flags, range_problems
 from trainer.device import default_device, device_problems, setup_seed
 from trainer.errors import CheckpointError, SettingsError, printable
 from trainer.evaluation import bits_per_byte, held_out_sums
-from trainer.flags import MOST_ROWS, Parser, add_flags, flag, range_problems
+from trainer.flags import MOST_ROWS, flag
 from trainer.program import run_program
 from trainer.reading import read_json
 from trainer.samples import encode_prompt, encode_question

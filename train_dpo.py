@@ -24,8 +24,9 @@ from model.model_minimind import MiniMindConfig, nats_of_each
 from train_full_sft import open_data
 from train_pretrain import build_run, train, train_step
 from trainer import distributed
+from trainer.command_line import parse_flags
 from trainer.console import log
-from trainer.flags import Program, TrainConfig, parse_flags
+from trainer.flags import Program, TrainConfig
 from trainer.guard.guard import Guard
 from trainer.preferences import MEASURES, PreferenceFlags, preference_loss, reference
 from trainer.program import run_program

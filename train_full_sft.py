@@ -25,7 +25,8 @@ from dataset.chat_datasets import SFTDataset
 from dataset.token_cache import TokenCache, build_token_cache
 from train_pretrain import build_run, train, train_step
 from trainer import distributed
-from trainer.flags import DECIDES, Program, TrainConfig, flag, parse_flags
+from trainer.command_line import parse_flags
+from trainer.flags import DECIDES, Program, TrainConfig, flag
 from trainer.guard.guard import Guard
 from trainer.program import run_program
 
@@ -76,7 +77,6 @@ def open_data(
     args: TrainConfig, tokenizer: PreTrainedTokenizerBase, kind: type[SFTDataset] = SFTDataset
 ) -> SFTDataset:
     """The rows, tokenized by one process of each machine. Raises: DataError."""
-
     choice = {"empty_thinking": args.empty_thinking} if isinstance(args, ChatFlags) else {}
 
     def build() -> str:

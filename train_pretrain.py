@@ -31,12 +31,13 @@ from model.model_minimind import MiniMindConfig
 from trainer import distributed
 from trainer.auto import choose, pass_times
 from trainer.bigrams import look_back, start_from_bigrams
+from trainer.command_line import parse_flags
 from trainer.describe import describe_pass, describe_run, report_dry_run
 from trainer.device import join_ranks, setup_seed
 from trainer.errors import SettingsError
 from trainer.evaluation import evaluate
 from trainer.fast_paths import make_fast
-from trainer.flags import TrainConfig, parse_flags
+from trainer.flags import TrainConfig
 from trainer.guard.guard import Guard
 from trainer.host import keep_freed_memory
 from trainer.metrics import Metrics, open_metrics

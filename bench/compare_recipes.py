@@ -69,8 +69,8 @@ DECIDING = (  # code; its comments do not decide
     "train_pretrain.py",
     *("model/config.py", "model/documents.py", "model/model_minimind.py"),
     *("dataset/lm_dataset.py", "dataset/token_cache.py", "bench/compare_recipes.py"),
-    *("trainer/auto.py", "trainer/bigrams.py", "trainer/flags.py", "trainer/muon.py"),
-    *("trainer/optimizer.py", "trainer/run.py", "trainer/schedule.py"),
+    *("trainer/auto.py", "trainer/bigrams.py", "trainer/command_line.py", "trainer/flags.py"),
+    *("trainer/muon.py", "trainer/optimizer.py", "trainer/run.py", "trainer/schedule.py"),
 )
 REPEATS = "repeated_4grams"
 Flags = dict[str, Any]

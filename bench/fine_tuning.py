@@ -22,7 +22,7 @@ from dataset.chat_datasets import SFTDataset
 from dataset.conversations import chat_content
 from dataset.token_cache import build_token_cache
 from model.config import MiniMindConfig
-from trainer.flags import Parser
+from trainer.command_line import Parser
 from trainer.program import run_program
 from trainer.weights import load_tokenizer
 

@@ -30,7 +30,8 @@ import torch
 from bench.measuring import NoGuard, Parts, parser, surroundings, train
 from dataset.lm_dataset import Batch
 from dataset.records import find_files, read_documents
-from trainer.flags import PRESETS, TrainConfig, parse_flags
+from trainer.command_line import parse_flags
+from trainer.flags import PRESETS, TrainConfig
 from trainer.progress import Outcome
 from trainer.run import Run
 

@@ -23,8 +23,8 @@ from torch import nn
 import train_pretrain
 from dataset.lm_dataset import PretrainDataset
 from model.model_minimind import MiniMindConfig
+from trainer.command_line import Parser, parse_flags
 from trainer.device import default_device
-from trainer.flags import Parser, parse_flags
 from trainer.guard.guard import Guard
 from trainer.metrics import Metrics
 from trainer.program import run_program

@@ -35,8 +35,8 @@ from transformers.utils.logging import disable_progress_bar
 import eval_llm
 from model.generation import MOE_SIZES, SIZES, generating_model
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from trainer.command_line import Parser
 from trainer.errors import CheckpointError, SettingsError, printable, reason_of
-from trainer.flags import Parser
 from trainer.program import run_program
 from trainer.reading import read_json
 from trainer.samples import encode_prompt

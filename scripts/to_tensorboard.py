@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from scripts.plot import PlotError, read
-from trainer.flags import Parser
+from trainer.command_line import Parser
 
 
 def main(argv: list[str] | None = None) -> int:

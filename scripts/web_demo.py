@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 import eval_llm
 from model.generation import QwenModel, generating_model
+from trainer.command_line import Parser
 from trainer.device import setup_seed
 from trainer.errors import SettingsError
-from trainer.flags import Parser
 from trainer.program import run_program
 from trainer.samples import encode_prompt, encode_question
 from trainer.weights import load_tokenizer

@@ -33,8 +33,9 @@ from trainer.auto import (
     muon_tokens,
     pass_times,
 )
+from trainer.command_line import parse_flags
 from trainer.errors import CheckpointError, SettingsError
-from trainer.flags import AUTO, PRESETS, RECIPES, parse_flags
+from trainer.flags import AUTO, PRESETS, RECIPES
 from trainer.optimizer import build_optimizer
 from trainer.weights import get_model_params
 

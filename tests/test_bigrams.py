@@ -20,8 +20,9 @@ from tests.running import (
     write_corpus,
 )
 from trainer.bigrams import count_pairs, factors, look_back, nats_of_pairs, sparse
+from trainer.command_line import parse_flags
 from trainer.errors import SettingsError
-from trainer.flags import AUTO, parse_flags
+from trainer.flags import AUTO
 
 ON = {"embedding_init": "bigrams", "tie_word_embeddings": 0}
 

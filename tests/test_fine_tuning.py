@@ -38,7 +38,7 @@ from tests.running import (
 )
 from tests.test_conversations import some_conversations, write
 from trainer.checkpoint import list_states, read_state, save_state
-from trainer.flags import parse_flags
+from trainer.command_line import parse_flags
 from trainer.weights import load_weights, read_config, read_weights
 
 NAME = "full_sft_32"

@@ -26,7 +26,8 @@ from tests.running import (
     write_corpus,
 )
 from trainer import describe, fast_paths, metrics
-from trainer.flags import PRESETS, parse_flags
+from trainer.command_line import parse_flags
+from trainer.flags import PRESETS
 from trainer.metrics import flops_per_token, peak_flops, restore_file
 from trainer.samples import continuations, encode_prompt, repeated_ngrams
 from trainer.step_times import MAX_MARKS, StepTimes, bottleneck, shares

@@ -12,7 +12,7 @@ from dataset.lm_dataset import IGNORE, Batch, PretrainDataset
 from tests import running
 from tests.helpers import shipped_tokenizer
 from train_pretrain import Guard, build_run, train, train_step
-from trainer.flags import parse_flags
+from trainer.command_line import parse_flags
 from trainer.program import run_program
 
 ARROW = shipped_tokenizer().encode("=>", add_special_tokens=False)[-1]

@@ -45,7 +45,7 @@ from tests.trl_reference import (
     some_pairs,
     turn,
 )
-from trainer.flags import parse_flags
+from trainer.command_line import parse_flags
 from trainer.preferences import MEASURES, log_probabilities, preference_loss
 
 NAME = "dpo_32"

@@ -17,8 +17,9 @@ import train_full_sft
 import train_pretrain
 from tests.running import tiny_flags, write_corpus
 from trainer.checkpoint import list_states, read_state
+from trainer.command_line import parse_flags
 from trainer.errors import SettingsError
-from trainer.flags import LARGEST, PRETRAIN, TrainConfig, config_type, parse_flags
+from trainer.flags import LARGEST, PRETRAIN, TrainConfig, config_type
 
 PROGRAMS = (PRETRAIN, train_full_sft.FULL_SFT, train_dpo.DPO)
 QUIET = settings(database=None, deadline=None, derandomize=True)

@@ -17,7 +17,7 @@ from tests.helpers import ROOT, write_jsonl
 from tests.running import MEMORIZE_FLAGS, fact_documents, short_documents
 from tests.test_conversations import some_conversations, write
 from tests.test_preferences import many_pairs
-from trainer.flags import build_parser
+from trainer.command_line import build_parser
 
 README, CHINESE = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")

@@ -22,7 +22,8 @@ from bench.compare_recipes import (
 )
 from bench.measuring import words
 from dataset.token_cache import build_token_cache
-from trainer.flags import RECIPES, parse_flags
+from trainer.command_line import parse_flags
+from trainer.flags import RECIPES
 from trainer.weights import load_tokenizer
 
 

@@ -20,8 +20,9 @@ from model.model_minimind import MiniMindConfig
 from scripts import import_map
 from tests.helpers import ROOT
 from tests.running import MEMORIZE_FLAGS, fact_documents, run_command, short_documents, write_corpus
+from trainer.command_line import parse_flags
 from trainer.device import default_dtype, default_residual_dtype, supports_dtype
-from trainer.flags import PRETRAIN, parse_flags
+from trainer.flags import PRETRAIN
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEFAULTS = {  # MiniMind's names, and ours

@@ -12,8 +12,8 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from scripts import export
 from tests.helpers import tiny_config, tiny_model
 from tests.running import assert_same, newest_state, read_metrics, train_and_kill, train_in_process
+from trainer.command_line import parse_flags
 from trainer.errors import CheckpointError
-from trainer.flags import parse_flags
 from trainer.metrics import flops_per_token
 from trainer.weights import load_weights, read_config, read_weights, save_weights
 

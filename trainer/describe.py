@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from trainer import distributed
+from trainer.command_line import description_of
 from trainer.console import log
 from trainer.device import gpu_has_bfloat16
-from trainer.flags import TrainConfig, description_of
+from trainer.flags import TrainConfig
 from trainer.forecast import forecast_from_text
 from trainer.host import peak_memory, run_time
 from trainer.muon import moments_of
