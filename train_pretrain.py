@@ -46,6 +46,7 @@ from trainer.plan import Budget
 from trainer.program import run_program
 from trainer.progress import Outcome
 from trainer.run import Run
+from trainer.saved_settings import deciding_settings, keep_split, rounding_settings
 from trainer.step_times import StepTimes
 from trainer.weights import init_model, load_tokenizer
 
@@ -254,14 +255,12 @@ def build_run(
     model.model.residual_dtype = getattr(torch, str(args.residual_dtype))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     args = choose(args, model, len(data), state, partial(pass_times, model, data, autocast))
-    rounding = args.rounding_settings(num_ranks)
-    if state is not None:
-        args = args.keep_split(state, num_ranks)
+    kept = keep_split(args, state, num_ranks)
     return Run(
-        args=args,
+        args=kept,
         config=config,
-        rounding=rounding,
-        settings=args.deciding_settings(num_ranks, data.cache.meta["digests"]),
+        rounding=rounding_settings(args, num_ranks),  # as given: the next start compares
+        settings=deciding_settings(kept, num_ranks, data.cache.meta["digests"]),
         model=model,
         optimizer=build_optimizer(model, args.learning_rate, args.optimizer, dtype, args.tuning()),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),

@@ -15,7 +15,8 @@ from tests.helpers import ROOT
 from tests.running import assert_same, newest_state, tiny_flags, write_corpus
 from trainer.checkpoint import list_states, read_state, save_state
 from trainer.command_line import parse_flags
-from trainer.flags import DECIDES, SPLITS, config_type, flag_names
+from trainer.flags import DECIDES, SPLITS, config_type
+from trainer.saved_settings import flag_names
 
 # Another value of each flag that must match, none of which the others' values depend on.
 OTHER = {

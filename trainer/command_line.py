@@ -25,13 +25,12 @@ from trainer.flags import (
     PRESETS,
     PRETRAIN,
     RECIPES,
-    ModelFlags,
     Program,
     TrainConfig,
     config_type,
     skipped_updates,
 )
-from trainer.reading import read_json
+from trainer.saved_settings import described_sizes
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -125,26 +124,6 @@ def parse_flags(
     if config.use_compile is None:
         config.use_compile = int(config.device.startswith("cuda"))
     return config
-
-
-def described_sizes(args: argparse.Namespace) -> dict[str, Any]:
-    """The architecture of --from_weight as the ``.json`` beside it tells it; empty if none does."""
-    try:
-        config = description_of(args)["config"]
-        names = [f.name for f in fields(ModelFlags) if f.name in config and f.name != "dropout"]
-        return {name: int(config[name]) for name in names}
-    except (ValueError, LookupError, TypeError, OverflowError):
-        return {}  # loading the weights will tell
-
-
-def description_of(args: Any) -> dict[str, Any]:
-    """What the ``.json`` beside the weights of --from_weight says; empty if there is none."""
-    moe = "_moe" if args.use_moe else ""
-    path = Path(args.save_dir) / f"{args.from_weight}_{args.hidden_size}{moe}.json"
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
 
 
 # ------------------------------------------------------------------------------------- checks

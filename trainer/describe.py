@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from trainer import distributed
-from trainer.command_line import description_of
 from trainer.console import log
 from trainer.device import gpu_has_bfloat16
 from trainer.flags import TrainConfig
@@ -20,6 +19,7 @@ from trainer.muon import moments_of
 from trainer.plan import GENERATION, SKIPPED
 from trainer.progress import Outcome
 from trainer.run import Run
+from trainer.saved_settings import description_of
 from trainer.weights import get_model_params
 
 DRY_RUN_UPDATES = 7

@@ -1,13 +1,11 @@
 """The flags of train_pretrain.py, each declared once with default, help, bounds, meaning on resume.
 
-The command line and its checks (command_line.py) and the comparison with a saved run follow from
-the dataclasses below. Flags have MiniMind's names where it has them; intervals count optimizer
-updates.
+The command line and its checks (command_line.py) and the comparison with a saved run
+(saved_settings.py) follow from the dataclasses below. Flags have MiniMind's names where it has
+them; intervals count optimizer updates.
 """
 
-import dataclasses
 import math
-import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -17,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.device import default_device
-from trainer.errors import SettingsError, printable
 from trainer.optimizer import OPTIMIZERS, Tuning
 from trainer.schedule import SCHEDULES
 
@@ -449,49 +446,6 @@ class TrainConfig(WatchingFlags, FileFlags, MachineFlags, TrainingFlags, DataFla
         names = {f.name for f in fields(ModelFlags)} - others
         return {name: getattr(self, name) for name in sorted(names)}
 
-    def deciding_settings(self, num_ranks: int, digests: dict[str, str]) -> dict:
-        """Everything that determines the result of a run; saved, and compared on resume."""
-        kind = {"program": self.program.name} if self.program.is_chat else {}
-        return (
-            {name: getattr(self, name) for name in flag_names(DECIDES, type(self))}
-            | kind
-            | {
-                "rows per update": self.batch_size * self.accumulation_steps * num_ranks,
-                "content of data_path": digests["data"][:16],
-                "content of tokenizer_path": digests["tokenizer"][:16],
-            }
-        )
-
-    def rounding_settings(self, num_ranks: int) -> dict[str, str]:
-        """Everything that affects only the last bits; saved, and reported if it changes."""
-        return {name: str(getattr(self, name)) for name in flag_names(SPLITS)} | {
-            "ranks": str(num_ranks),
-            "torch": str(torch.__version__),
-            "threads": str(torch.get_num_threads()),
-        }
-
-    def keep_split(self, state: dict, num_ranks: int) -> "TrainConfig":
-        """These flags, with accumulation steps that keep the saved run's rows per update on this
-        number of ranks. With unchanged flags, the micro-batch stays the same as well.
-
-        Raises: SettingsError naming the numbers of ranks that are possible."""
-        saved, kept = state["rounding"], self
-        rows, batch = state["settings"].get("rows per update"), self.batch_size
-        micro = re.fullmatch(r"[1-9]\d{0,8}", saved.get("micro_batch_size", ""))
-        if micro and self.micro_batch_size is None and saved.get("batch_size") == str(batch):
-            kept = dataclasses.replace(self, micro_batch_size=int(micro[0]))
-        changed = str(self.accumulation_steps) != saved.get("accumulation_steps")
-        if changed or not isinstance(rows, int) or rows < 1:
-            return kept  # check_same_settings() compares the product
-        if rows % (batch * num_ranks):
-            fitting = [n for n in range(1, min(rows // batch, 9999) + 1) if rows % (batch * n) == 0]
-            others = f"use {', '.join(map(str, fitting))} ranks, or" if fitting else "use"
-            raise SettingsError(
-                f"--from_resume 1: an update of {rows} rows does not divide into batches of "
-                f"{batch} on {num_ranks} ranks; {others} another --batch_size."
-            )
-        return dataclasses.replace(kept, accumulation_steps=rows // (batch * num_ranks))
-
 
 def config_type(program: Program) -> type[TrainConfig]:
     """TrainConfig, with the program's own flags."""
@@ -506,32 +460,3 @@ def skipped_updates(given: str | None) -> range:
     if not 0 <= first <= end:
         raise ValueError(given)
     return range(first, end)
-
-
-# ------------------------------------------------------------------------------------- resume
-
-
-def flag_names(resume: str, config: type[TrainConfig] = TrainConfig) -> list[str]:
-    """The flags that are declared with this ``resume``."""
-    return [f.name for f in fields(config) if f.metadata.get("resume") == resume]
-
-
-def check_same_settings(saved: dict, given: dict, config: type[TrainConfig] = TrainConfig) -> None:
-    """Raises: SettingsError with a table of the settings that differ from the saved run's."""
-    older = {
-        f.name: f.metadata["older"] for f in fields(config) if f.metadata.get("older") is not None
-    }
-    saved = older | saved
-    rows = [
-        (key, f"{printable(saved.get(key)):.60}", f"{printable(given.get(key)):.60}")
-        for key in sorted(saved.keys() | given.keys())
-        if saved.get(key) != given.get(key)
-    ]
-    if rows:
-        table = [("setting", "saved", "given"), *rows]
-        widths = [max(len(row[column]) for row in table) for column in range(3)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
-        raise SettingsError(
-            "--from_resume 1: these settings differ from the saved run's. Use the saved ones, or "
-            "start another run with --save_weight NAME.\n  " + "\n  ".join(lines)
-        )

@@ -5,11 +5,12 @@ import math
 from torch import Tensor
 
 from trainer.errors import printable
-from trainer.flags import check_same_settings, skipped_updates
+from trainer.flags import skipped_updates
 from trainer.optimizer import expected_state
 from trainer.plan import NOT_KNOWN, Plan
 from trainer.progress import Progress
 from trainer.run import Run
+from trainer.saved_settings import check_same_settings
 from trainer.state import check_fits, refuse_unless
 
 LAYOUT = {  # of every state, whatever the model; see check_fits for the notation
