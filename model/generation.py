@@ -91,6 +91,8 @@ def build_qwen(model: TrainedModel, stretched: bool = False) -> QwenModel:
         else:
             qwen = transformers.Qwen3ForCausalLM(config)
     qwen.load_state_dict(model.tensors_for_qwen(), assign=True)
+    if config.tie_word_embeddings:  # one parameter, or a conversion and a file would have two
+        qwen.lm_head.weight = qwen.model.embed_tokens.weight
     rotary = type(qwen.model.rotary_emb)  # its tables are in no state_dict: build them here
     qwen.model.rotary_emb = rotary(config).to(model.device)
     return qwen.eval()

@@ -99,10 +99,9 @@ def test_the_folder_holds_settings_and_no_code(tmp_path: Path, use_moe: bool) ->
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
-    assert not use_moe or any(
-        name == "model.layers.1.mlp.experts.3.up_proj.weight"
-        for name in load_file(folder / "model.safetensors")
-    )
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors, "the tied head is stored twice"
+    assert not use_moe or "model.layers.1.mlp.experts.3.up_proj.weight" in tensors
 
 
 def test_the_card_tells_how_the_weights_were_trained(tmp_path: Path) -> None:
