@@ -84,7 +84,7 @@ def test_a_random_value_of_a_flag_of_eval_llm_is_refused_or_usable(data) -> None
 CAPS = {
     **{"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "max_seq_len": 64},
     **{"num_attention_heads": 64, "num_key_value_heads": 64, "num_workers": 1, "epochs": 3},
-    **{"batch_size": 64, "accumulation_steps": 64, "micro_batch_size": 64},
+    **{"batch_size": 64, "accumulation_steps": 64, "micro_batch_size": 64, "max_minutes": 0.02},
 }
 NUMERIC = [
     f
@@ -103,7 +103,8 @@ def changes(draw: st.DrawFn) -> dict:
     step = (lambda e, sign: e + sign) if is_int else lambda e, sign: math.nextafter(e, sign * 1e308)
     near = [e for edge in edges for e in (edge, step(edge, 1), step(edge, -1))]
     value = draw(st.one_of(st.sampled_from(near), INTS if is_int else NUMBERS))
-    return {declared.name: min(value, CAPS.get(declared.name, value))}
+    cap, most = CAPS.get(declared.name, LARGEST), next(filter(None, bounds[2:]), LARGEST)
+    return {declared.name: cap if cap < value <= most else value}  # what is beyond is refused
 
 
 @pytest.mark.slow
