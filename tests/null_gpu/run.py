@@ -107,8 +107,8 @@ def main() -> int:
     fast_paths.check_equal = lambda *given: None
     generation.compare = partial(whatever_it_finds, generation.compare)
     decode = PreTrainedTokenizerBase.decode
-    PreTrainedTokenizerBase.decode = lambda tokenizer, ids, *given, **named: decode(
-        tokenizer, in_range(ids, len(tokenizer)), *given, **named
+    PreTrainedTokenizerBase.decode = lambda tokenizer, token_ids, **named: decode(
+        tokenizer, in_range(token_ids, len(tokenizer)), **named
     )
     run.save_weights = partial(save_whatever_it_is, run.save_weights)
     by_sizes = model_minimind.product_by_product
