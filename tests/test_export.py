@@ -255,6 +255,7 @@ CONFIGS: dict[str, object] = {
     "model_type": ["qwen3"],
     "intermediate_size": -1,
     "eos_token_id": {},
+    "max_position_embeddings": 0,
 }
 
 

@@ -1005,6 +1005,8 @@ DESCRIPTIONS = {
     "pad_token_id": 10**22,
     "num_experts_per_tok": 0,
     "hidden_act": "odd",
+    "dropout": -1,
+    "initializer_range": -1,
 }
 
 

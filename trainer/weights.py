@@ -157,7 +157,9 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
         except Exception as error:  # transformers checks some of it, by exceptions of its own
             reason = printable(reason_of(error))
             raise CheckpointError(f"{description} does not describe a model: {reason}") from None
-        sizes = config_from_shapes(state, path) if state else config
+        if not state:
+            return config
+        sizes = config_from_shapes(state, path)
         inner = EXPERTS if sizes.use_moe else ("intermediate_size",)
         for name in SIZES + inner:  # before a model of that size is built
             if getattr(config, name) != getattr(sizes, name):
@@ -165,6 +167,12 @@ def read_config(path: Path, state: dict[str, Tensor]) -> MiniMindConfig:
                     f"{description} says {name} {printable(getattr(config, name)):.40}, but the "
                     f"weights beside it have {getattr(sizes, name)}."
                 )
+        try:
+            with torch.device("meta"):  # an unknown activation, a dropout of -1 or the like
+                MiniMindForCausalLM(config)
+        except Exception as error:
+            reason = printable(reason_of(error))
+            raise CheckpointError(f"{description} does not describe a model: {reason}") from None
         return config
     return config_from_shapes(state, path)
 
