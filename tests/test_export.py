@@ -278,6 +278,19 @@ def test_a_crafted_configuration_is_refused_or_its_odd_entry_left_out(
     assert host.peak_memory() - before < 2**28
 
 
+def test_weights_that_are_no_numbers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, _ = exported(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        theirs.model.norm.weight[0] = torch.nan
+    theirs.save_pretrained(folder)
+    capsys.readouterr()
+    line = refused(capsys, "--from", "hf", "--input", folder, "--save_dir", tmp_path / "out")
+    assert "differ by nan" in line and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "7", "[" * 10**5, '{"model_type": "qwen3"}'])
 def test_what_is_no_configuration_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture, text: str

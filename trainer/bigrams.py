@@ -132,7 +132,7 @@ def factors(counts: Tensor, width: int) -> tuple[Tensor, Tensor]:
     rank = min(width - 2, len(counts))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        by_rows = weighted.to_sparse_csr()  # whose products take a fifth of the time
+        by_rows = weighted.to_sparse_csr()  # or the transpose is sorted for each product
         left, values, right = torch.svd_lowrank(by_rows, q=rank, niter=ITERATIONS)
     left = left * values.sqrt() / row_weight[:, None]
     right = right * values.sqrt() / column_weight[:, None]
