@@ -89,10 +89,11 @@ def train(
     make_fast(run, data, partial(forward_backward, run))
     describe_pass(run)
     if config.dry_run:
-        return report_dry_run(run, data, held_out, windows(run, data), step)
+        return report_dry_run(run, held_out, windows(run, data), step)
 
     # 5. Train
     metrics = open_metrics(run)
+    metrics.log_pairs(held_out)
     parts = held_out.by_language(tokenizer) if held_out else {}
 
     def eval_now() -> bool:
@@ -248,8 +249,10 @@ def build_run(
     Raises: SettingsError, CheckpointError."""
     weight = args.from_weight if state is None else "none"
     model, _ = init_model(config, weight, args.tokenizer_path, args.save_dir, device)
+    pairs = None
     if args.embedding_init == "bigrams" and state is None:
-        start_from_bigrams(model, map(data.__getitems__, SkipBatchSampler(range(len(data)), 4096)))
+        rows = map(data.__getitems__, SkipBatchSampler(range(len(data)), 4096))
+        pairs = start_from_bigrams(model, rows)
         look_back(model, args.look_back_heads)
     dtype, num_ranks = args.torch_dtype, distributed.world_size()
     model.model.residual_dtype = getattr(torch, str(args.residual_dtype))
@@ -271,6 +274,7 @@ def build_run(
         times=StepTimes(device),
         budget=Budget(60 * args.max_minutes) if args.max_minutes else None,
         rows_held_out=num_rows_held_out,
+        pairs=pairs,
         rollbacks=[[None, args.skip_steps]] if args.skip_steps else [],
     )
 

@@ -341,6 +341,11 @@ class Contest:
         return flags
 
 
+def with_ablations(names: list[str]) -> list[str]:
+    """These recipes, and each change of ours that is not among them."""
+    return [*dict.fromkeys([*names, *(n for n in recipes(False) if n.startswith("ours, "))])]
+
+
 def fits(flags: Flags) -> bool:
     """Whether the program accepts these; a warm-up and a decay share the run."""
     return flags.get("warmup_ratio", 0) + flags.get("decay_ratio", 0) <= 1
@@ -478,7 +483,8 @@ def main() -> None:
     cli.add_argument("--nanochat_python", default=sys.executable, help="has what it imports")
     cli.add_argument("--nanochat_factors", type=float, nargs="+", default=[5, 10, 20, 40])
     args = cli.parse_args()
-    args.only += [name for name in names if args.ablations and name not in args.only]
+    if args.ablations:
+        args.only = with_ablations(args.only)
 
     def made(contest: Contest) -> None:
         lines = [

@@ -5,7 +5,8 @@
 
 Each run is the real program, in a process of its own. Every second run is kept apart. The others
 give the priors in trainer/forecast.py, which are printed; those kept apart tell how far the
-forecasts were off, and how many runs ended within the range. --json keeps the runs' losses.
+forecasts were off, and how many runs ended within the range. --json keeps the runs' losses; of
+other runs, with --recipe best, --ends has the ends alone, for the law that goes by counts of pairs.
 """
 
 import argparse
@@ -22,13 +23,15 @@ from typing import Any
 import torch
 
 from bench.measuring import ROOT, parser, surroundings, words
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer import forecast
+from trainer.auto import weights_in_layers
 from trainer.checkpoint import write_atomically
 
 LENGTH, BYTES_A_TOKEN, HELD_OUT = 340, 3.4, 0.08
 EVALUATIONS, SCORED = 20, 16_000  # of a run; tokens
 KINDS = ("held_out", "training")
-SHARES = (0.2, 0.3, 0.5, 0.8)  # of the run, at which the forecasts are looked at
+SHARES = (forecast.EARLIEST, 0.3, 0.5, 0.8)  # of the run, from which on forecasts are looked at
 BEST = {"recipe": "best"}
 SHORT_UPDATES = {"batch_size": 6, "learning_rate": 5e-3}  # and the demo's Muon and wsd
 ADAMW = {"optimizer": "adamw", "lr_schedule": "cosine", "learning_rate": 2e-3, "warmup_ratio": 0.05}
@@ -82,12 +85,19 @@ def make(flags: dict[str, Any], folder: Path) -> dict[str, Any]:
     (metrics,) = (folder / "out").glob("*_metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     (summary,) = (folder / "out").glob("*.json")
-    found = json.loads(summary.read_text())["run"]["settings"]
+    described = json.loads(summary.read_text())
+    found = described["run"]["settings"]
     schedule = [found["lr_schedule"], found["warmup_ratio"], found["decay_ratio"]]
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(MiniMindConfig(**described["config"]))
+    pairs = [record[forecast.PAIRS] for record in records if forecast.PAIRS in record]
     held_out, training = forecast.losses_of(records, math.inf)
     return {
         "flags": flags | {"tokens": tokens, "text": text.stem},
         "schedule": schedule,
+        "pairs": round(pairs[0], 4) if pairs else None,
+        "tokens": described["run"]["tokens"],
+        "weights": weights_in_layers(model),
         "held_out": [(share, round(score, 4)) for share, score in held_out],
         "training": [(share, round(loss, 3)) for share, loss in training],
     }
@@ -121,22 +131,43 @@ def priors(runs: list[dict]) -> Iterator[str]:
         yield f"{kind}, {len(found)} runs: Prior({', '.join(f'{n:.3g}' for n in numbers)})"
 
 
+def below_pairs(ends: list[dict]) -> Iterator[str]:
+    """BELOW_PAIRS in trainer/forecast.py, by least squares, and what these leave over."""
+    if len(ends) <= len(forecast.BELOW_PAIRS):
+        return
+    x = torch.tensor([forecast.features_of(end["tokens"], end["weights"]) for end in ends]).double()
+    y = torch.tensor([math.log(end["end"] / end["pairs"]) for end in ends]).double()
+    found = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    deviation = ((y - x @ found).square().sum() / (len(y) - len(found))).sqrt().item()
+    numbers = ", ".join(f"{n:.4f}" for n in found.tolist())
+    yield f"below pairs, {len(ends)} runs: ({numbers}), deviation {deviation:.4f}"
+
+
+def ends_of(runs: list[dict]) -> list[dict]:
+    """Of runs of ordinary text that began with counts."""
+    chosen = [run for run in runs if run.get("pairs") and kind_of(run) == "counts, text"]
+    return [run | {"end": run["held_out"][-1][1]} for run in chosen]
+
+
 def errors(run: dict, share: float) -> tuple[float, bool] | None:
-    """How far the forecast at this share of the run was off, relative, and whether its range held
-    the truth."""
-    held_out, training = ([p for p in run[kind] if p[0] <= share] for kind in KINDS)
+    """How far the forecast of the first evaluation from this share of the run on was off, relative,
+    and whether its range held the truth."""
+    seen = min(p[0] for p in run["held_out"] if p[0] >= share)
+    held_out, training = ([p for p in run[kind] if p[0] <= seen] for kind in KINDS)
     counts = kind_of(run).startswith("counts")
     rate = forecast.rate_of(*run["schedule"])
     known = forecast.priors_for(not counts)
     # The last training loss is a mean that reaches beyond this share.
-    found = forecast.forecast(held_out, [] if counts else training[:-1], rate, known)
+    pairs = run.get("pairs") and [run[k] for k in ("pairs", "tokens", "weights")]
+    by_pairs = forecast.forecast_by_pairs(*pairs) if pairs else None
+    found = forecast.forecast(held_out, [] if counts else training[:-1], rate, known, by_pairs)
     truth = run["held_out"][-1][1]
     return None if found is None else (found.expected / truth - 1, found.low <= truth <= found.high)
 
 
 def table(runs: list[dict]) -> Iterator[str]:
     """Markdown: by kind of run and share."""
-    yield "| start, text | at | runs | off by, median | at most | within the range |"
+    yield "| start, text | from | runs | off by, median | at most | within the range |"
     yield "|---|---|---|---|---|---|"
     for kind in sorted({kind_of(run) for run in runs}):
         for share in SHARES:
@@ -155,6 +186,7 @@ def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--data_path", type=Path, help="JSONL; without, no new runs are made")
     cli.add_argument("--json", type=Path, required=True, help="the runs' losses")
+    cli.add_argument("--ends", type=Path, help="JSON of the ends of other runs")
     args: argparse.Namespace = cli.parse_args()
     runs = json.loads(args.json.read_text()) if args.json.exists() else []
     for flags in list(settings(args.data_path))[len(runs) :] if args.data_path else ():
@@ -163,7 +195,9 @@ def main() -> None:
         lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
         write_atomically(args.json, f"[{lines}]\n".encode())
     print(surroundings(args, "bench.forecast_runs"))
-    print("", *priors([run for run in runs if not run["apart"]]), "", *table(apart(runs)), sep="\n")
+    fitted = [run for run in runs if not run["apart"]]
+    ends = ends_of(fitted) + (json.loads(args.ends.read_text()) if args.ends else [])
+    print("", *priors(fitted), *below_pairs(ends), "", *table(apart(runs)), sep="\n")
 
 
 if __name__ == "__main__":

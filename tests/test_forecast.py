@@ -25,7 +25,10 @@ from trainer.forecast import (
     FEW_SENTENCES,
     FROM_COUNTS,
     FROM_RANDOM,
+    PAIRS,
+    Forecast,
     Prior,
+    combined,
     law_of,
     losses_of,
     priors_for,
@@ -137,10 +140,67 @@ def test_records_become_points() -> None:
     assert forecast.forecast([], training, WSD, [FROM_RANDOM]) is None
 
 
+def test_two_forecasts_are_weighed_by_what_they_know() -> None:
+    """The product of two bell curves of the logarithm, read off a grid."""
+    x = torch.linspace(math.log(1.5), math.log(3), 200_001, dtype=torch.float64)
+    curves = [(math.log(2.0), 0.03), (math.log(2.1), 0.01)]
+    density = math.prod(torch.exp(-0.5 * ((x - mean) / width) ** 2) for mean, width in curves)
+    share = density.cumsum(0) / density.sum()
+    low, middle, high = (x[torch.searchsorted(share, q)].exp().item() for q in (0.05, 0.5, 0.95))
+    two = [
+        Forecast(*(math.exp(mean + z * width) for z in (-1.645, 0, 1.645)), half, twice)
+        for (mean, width), half, twice in zip(curves, (2.2, 2.3), (1.8, 1.9), strict=True)
+    ]
+    found = combined(*two)
+    assert (found.low, found.expected, found.high) == pytest.approx((low, middle, high), rel=1e-4)
+    assert 2.2 < 2.3 - 2 * (2.3 - found.half) < found.half < 2.3 and 1.8 < found.twice < 1.9
+    assert combined(two[0]) == pytest.approx(two[0])
+
+
+def test_what_pairs_tell_counts_for_ordinary_text_alone() -> None:
+    known = forecast.forecast_by_pairs(2.5, 10**6, 10**6)
+    assert known is not None
+    assert known.expected == pytest.approx(2.5 * math.exp(forecast.BELOW_PAIRS[0]))
+    shares = [i / 20 for i in range(1, 8)]
+    ordinary = losses(FROM_COUNTS.a, FROM_COUNTS.b, shares)
+    easy = losses(FEW_SENTENCES.a, FEW_SENTENCES.b, shares)
+    priors = priors_for(False)
+    alone, both = (forecast.forecast(ordinary, [], WSD, priors, k) for k in (None, known))
+    assert alone is not None and both is not None
+    assert alone.expected < both.expected < known.expected
+    assert both.high / both.expected < min(f.high / f.expected for f in (alone, known))
+    assert forecast.forecast(easy, [], WSD, priors) == forecast.forecast(
+        easy, [], WSD, priors, known
+    )
+
+
+def test_nothing_is_told_by_pairs_of_sizes_that_nobody_measured() -> None:
+    for tokens, weights in ((9e4, 1e6), (2e7, 1e6), (1e6, 1e5), (1e6, 5.9e7)):
+        assert forecast.forecast_by_pairs(2.5, tokens, weights) is None
+
+
+def test_the_law_of_pairs_is_what_the_runs_say() -> None:
+    """Its numbers, and that they hold: a run left out of the fit ends where the others say."""
+    folder = ROOT / "docs" / "bands"
+    fitted = [run for run in RUNS if not run["apart"]]
+    ends = forecast_runs.ends_of(fitted) + json.loads((folder / "contest_ends.json").read_text())
+    (line,) = forecast_runs.below_pairs(ends)
+    assert f"({', '.join(f'{n:.4f}' for n in forecast.BELOW_PAIRS)})" in line
+    off = []
+    for i, end in enumerate(ends):
+        (line,) = forecast_runs.below_pairs(ends[:i] + ends[i + 1 :])
+        numbers = [float(n) for n in re.findall(r"-?\d\.\d{4}", line)][:-1]
+        features = forecast.features_of(end["tokens"], end["weights"])
+        told = math.log(end["pairs"]) + sum(a * b for a, b in zip(numbers, features, strict=True))
+        off.append(abs(told - math.log(end["end"])))
+    inside = sum(one <= forecast.QUANTILE * forecast.PAIRS_LEFT_OVER for one in off)
+    assert len(ends) > 30 and inside >= 0.9 * len(ends)
+
+
 # ------------------------------------------------------------------------------------- real runs
 
 
-@pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("share", forecast_runs.SHARES)
 def test_nine_of_ten_runs_end_where_it_was_foretold(share: float) -> None:
     """Runs that the priors were not fitted to; docs/RECIPES.md says how they were made."""
     found = [forecast_runs.errors(run, share) for run in forecast_runs.apart(RUNS)]
@@ -188,7 +248,49 @@ def test_a_run_tells_its_end_from_15_percent_on(tmp_path: Path) -> None:
         assert a["forecast_expected"] == pytest.approx(b["forecast_expected"], abs=2e-3)
 
 
+def test_a_run_that_began_with_counts_goes_by_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "MEASURED_TOKENS", (1e3, 1e7))
+    monkeypatch.setattr(forecast, "MEASURED_WEIGHTS", (1e3, 1e7))
+    # The corpus has few sentences.
+    monkeypatch.setattr(forecast, "priors_for", lambda at_random: [FROM_COUNTS])
+    changes = {"recipe": "best", "epochs": 1, "eval_interval": 2, "batch_size": 2}
+    said = train_in_process(tmp_path / "whole", **changes)
+    records = read_metrics(tmp_path / "whole")
+    told = [r for r in records if "forecast_expected" in r]
+    assert list(records[0]) == ["step", PAIRS] and len(told) > 3
+    score = records[0][PAIRS]
+    assert f"held out: {score:.4f} bits/byte by counts of neighbouring tokens alone" in said
+    assert score == pytest.approx(independent_score_of_pairs(tmp_path / "whole"))
+
+    asked = []
+    monkeypatch.setattr(forecast, "forecast_by_pairs", lambda *given: asked.append(given))
+    train_in_process(tmp_path / "without", **changes)
+    without = [r for r in read_metrics(tmp_path / "without") if "forecast_expected" in r]
+    assert {pairs for pairs, *_ in asked} == {score} and len(without) == len(told)
+    for one, other in zip(told, without, strict=True):
+        assert one["forecast_expected"] != other["forecast_expected"]
+        assert one["heldout_loss"] == other["heldout_loss"]
+
+
 # ------------------------------------------------------------------------------------- dry runs
+
+
+def independent_score_of_pairs(folder: Path) -> float:
+    """Held-out bits per byte by counts of pairs, of a run's corpus."""
+    data = PretrainDataset(
+        str(folder / "corpus.jsonl"),
+        shipped_tokenizer(),
+        32,
+        heldout_fraction=0.1,
+        cache_dir=str(folder / "cache"),
+    )
+    held_out = data.held_out(10**6)
+    assert held_out is not None
+    counts = count_pairs([data.__getitems__([*range(len(data))])], 6400)
+    nats = nats_of_pairs(counts, [held_out.__getitems__([*range(len(held_out))])])
+    return nats / math.log(2) / held_out.num_text_bytes
 
 
 def dry_run(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> str:
@@ -208,18 +310,7 @@ def test_a_dry_run_of_the_best_recipe_tells_the_loss_from_pairs(
     expected, low, high, half, twice, pairs = numbers
     assert low < expected < high < pairs * 1.2
     assert high / expected == pytest.approx(expected / low, rel=1e-3)
-    data = PretrainDataset(
-        str(tmp_path / "corpus.jsonl"),
-        shipped_tokenizer(),
-        32,
-        heldout_fraction=0.1,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    held_out = data.held_out(10**6)
-    assert held_out is not None
-    counts = count_pairs([data.__getitems__([*range(len(data))])], 6400)
-    nats = nats_of_pairs(counts, [held_out.__getitems__([*range(len(held_out))])])
-    assert pairs == pytest.approx(nats / math.log(2) / held_out.num_text_bytes, abs=1e-4)
+    assert pairs == pytest.approx(independent_score_of_pairs(tmp_path), abs=1e-4)
     assert (half > expected > twice) or half == pytest.approx(expected, rel=0.2)
 
 

@@ -145,6 +145,16 @@ def test_an_opponent_that_is_better_is_told_so(contest: tuple[Contest, list[Tria
     assert "| over 1 | inf | -" in muon
 
 
+def test_ablations_bring_no_other_opponent() -> None:
+    names = compare_recipes.with_ablations(["ours, no warm-up", "ours"])
+    assert names[:2] == ["ours, no warm-up", "ours"] and len(names) == len(set(names))
+    assert {*names} == {"ours", *(n for n in compare_recipes.recipes(False) if ", " in n)} - {
+        "MiniMind, padded",
+        "AdamW, packed",
+        "torch's Muon, its defaults",
+    }
+
+
 def test_a_sweep_leaves_out_what_the_program_refuses() -> None:
     assert compare_recipes.fits({"warmup_ratio": 0.1, "decay_ratio": 0.85})
     assert not compare_recipes.fits({"warmup_ratio": 0.2, "decay_ratio": 0.85})

@@ -34,10 +34,14 @@ PAIRS = (0.3, 0.25, 0.2, 0.1, 0.08, 0.07)
 SHARPNESS = 1.5
 
 
-def start_from_bigrams(model: MiniMindForCausalLM, batches: Iterable[Any]) -> None:
-    """Set embedding and head of a new model from the rows of these, the same on all ranks."""
+def start_from_bigrams(model: MiniMindForCausalLM, batches: Iterable[Any]) -> Tensor | None:
+    """Set embedding and head of a new model from the rows of these, the same on all ranks.
+
+    Returns: the counts, as ``count_pairs``, on the main process."""
+    counts: Tensor | None = None
 
     def work() -> tuple[Tensor, Tensor]:
+        nonlocal counts
         counts = count_pairs(batches, model.config.vocab_size)
         log(
             f"embedding from {int(counts.values().sum()):,} pairs of neighbouring tokens, "
@@ -49,6 +53,7 @@ def start_from_bigrams(model: MiniMindForCausalLM, batches: Iterable[Any]) -> No
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(embedding)
         model.lm_head.weight.copy_(head)
+    return counts
 
 
 def count_pairs(batches: Iterable[Any], vocab_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from trainer import distributed
 from trainer.console import log
 from trainer.device import gpu_has_bfloat16
 from trainer.flags import TrainConfig
-from trainer.forecast import forecast_from_text
+from trainer.forecast import forecast_before
 from trainer.host import peak_memory, run_time
 from trainer.muon import moments_of
 from trainer.plan import GENERATION, SKIPPED
@@ -178,7 +178,6 @@ def cost(args: TrainConfig, minutes: float) -> str:
 
 def report_dry_run(
     run: Run,
-    data: Any,
     held_out: Any | None,
     windows: Iterable[tuple[list, int]],
     step: Callable[[Run, list, int], Outcome],
@@ -186,7 +185,7 @@ def report_dry_run(
     """--dry_run 1: estimate time, memory, cost and loss of the whole run, from a few updates and
     from the text.
 
-    Args: data, held_out: the datasets of the rows; windows: each update's batches, made when asked
+    Args: held_out: the dataset of those rows; windows: each update's batches, made when asked
         for; step: makes the update."""
     seconds, since = [], time.monotonic()
     for window, _ in itertools.islice(windows, DRY_RUN_UPDATES):
@@ -219,4 +218,4 @@ def report_dry_run(
         f"{cost(run.args, minutes)}; includes {evaluations:,} evaluations, but no saves"
     )
     if held_out is not None and distributed.is_main_process():
-        log(f"dry run: {forecast_from_text(run, data, held_out, updates * tokens)}")
+        log(f"dry run: {forecast_before(run, held_out, updates * tokens)}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.auto import weights_in_layers
-from trainer.bigrams import count_pairs, nats_of_pairs
+from trainer.bigrams import nats_of_pairs
 from trainer.run import Run
 from trainer.schedule import learning_rate
 
@@ -56,9 +56,10 @@ FROM_COUNTS = Prior(0.128, 0.088, 0.0024, -0.0001, 0.0003, 0.012)
 FEW_SENTENCES = Prior(0.88, 0.54, 0.10, 0.02, 0.03, 0.05)  # in many variants, as the demo's text
 
 # With --recipe best, held-out bits per byte over those of counts of pairs: the logarithm by those
-# of millions of tokens and of weights in layers, and by their product; and what that leaves over.
-PAIRS, PAIRS_LEFT_OVER = (-0.1075, -0.0307, -0.0268, -0.0082), 0.015
-MEASURED_TOKENS, MEASURED_WEIGHTS = (1e5, 2e6), (2e5, 4e6)
+# of millions of tokens and of weights in layers, their product and squares; what that leaves over.
+BELOW_PAIRS, PAIRS_LEFT_OVER = (-0.1180, -0.0543, -0.0234, -0.0052, -0.0129, 0.0033), 0.018
+MEASURED_TOKENS, MEASURED_WEIGHTS = (1e5, 1.2e7), (2e5, 2.5e7)
+PAIRS = "pairs_bits_per_byte"  # in the records
 
 
 class Forecast(NamedTuple):
@@ -84,7 +85,10 @@ def forecast_of(run: Run, newest: dict) -> Forecast | None:
     # A start from counts knew the rows before, and so does a model that has seen them.
     held_out, training = losses_of([*run.records, newest], run.rows_per_epoch if at_random else 0)
     rate = rate_of(args.lr_schedule, args.warmup_ratio, args.decay_ratio)
-    return forecast(held_out, training, rate, priors_for(at_random))
+    pairs = score_of_pairs(run, None)
+    num_tokens = run.total_rows * args.row_length
+    by_pairs = None if pairs is None else forecast_from_pairs(run, pairs, num_tokens)
+    return forecast(held_out, training, rate, priors_for(at_random), by_pairs)
 
 
 def losses_of(records: Sequence[dict], new_rows: float) -> tuple[Points, Points]:
@@ -113,35 +117,67 @@ def rate_of(schedule: str, warmup_ratio: float, decay_ratio: float) -> Callable[
     return lambda share: learning_rate(share, share, 1.0, schedule, warmup_ratio, decay_ratio)
 
 
-def forecast_from_text(run: Run, data: Any, held_out: Any, num_tokens: int) -> str:
+def forecast_before(run: Run, held_out: Any, num_tokens: float) -> str:
     """What the log says of the loss before the run: a range, or why there is none."""
-    weights = weights_in_layers(run.model)
-    known = MEASURED_TOKENS[0] <= num_tokens <= MEASURED_TOKENS[1]
-    known &= MEASURED_WEIGHTS[0] <= weights <= MEASURED_WEIGHTS[1]
-    if run.args.recipe != "best" or run.args.epochs > 1 or not known:
+    pairs = score_of_pairs(run, held_out)
+    found = None if pairs is None else forecast_from_pairs(run, pairs, num_tokens)
+    if pairs is None or found is None:
         return (
             f"its loss is foretold from {EARLIEST:.0%} of the run on; before, only with --recipe "
             f"best, one pass, {' to '.join(f'{n / 1e6:g}M' for n in MEASURED_TOKENS)} tokens and "
             f"{' to '.join(f'{n / 1e6:g}M' for n in MEASURED_WEIGHTS)} weights in layers"
         )
-    counts = count_pairs(batches(data), run.config.vocab_size)
-    nats = nats_of_pairs(counts, batches(held_out))
-    pairs = nats / math.log(2) / held_out.num_text_bytes
+    return f"{described(found)}; for ordinary text, by its {pairs:.4f} for pairs of tokens"
+
+
+def score_of_pairs(run: Run, held_out: Any | None) -> float | None:
+    """Held-out bits per byte by the counts of neighbouring tokens that the model began with; None
+    if it did not, or if nothing is held out."""
+    for record in run.records:
+        if PAIRS in record:
+            return record[PAIRS]
+    if run.pairs is None or held_out is None:
+        return None
+    nats = nats_of_pairs(run.pairs, batches(held_out))
+    return nats / math.log(2) / held_out.num_text_bytes
+
+
+def forecast_from_pairs(run: Run, pairs: float, num_tokens: float) -> Forecast | None:
+    """As ``forecast_by_pairs``; None also for a run unlike those that it was measured on.
+
+    Args: pairs: as from ``score_of_pairs``; num_tokens: of the whole run."""
+    args = run.args
+    one_pass = num_tokens <= (run.rows_per_epoch + run.global_batch) * args.row_length
+    if args.recipe != "best" or not args.packing or not one_pass:
+        return None
+    return forecast_by_pairs(pairs, num_tokens, weights_in_layers(run.model))
+
+
+def forecast_by_pairs(pairs: float, num_tokens: float, weights: float) -> Forecast | None:
+    """What one pass with ``--recipe best`` ends at, going by what counts of pairs of tokens score;
+    None for sizes that were not measured.
+
+    Args: pairs: held-out bits per byte; weights: of the model's layers."""
+    for size, (least, most) in ((num_tokens, MEASURED_TOKENS), (weights, MEASURED_WEIGHTS)):
+        if not least <= size <= most:
+            return None
     expected, half, twice = (
         pairs * below_pairs(num_tokens * times, weights) for times in (1, 0.5, 2)
     )
     spread = math.exp(QUANTILE * PAIRS_LEFT_OVER)
-    found = Forecast(expected / spread, expected, expected * spread, half, twice)
-    return f"{described(found)}; for ordinary text, by its {pairs:.4f} for pairs of tokens"
+    return Forecast(expected / spread, expected, expected * spread, half, twice)
 
 
 def below_pairs(num_tokens: float, weights: float) -> float:
     """How much lower a run ends than the counts of pairs of tokens in its text."""
-    tokens, weights = math.log(num_tokens / 1e6), math.log(weights / 1e6)
-    constant, per_tokens, per_weights, per_both = PAIRS
-    return math.exp(
-        constant + per_tokens * tokens + per_weights * weights + per_both * tokens * weights
-    )
+    features = features_of(num_tokens, weights)
+    return math.exp(sum(a * b for a, b in zip(BELOW_PAIRS, features, strict=True)))
+
+
+def features_of(num_tokens: float, weights: float) -> tuple[float, ...]:
+    """What the numbers of BELOW_PAIRS are multiplied by."""
+    n, d = math.log(weights / 1e6), math.log(num_tokens / 1e6)
+    return 1.0, d, n, d * n, d**2, n**2
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -160,7 +196,11 @@ def described(found: Forecast) -> str:
 
 
 def forecast(
-    held_out: Points, training: Points, rate: Callable[[float], float], priors: Sequence[Prior]
+    held_out: Points,
+    training: Points,
+    rate: Callable[[float], float],
+    priors: Sequence[Prior],
+    by_pairs: Forecast | None = None,
 ) -> Forecast | None:
     """The held-out loss at the end of the run; None if no point of it can be used yet.
 
@@ -169,7 +209,8 @@ def forecast(
         training: the same with training losses in nats; their fall is used, not their height. Empty
             for a run that has seen its rows before, or whose start knew them.
         rate: the learning rate over its peak, by share of the run.
-        priors: of kinds of text; the one that the losses speak for is used."""
+        priors: of kinds of text; the one that the losses speak for is used.
+        by_pairs: what is known besides, of text of the first kind."""
     now = held_out[-1][0] if held_out else 0.0
     if now < EARLIEST:
         return None
@@ -188,8 +229,19 @@ def forecast(
     apart = (at[:, None] - at).abs() / REACH
     rest = UNKNOWN * (kind[:, None] == kind).double()
     rest[:-1, :-1] += noise.square().diag()
-    judged = (judge(y, law, rest + p.left_over**2 * (-apart).exp(), p) for p in priors)
-    return max(judged, key=lambda found: found[0])[1]
+    judged = [judge(y, law, rest + p.left_over**2 * (-apart).exp(), p) for p in priors]
+    _, found = best = max(judged, key=lambda pair: pair[0])
+    return combined(found, by_pairs) if by_pairs and best is judged[0] else found
+
+
+def combined(*forecasts: Forecast) -> Forecast:
+    """What independent ones tell together: their logarithms, weighed by their precision."""
+    precision = [(math.log(f.high / f.expected) / QUANTILE) ** -2 for f in forecasts]
+    logs = torch.tensor(forecasts, dtype=torch.float64).log()
+    _, expected, _, half, twice = torch.tensor(precision).double() @ logs / sum(precision)
+    spread = QUANTILE / math.sqrt(sum(precision))
+    ends = expected - spread, expected, expected + spread, half, twice
+    return Forecast(*(math.exp(x) for x in ends))
 
 
 def judge(y: Tensor, law: Tensor, rest: Tensor, prior: Prior) -> tuple[float, Forecast]:

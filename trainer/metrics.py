@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from trainer.describe import cost
 from trainer.distributed import is_main_process
 from trainer.fast_paths import ROWS_ON_DEVICE
 from trainer.flags import TrainConfig
-from trainer.forecast import described, forecast_of
+from trainer.forecast import PAIRS, described, forecast_of, score_of_pairs
 from trainer.host import run_time
 from trainer.plan import NOT_KNOWN
 from trainer.reading import open_regular
@@ -273,6 +274,14 @@ class Metrics:
             self.reported_parts.add(advice[0])
             log(f"note: {advice[1]}")
         self._start_interval()
+
+    def log_pairs(self, held_out: Any | None) -> None:
+        """Log what the counts that the model began with, if it did, score on the held-out rows."""
+        score = score_of_pairs(self.run, held_out)
+        if self.run.pairs is not None and score is not None:
+            self.write({"step": self.run.step, PAIRS: score})
+            log(f"held out: {score:.4f} bits/byte by counts of neighbouring tokens alone")
+        self.run.pairs = None  # large
 
     def log_evaluation(
         self, scores: dict[str, float], texts: dict[str, str], repeated: float | None = None

@@ -71,6 +71,7 @@ class Run:
     budget: Budget | None = None  # what the plan follows; on all ranks, rank 0's counts
     seconds_spent: float = 0.0  # of the budget, by earlier starts
     rows_held_out: int = 0
+    pairs: Tensor | None = None  # how often tokens follow each other, if the start is from that
     loss_of: LossOf = next_token_loss
     measures: tuple[str, ...] = ()  # what else it returns, per label, for evaluations
     tracker_id: str | None = None  # of this run in the tracker
