@@ -129,7 +129,7 @@ def train_epoch(
         if updates_left:
             run.plan_for(int(updates_left))
             metrics.log_plan()
-        lr = set_lr(run.optimizer, run.learning_rate(num_rows))
+        lr = set_lr(run.optimizer, run.learning_rate(num_rows), run.step)
         if run.skips_next():
             run.advance(num_rows)
         else:

@@ -36,7 +36,7 @@ from trainer.auto import (
 from trainer.command_line import parse_flags
 from trainer.errors import CheckpointError, SettingsError
 from trainer.flags import AUTO, PRESETS, RECIPES
-from trainer.optimizer import build_optimizer
+from trainer.optimizer import Tuning, build_optimizer, set_lr
 from trainer.weights import get_model_params
 
 # Step Law for 59 M weights, worked out by hand from its published constants.
@@ -105,21 +105,26 @@ def test_a_larger_update_than_suits_gets_a_higher_rate() -> None:
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_an_update_is_large_enough_for_what_muon_multiplies(experts: int) -> None:
-    """Against torch's own count of operations."""
+    """Against torch's own count of operations, over the updates in which each matrix moves once."""
     sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512}
     if experts:
         sizes |= {"use_moe": True, "num_experts": experts}
     model = MiniMindForCausalLM(tiny_config(**sizes))
-    optimizer, ids = build_optimizer(model, 1e-3, "muon"), torch.arange(512).view(8, 64)
+    tuning, ids = Tuning(muon_period=2), torch.arange(512).view(8, 64)
+    optimizer = build_optimizer(model, 1e-3, "muon", tuning=tuning)
     with FlopCounterMode(display=False) as passes:
         model(ids, labels=ids).loss.backward()
-    with FlopCounterMode(display=False) as step:
-        optimizer.step()
+    with FlopCounterMode(display=False) as two_steps:
+        for update in range(2):
+            set_lr(optimizer, 1e-3, update)
+            optimizer.step()
     per_token = passes.get_total_flops() / ids.numel()
     if experts:  # whose products it does not count
         per_token = 6 * (get_model_params(model, model.config)[1])
-    tokens = muon_tokens(model)
-    assert step.get_total_flops() / (tokens * per_token) == pytest.approx(0.25, rel=0.03)
+    tokens = muon_tokens(model, 2)
+    assert muon_tokens(model, 1) == 2 * tokens
+    operations = two_steps.get_total_flops() / 2
+    assert operations / (tokens * per_token) == pytest.approx(0.25, rel=0.03)
 
     words, rows = "--recipe best --max_seq_len 8", 10**6 if experts else 20_000
     wanted = max(tokens, best_update_tokens(8 * rows))
@@ -141,8 +146,8 @@ def test_a_time_counts_as_what_fits_into_it() -> None:
 def test_few_updates_are_not_made_fewer() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512}
     rows = 5 * FEWEST_UPDATES
-    assert muon_tokens(MiniMindForCausalLM(tiny_config(**sizes))) > 100 * 5
-    args = chosen("--recipe best --max_seq_len 100", rows, **sizes)
+    assert muon_tokens(MiniMindForCausalLM(tiny_config(**sizes)), 1) > 100 * 5
+    args = chosen("--recipe best --muon_period 1 --max_seq_len 100", rows, **sizes)
     best = best_update_tokens(100 * rows)
     assert args.batch_size == max(5, round(best / 100))
 

@@ -135,6 +135,35 @@ def test_rows_move_as_the_formula_of_normuon_says() -> None:
                 torch.testing.assert_close(found[e], expected, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_each_matrix_moves_when_it_is_its_turn(period: int) -> None:
+    """As many times as far; its momentum, in float64 here, has followed every gradient."""
+    model, rate, mu = tiny_model(use_moe=True, num_hidden_layers=3), 0.02, 0.9
+    tuning = Tuning(muon_momentum=mu, muon_period=period)
+    optimizer = build_optimizer(model, rate, "muon", torch.float32, tuning)
+    hidden = {n: p for n, p in model.named_parameters() if is_hidden(n, p)}
+    momenta = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in hidden.items()}
+    before: dict[torch.Size, int] = {}  # matrices of each shape
+    place = {n: before.setdefault(p.shape, 0) for n, p in hidden.items()}
+    for name, p in hidden.items():
+        place[name], before[p.shape] = before[p.shape], before[p.shape] + 1
+    for update in range(2 * period + 1):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        gradients = {n: p.grad.double() for n, p in hidden.items() if p.grad is not None}
+        starts = {n: p.detach().double() for n, p in hidden.items()}
+        set_lr(optimizer, rate, update)
+        optimizer.step()
+        for name, p in hidden.items():
+            momenta[name] = mu * momenta[name] + (1 - mu) * gradients[name]
+            expected = starts[name]
+            if place[name] % period == update % period:
+                blend = mu * momenta[name] + (1 - mu) * gradients[name]
+                move = 0.2 * math.sqrt(max(p.shape[-2:])) * orthogonalize(blend, torch.float64)
+                expected = expected * (1 - period * rate * WEIGHT_DECAY) - period * rate * move
+            torch.testing.assert_close(p.double(), expected, rtol=1e-3, atol=2e-4, msg=name)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_scales_and_betas_are_those_of_separate_optimizers(kind: str) -> None:
     """A scaled rate does not scale the decay, which stays learning rate x weight decay."""
@@ -197,12 +226,16 @@ def test_the_same_rate_moves_weights_as_far_as_adamw_does() -> None:
             assert 0.6 < move.square().mean().sqrt() / (0.01 * 0.2) < 1.3, name
 
 
-@pytest.mark.parametrize("beta2", [0.0, 0.95])
+@pytest.mark.parametrize(("beta2", "period"), [(0.0, 1), (0.95, 1), (0.95, 2)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_update_changes_neither_weights_nor_moments(value: float, beta2: float) -> None:
+def test_a_bad_update_changes_neither_weights_nor_moments(
+    value: float, beta2: float, period: int
+) -> None:
     model = tiny_model()
-    optimizer = build_optimizer(model, 0.02, "muon", tuning=Tuning(muon_beta2=beta2))
-    for bad in (False, True, False):
+    tuning = Tuning(muon_beta2=beta2, muon_period=period)
+    optimizer = build_optimizer(model, 0.02, "muon", tuning=tuning)
+    for update, bad in enumerate((False, False, True, False)):
+        set_lr(optimizer, 0.02, update)
         for p in model.parameters():
             p.grad = torch.full_like(p, value) if bad else torch.randn_like(p)
         before = [p.detach().clone() for p in model.parameters()]
@@ -210,9 +243,11 @@ def test_a_bad_update_changes_neither_weights_nor_moments(value: float, beta2: f
         norm = torch.tensor(value if bad else 1.0)
         step_if_finite(optimizer, NOT_SCALING, torch.zeros(3), norm)
         for p, weight, state in zip(model.parameters(), before, states, strict=True):
-            assert torch.equal(p, weight) == bad
+            assert torch.equal(p, weight) or not bad
             if bad:
                 assert_same(dict(optimizer.state[p]), state)
+        moved_now = [not torch.equal(*two) for two in zip(model.parameters(), before, strict=True)]
+        assert any(moved_now) != bad and all(moved_now) == (not bad and period == 1)
 
 
 @pytest.mark.parametrize("beta2", [0.0, 0.95])
@@ -231,7 +266,7 @@ def test_the_state_is_what_is_expected_of_it(beta2: float) -> None:
 @pytest.mark.parametrize("use_moe", [0, 1])
 def test_a_killed_run_with_muon_goes_on_to_the_last_bit(tmp_path: Path, use_moe: int) -> None:
     settings = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_ratio": 0.2, "use_moe": use_moe}
-    settings["muon_beta2"] = 0.95 * use_moe
+    settings |= {"muon_beta2": 0.95 * use_moe, "muon_period": 1 + use_moe}
     train_in_process(tmp_path / "whole", **settings)
     killed = [("die_in_update", {"step": 8, "how": "SIGKILL"})]
     words, log = tiny_flags(tmp_path / "cut", **settings), tmp_path / "log"

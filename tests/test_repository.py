@@ -69,6 +69,7 @@ DEFAULTS = {  # MiniMind's names, and ours
     "adam_beta2": 0.95,
     "muon_momentum": 0.95,
     "muon_beta2": 0.0,
+    "muon_period": 1,
     "weight_decay": 0.1,
     "seed": 42,
     "max_bad_updates": 20,

@@ -48,6 +48,7 @@ OTHER = {
     "adam_beta2": 0.98,
     "muon_momentum": 0.9,
     "muon_beta2": 0.95,
+    "muon_period": 2,
     "weight_decay": 0.8,
     "lr_schedule": "wsd",
     "warmup_ratio": 0.1,

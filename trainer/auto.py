@@ -54,8 +54,9 @@ class PassTimes(NamedTuple):
     each_row: float  # seconds, in a pass that is large
 
 
-def muon_tokens(model: MiniMindForCausalLM) -> float:
-    """Tokens of an update whose passes have MUON_SHARE of their operations again in Muon's step.
+def muon_tokens(model: MiniMindForCausalLM, period: int) -> float:
+    """Tokens of an update whose passes have MUON_SHARE of their operations again in Muon's step,
+    if each matrix moves in every ``period``-th.
 
     Fewer would learn more from each token, but less in an hour."""
     config = model.config
@@ -66,7 +67,7 @@ def muon_tokens(model: MiniMindForCausalLM) -> float:
             matrices = parameter.numel() / (r * c)
             operations += matrices * NUM_STEPS * (4 * r * r * c + 2 * r**3)
     multiplied = weights_in_layers(model) + config.vocab_size * config.hidden_size
-    return operations / (MUON_SHARE * 6 * multiplied)
+    return operations / period / (MUON_SHARE * 6 * multiplied)
 
 
 def launched_tokens(times: PassTimes, row_length: int) -> float:
@@ -122,7 +123,7 @@ def choose(
         rows = round(USABLE * seconds * ranks / times.each_row)
     tokens = max(rows * args.row_length, SMALLEST_TOKENS)
     weights, best = weights_in_layers(model), best_update_tokens(tokens)
-    least = muon_tokens(model) if args.optimizer == "muon" else 0.0
+    least = muon_tokens(model, args.muon_period) if args.optimizer == "muon" else 0.0
     if times and args.device != "cpu":
         least = max(least, ranks * launched_tokens(times, args.row_length))
     wanted = max(best, min(least, tokens / FEWEST_UPDATES))

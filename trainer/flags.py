@@ -117,6 +117,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "adam_beta2": 0.98,
         "muon_momentum": 0.9,
         "muon_beta2": 0.95,
+        "muon_period": 2,
         "lr_schedule": "wsd",
         "warmup_ratio": 0.05,
         "decay_ratio": 0.85,
@@ -294,6 +295,14 @@ class TrainingFlags:
         older=0.0,
         least=0,
         below=1,
+    )
+    muon_period: int = flag(
+        1,
+        "each matrix moves in every so many updates of Muon, and so many times as far",
+        resume=DECIDES,
+        older=1,
+        least=1,
+        most=100,
     )
     weight_decay: float = flag(
         0.1,

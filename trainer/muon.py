@@ -62,7 +62,9 @@ class Muon(torch.optim.AdamW):
     Args:
         groups: parameter groups; one with ``momentum`` holds only matrices (..., r, c). Unless its
             ``row_beta2`` is 0, their rows move equally far, on average over about
-            1 / (1 - row_beta2) updates.
+            1 / (1 - row_beta2) of their moves. Each moves in every ``period``-th update, as far as
+            in so many, and takes turns with others of its shape; its momentum follows every
+            gradient.
         dtype: of the matrix products.
     Source: rows' second moments are those of NorMuon (Li et al. 2025, arXiv 2510.05491)."""
 
@@ -71,6 +73,7 @@ class Muon(torch.optim.AdamW):
     ) -> None:
         super().__init__(groups, lr=lr, betas=betas, fused=True)
         self.dtype = dtype
+        self.update = 0  # the number of the next one: it decides whose turn it is
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -93,6 +96,14 @@ class Muon(torch.optim.AdamW):
                 parameters.append(parameter)
                 gradients.append(parameter.grad)
         found_inf = getattr(self, "found_inf", None)
+
+        def write(old: Tensor, new: Tensor, targets: list[Tensor]) -> None:
+            new = new if found_inf is None else torch.where(found_inf > 0, old, new)
+            torch._foreach_copy_(targets, list(new))
+
+        period = group["period"]
+        turn = slice(self.update % period, None, period)  # of the matrices of a shape
+        lr = group["lr"] * period
         for shape, (parameters, gradients) in by_shape.items():
             states = [self.state[p] for p in parameters]
             moments = moments_of(group, parameters[0].detach())
@@ -100,29 +111,34 @@ class Muon(torch.optim.AdamW):
                 if not state:
                     state["step"] = gradients[0].new_zeros(())  # AdamW requires it on loading
                     state |= {name: torch.zeros_like(like) for name, like in moments.items()}
-            grad = torch.stack(gradients)
-            old = {name: torch.stack([state[name] for state in states]) for name in moments}
-            new = {"momentum": old["momentum"].lerp(grad, 1 - group["momentum"])}
-            direction = orthogonalize(grad.lerp(new["momentum"], group["momentum"]), self.dtype)
-            if group["row_beta2"]:
-                direction = direction.to(grad.dtype)
-                square = direction.square().mean(-1, keepdim=True)
-                new["row_square"] = old["row_square"].lerp(square, 1 - group["row_beta2"])
-                direction = with_equal_rows(direction, new["row_square"])
-            weights = torch.stack([p.detach() for p in parameters])
-            rate = group["lr"] * ADAMW_RMS * math.sqrt(max(shape[-2:]))
-            moved = weights * (1 - group["lr"] * group["weight_decay"]) - rate * direction
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1.0)
             if found_inf is not None:
                 # A list, although all are the same: the host would read a single tensor's value.
                 torch._foreach_sub_(steps, [found_inf.reshape(()).to(torch.float32)] * len(steps))
-                bad = found_inf > 0
-                new = {name: torch.where(bad, old[name], moment) for name, moment in new.items()}
-                moved = torch.where(bad, weights, moved)
-            for name, moment in new.items():
-                torch._foreach_copy_([state[name] for state in states], list(moment))
-            torch._foreach_copy_(parameters, list(moved))
+            grad, momenta = torch.stack(gradients), [state["momentum"] for state in states]
+            old = torch.stack(momenta)
+            momentum = old.lerp(grad, 1 - group["momentum"])
+            write(old, momentum, momenta)
+
+            parameters, states = parameters[turn], states[turn]
+            if not parameters:
+                continue
+            nesterov = grad[turn].lerp(momentum[turn], group["momentum"])
+            direction = orthogonalize(nesterov, self.dtype)
+            if group["row_beta2"]:
+                direction = direction.to(grad.dtype)
+                squares = [state["row_square"] for state in states]
+                old = torch.stack(squares)
+                row_square = old.lerp(
+                    direction.square().mean(-1, keepdim=True), 1 - group["row_beta2"]
+                )
+                write(old, row_square, squares)
+                direction = with_equal_rows(direction, row_square)
+            weights = torch.stack([p.detach() for p in parameters])
+            rate = lr * ADAMW_RMS * math.sqrt(max(shape[-2:]))
+            moved = weights * (1 - lr * group["weight_decay"]) - rate * direction
+            write(weights, moved, parameters)
 
 
 def moments_of(group: dict, parameter: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Tuning:
     adam_beta2: float = 0.95
     muon_momentum: float = 0.95
     muon_beta2: float = 0.0
+    muon_period: int = 1
     weight_decay: float = WEIGHT_DECAY
 
     @property
@@ -73,13 +74,13 @@ def muon(model: nn.Module, learning_rate: float, dtype: torch.dtype, tuning: Tun
     named, matrices = parameter_groups(model, tuning)
     names = [n for n in matrices if ".layers." in n and not n.endswith("mlp.gate.weight")]
     hidden = [matrices.pop(name) for name in names]
+    own = {"momentum": tuning.muon_momentum, "row_beta2": tuning.muon_beta2}
     groups = filled(
         named["embedding"],
         named["head"],
         decaying([*matrices.values()], tuning),
         named["vectors"],
-        decaying(hidden, tuning)
-        | {"momentum": tuning.muon_momentum, "row_beta2": tuning.muon_beta2},
+        decaying(hidden, tuning) | own | {"period": tuning.muon_period},
     )
     return Muon(groups, learning_rate, tuning.betas, dtype)
 
@@ -180,8 +181,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Set the learning rate of the next update, and return it."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, update: int = 0) -> float:
+    """Set the learning rate and the number of the next update, and return the rate."""
+    if isinstance(optimizer, Muon):
+        optimizer.update = update
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
