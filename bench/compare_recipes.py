@@ -111,6 +111,7 @@ ABLATIONS: dict[str, Flags] = {
     "no heads that look back": {"look_back_heads": 0},
     "rows' second moments left out": {"muon_beta2": 0},
     "momentum 0.95": {"muon_momentum": 0.95},
+    "each matrix in each update": {"muon_period": 1},
     "AdamW's usual betas": {"adam_beta1": 0.9, "adam_beta2": 0.95},
     "one rate for all": {"embedding_lr_scale": 1, "head_lr_scale": 1, "vector_lr_scale": 1},
     "decay over 0.4": {"decay_ratio": 0.4},
