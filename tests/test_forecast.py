@@ -4,6 +4,8 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ from trainer.forecast import (
     priors_for,
     rate_of,
 )
+from trainer.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 WSD = rate_of("wsd", 0.05, 0.85)
@@ -177,6 +180,12 @@ def test_what_pairs_tell_counts_for_ordinary_text_alone() -> None:
     assert forecast.forecast(easy, [], WSD, priors) == forecast.forecast(
         easy, [], WSD, priors, known
     )
+
+
+@pytest.mark.parametrize("score", [0.0, -1.0, math.inf, math.nan, "2.5", None])
+def test_a_score_of_pairs_that_makes_no_sense_is_as_none(score: object) -> None:
+    run = SimpleNamespace(records=[{"step": 0, PAIRS: score}, {"step": 0}], pairs=None)
+    assert forecast.score_of_pairs(cast(Run, run), None) is None
 
 
 def test_nothing_is_told_by_pairs_of_sizes_that_nobody_measured() -> None:

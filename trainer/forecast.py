@@ -137,8 +137,9 @@ def score_of_pairs(run: Run, held_out: Any | None) -> float | None:
     """Held-out bits per byte by the counts of neighbouring tokens that the model began with; None
     if it did not, or if nothing is held out."""
     for record in run.records:
-        if PAIRS in record:
-            return record[PAIRS]
+        score = record.get(PAIRS)
+        if isinstance(score, float) and 0 < score < math.inf:  # a file may say anything
+            return score
     if run.pairs is None or held_out is None:
         return None
     nats = nats_of_pairs(run.pairs, batches(held_out))
