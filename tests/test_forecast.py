@@ -22,6 +22,7 @@ from tests.running import (
 )
 from trainer import forecast
 from trainer.bigrams import count_pairs, nats_of_pairs
+from trainer.command_line import parse_flags
 from trainer.forecast import (
     EXPONENT,
     FEW_SENTENCES,
@@ -186,6 +187,23 @@ def test_what_pairs_tell_counts_for_ordinary_text_alone() -> None:
 def test_a_score_of_pairs_that_makes_no_sense_is_as_none(score: object) -> None:
     run = SimpleNamespace(records=[{"step": 0, PAIRS: score}, {"step": 0}], pairs=None)
     assert forecast.score_of_pairs(cast(Run, run), None) is None
+
+
+def test_pairs_of_more_or_less_text_than_the_run_sees_tell_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With --max_minutes a run may see a part of what was counted, or all of it several times."""
+    monkeypatch.setattr(forecast, "weights_in_layers", lambda model: 1e6)
+    words = ["--preset", "demo", "--recipe", "best", "--max_seq_len", "100"]
+
+    def told(passes: float, *more: str) -> bool:
+        args = parse_flags([*words, *more])
+        run = cast(Run, SimpleNamespace(args=args, model=None, rows_per_epoch=10_000))
+        return forecast.forecast_from_pairs(run, 2.5, passes * 10**6) is not None
+
+    assert told(1) and told(1.01)
+    assert not told(0.15) and not told(2)
+    assert not told(1, "--packing", "0") and not told(1, "--recipe", "minimind")
 
 
 def test_nothing_is_told_by_pairs_of_sizes_that_nobody_measured() -> None:

@@ -126,8 +126,8 @@ def forecast_before(run: Run, held_out: Any, num_tokens: float) -> str:
     found = None if pairs is None else forecast_from_pairs(run, pairs, num_tokens)
     if pairs is None or found is None:
         return (
-            f"its loss is foretold from {EARLIEST:.0%} of the run on; before, only with --recipe "
-            f"best, one pass, {' to '.join(f'{n / 1e6:g}M' for n in MEASURED_TOKENS)} tokens and "
+            f"its loss is foretold from {EARLIEST:.0%} of the run on; before, only with "
+            f"--recipe best, one whole pass, {' to '.join(f'{n / 1e6:g}M' for n in MEASURED_TOKENS)} tokens and "
             f"{' to '.join(f'{n / 1e6:g}M' for n in MEASURED_WEIGHTS)} weights in layers"
         )
     return f"{described(found)}; for ordinary text, by its {pairs:.4f} for pairs of tokens"
@@ -151,8 +151,9 @@ def forecast_from_pairs(run: Run, pairs: float, num_tokens: float) -> Forecast |
 
     Args: pairs: as from ``score_of_pairs``; num_tokens: of the whole run."""
     args = run.args
-    one_pass = num_tokens <= (run.rows_per_epoch + run.global_batch) * args.row_length
-    if args.recipe != "best" or not args.packing or not one_pass:
+    passes = num_tokens / (run.rows_per_epoch * args.row_length)
+    # The counts are of one pass: a shorter run knows more than by its own text.
+    if args.recipe != "best" or not args.packing or not 0.9 <= passes <= 1.1:
         return None
     return forecast_by_pairs(pairs, num_tokens, weights_in_layers(run.model))
 
