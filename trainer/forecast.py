@@ -125,10 +125,13 @@ def forecast_before(run: Run, held_out: Any, num_tokens: float) -> str:
     pairs = score_of_pairs(run, held_out)
     found = None if pairs is None else forecast_from_pairs(run, pairs, num_tokens)
     if pairs is None or found is None:
+        tokens, weights = (
+            " to ".join(f"{n / 1e6:g}M" for n in ends)
+            for ends in (MEASURED_TOKENS, MEASURED_WEIGHTS)
+        )
         return (
             f"its loss is foretold from {EARLIEST:.0%} of the run on; before, only with "
-            f"--recipe best, one whole pass, {' to '.join(f'{n / 1e6:g}M' for n in MEASURED_TOKENS)} tokens and "
-            f"{' to '.join(f'{n / 1e6:g}M' for n in MEASURED_WEIGHTS)} weights in layers"
+            f"--recipe best, one whole pass, {tokens} tokens and {weights} weights in layers"
         )
     return f"{described(found)}; for ordinary text, by its {pairs:.4f} for pairs of tokens"
 
