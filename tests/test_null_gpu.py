@@ -49,6 +49,7 @@ CASES = {
     "dense, eager": Case("h100", "--use_compile 0", 1_170),
     "dense, float16": Case("h100", "--dtype float16", 590),
     "dense, Muon": Case("h100", "--optimizer muon", 839),
+    "dense, Muon, in turn": Case("h100", "--optimizer muon --muon_period 2 --muon_beta2 0.95", 818),
     "experts": Case("h100", "--preset moe", 850),
     "experts, Muon": Case("h100", "--preset moe --optimizer muon", 1_110),
     "dense, rows from loader processes": Case("h100", "--num_workers 2", 580),
