@@ -170,7 +170,7 @@ def test_scales_and_betas_are_those_of_separate_optimizers(kind: str) -> None:
     ours, theirs = (tiny_model(use_moe=True, tie_word_embeddings=False) for _ in range(2))
     tuning = Tuning(12.0, 6.0, 4.0, 0.8, 0.98, 0.9, weight_decay=0.3)
     optimizer = build_optimizer(ours, 0.01, kind, torch.float32, tuning)
-    assert set_lr(optimizer, 0.02) == 0.02
+    assert set_lr(optimizer, 0.02, 0) == 0.02
     named = dict(theirs.named_parameters())
     vectors = [p for p in named.values() if p.ndim < 2]
     hidden = [p for name, p in named.items() if kind == "muon" and is_hidden(name, p)]

@@ -181,7 +181,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float, update: int = 0) -> float:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, update: int) -> float:
     """Set the learning rate and the number of the next update, and return the rate."""
     if isinstance(optimizer, Muon):
         optimizer.update = update
